@@ -1,0 +1,1 @@
+"""The command nnssl_plugin, one module per verb."""

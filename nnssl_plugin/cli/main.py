@@ -1,0 +1,48 @@
+"""Entry point: finds the verb, parses its flags, turns errors into a few lines and an exit code."""
+
+import argparse
+import importlib
+import sys
+
+from nnssl_plugin import __version__
+from nnssl_plugin.errors import UserError
+
+VERBS = {
+    "env": "print the line that lets nnU-Net find the trainers of this package",
+    "prepare": "make an nnU-Net dataset from a folder of unlabelled scans",
+    "caption": "choose a slice per case, describe it, and store the frozen embeddings",
+    "plan": "write a plan of a new name with other settings",
+    "train": "nnU-Net's training command with the environment set",
+    "adapt": "write a fine-tuning plan and its weights from a pretraining checkpoint",
+    "quickstart": "walk the whole road on generated phantoms",
+}
+"""Verb → one line of help. Each verb is a module of this package with ``add_arguments(parser)`` and ``run(args)``."""
+
+FAILED = 2
+"""Exit code of an error that the user can mend; 1 is left to verbs (``prepare``: something was rejected)."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb and return the process's exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="nnssl_plugin", description="Self-supervised pretraining for nnU-Net v2.")
+    parser.add_argument("--version", action="version", version=f"nnssl_plugin {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, summary in VERBS.items():
+        sub = verbs.add_parser(verb, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if verb in arguments[:1]:  # only the module of the chosen verb is imported: nnU-Net takes seconds to import
+            module = importlib.import_module(f"nnssl_plugin.cli.{verb}")
+            sub.description = module.__doc__
+            module.add_arguments(sub)
+    args = parser.parse_args(arguments)
+    try:
+        return module.run(args) or 0
+    except UserError as error:
+        print(f"nnssl_plugin {args.verb}: {error.problem}", file=sys.stderr)
+        if error.remedy:
+            print(error.remedy, file=sys.stderr)
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

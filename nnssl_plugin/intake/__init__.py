@@ -1,0 +1,1 @@
+"""Scans as a hospital has them, as nnU-Net raw datasets."""

@@ -1,0 +1,1 @@
+"""Who learns: backbones, teachers and heads."""

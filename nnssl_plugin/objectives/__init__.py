@@ -1,0 +1,1 @@
+"""Mathematics shared by the methods: torch in, torch out, no nnU-Net and no files."""

@@ -1,0 +1,1 @@
+"""nnU-Net trainers: pretraining and fine-tuning."""

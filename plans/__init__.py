@@ -1,0 +1,1 @@
+"""Presets: plan fragments as JSON, one per method and backbone."""
