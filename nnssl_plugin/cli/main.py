@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
             module = importlib.import_module(f"nnssl_plugin.cli.{verb}")
             sub.description = module.__doc__
             module.add_arguments(sub)
-    args = parser.parse_args(arguments)
+    args, args.passed_on = parser.parse_known_args(arguments)
+    if args.passed_on and not getattr(module, "PASSES_ON", False):
+        parser.error(f"unrecognised arguments: {' '.join(args.passed_on)}")
     try:
         return module.run(args) or 0
     except UserError as error:

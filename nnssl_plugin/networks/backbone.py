@@ -83,6 +83,11 @@ class Backbone(nn.Module):
             for module in (self.network.decoder.transpconvs, self.network.decoder.stages, self.reconstruction_head):
                 module.requires_grad_(True)
 
+    def compile_parts(self) -> None:
+        """Compile encoder and decoder stages in place, which leaves their keys alone."""
+        for module in (self.network.encoder, *self.network.decoder.stages):
+            module.compile()
+
     def trained_prefixes(self) -> list[str]:
         """Prefixes of the keys of ``network`` that are trained, for the checkpoint's provenance."""
         trained = {name for name, p in self.network.named_parameters(remove_duplicate=False) if p.requires_grad}

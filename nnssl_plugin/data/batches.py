@@ -1,0 +1,168 @@
+"""The batch of a step, a function of (seed, rank, step) alone, so that a run can stop and go on anywhere."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from nnssl_plugin.data.cases import CaseFacts, Cases
+from nnssl_plugin.data.windows import random_origin, read_window, resize
+from nnssl_plugin.planes import PLANES
+from nnssl_plugin.pretext import Batch, Needs
+
+FOREGROUND_SHARE = 1 / 3
+"""Share of random windows placed around a foreground voxel (nnU-Net's oversampling of 33 %)."""
+
+
+class StepBatches(Dataset):
+    """Batch *k* of one rank; see ``pretext.Batch`` for its content.
+
+    Args:
+        cases: what to draw from.
+        needs: what the method asks of a batch.
+        patch_size: of the plan, in voxels; two numbers for a 2D configuration.
+        batch_size: samples per rank and step.
+        available: case → (C,) bool, the channels it really has.
+        embeddings: case → (image (E,), text (E,)), with ``needs.triplets``.
+        triplets: case → triplet, with ``needs.triplets``.
+        stream: numbers that choose the stream of randomness: seed and purpose.
+        rank, ranks: this process among all that train together.
+    """
+
+    def __init__(
+        self,
+        cases: Cases,
+        needs: Needs,
+        *,
+        patch_size: Sequence[int],
+        batch_size: int,
+        available: dict[str, np.ndarray],
+        stream: tuple[int, int],
+        embeddings: dict | None = None,
+        triplets: dict | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.cases = cases
+        self.needs = needs
+        self.flat = len(patch_size) == 2
+        window = [math.ceil(s * needs.margin) for s in patch_size]
+        self.window = [1, *window] if self.flat else window
+        self.batch_size = batch_size
+        self.available = available
+        self.embeddings = embeddings
+        self.triplets = triplets
+        self.stream = stream
+        self.rank = rank
+        self.ranks = ranks
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng([*self.stream, self.rank, step])
+        samples = [self._sample(case, rng) for case in self.cases_of_step(step)]
+        batch = {key: _collate([s[key] for s in samples]) for key in samples[0]}
+        return batch
+
+    def cases_of_step(self, step: int) -> list[str]:
+        """Names of this rank's cases: passes over random permutations, so that no case comes twice in one step."""
+        number, together = len(self.cases), self.batch_size * self.ranks
+        steps_per_pass = max(1, number // together)
+        order = np.random.default_rng([*self.stream, step // steps_per_pass]).permutation(number)
+        first = (step % steps_per_pass) * together + self.rank * self.batch_size
+        return [self.cases.identifiers[order[i % number]] for i in range(first, first + self.batch_size)]
+
+    def _sample(self, case: str, rng: np.random.Generator) -> dict:
+        data, facts = self.cases.load(case)
+        shape = np.array(data.shape[1:])
+        if self.needs.window == "whole":
+            origin, extent = np.zeros(3), shape.astype(float)
+            image = resize(np.asarray(data[:]), self.window)
+        else:
+            origin = random_origin(shape, self.window, rng, self._anchor(facts, rng))
+            extent = np.array(self.window, dtype=float)
+            image = read_window(data, origin, self.window)
+        dims = slice(1, None) if self.flat else slice(None)
+        sample = {
+            "image": image[:, 0] if self.flat else image,
+            "available": self.available[case],
+            "cases": case,
+            "origin": np.asarray(origin, dtype=np.float32)[dims],
+            "extent": extent.astype(np.float32)[dims],
+        }
+        return sample | (self._triplet(case, facts, origin, extent) if self.needs.triplets else {})
+
+    def _anchor(self, facts: CaseFacts, rng: np.random.Generator) -> list[float | None] | None:
+        """What a window must contain: the slice and some body for ``slice``, now and then a foreground voxel else."""
+        wants_foreground = self.needs.window == "slice" or rng.random() < FOREGROUND_SHARE
+        anchor: list[float | None] = [None, None, None]
+        if wants_foreground and len(facts.foreground):
+            anchor = [float(v) for v in facts.foreground[rng.integers(len(facts.foreground))]]
+        if self.needs.window == "slice":
+            anchor[facts.slice_axis] = facts.slice_coordinate
+        return anchor
+
+    def _triplet(self, case: str, facts: CaseFacts, origin: np.ndarray, extent: np.ndarray) -> dict:
+        axis = facts.slice_axis
+        position = (facts.slice_coordinate + 0.5 - origin[axis]) / extent[axis]
+        image, text = self.embeddings[case]
+        return {
+            "plane": PLANES.index(self.triplets[case].plane),
+            "slice_axis": axis,
+            "slice_position": np.float32(np.clip(position, 0, 1)),
+            "image_embedding": np.asarray(image, dtype=np.float32),
+            "text_embedding": np.asarray(text, dtype=np.float32),
+        }
+
+
+class BatchStream:
+    """Batches of the steps ``first`` … ``last - 1`` in order, counting the seconds spent waiting for them.
+
+    Workers are spawned, on every system alike: forking a process that already runs threads can hang.
+
+    Args:
+        batches: what yields batch *k*.
+        steps: the step indices, in order.
+        workers: processes that read ahead; 0 reads in this process.
+        pin_memory: for faster copies to a CUDA device.
+    """
+
+    def __init__(self, batches: StepBatches, steps: Sequence[int], *, workers: int, pin_memory: bool = False):
+        self.waited = 0.0
+        self._loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            multiprocessing_context="spawn" if workers else None,
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=_leave_signals_to_the_trainer if workers else None,
+        )
+        self._iterator: Iterator | None = None
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
+        batch = next(self._iterator)
+        self.waited += time.perf_counter() - started
+        return batch
+
+    def close(self) -> None:
+        """End the workers."""
+        self._iterator = None
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A scheduler signals every process; a worker that died of it would break the step that is being finished."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _collate(values: list):
+    if isinstance(values[0], str):
+        return values
+    return torch.from_numpy(np.stack([np.asarray(v) for v in values]))

@@ -1,0 +1,93 @@
+"""nnU-Net's preprocessed cases, with the few facts per case that sampling needs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+from nnssl_plugin.data.slices import slice_in_case
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.triplets import Triplet
+
+FOREGROUND_POINTS = 256
+"""Foreground voxels remembered per case: enough to place windows, small enough to keep for every case."""
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What is remembered of a case after its first use in a process."""
+
+    foreground: np.ndarray
+    """(n, 3) voxels of any label, n may be 0."""
+    slice_axis: int = -1
+    slice_coordinate: float = float("nan")
+
+
+class Cases:
+    """The preprocessed cases of one configuration; picklable, reads nothing before the first case is asked for.
+
+    Args:
+        folder: nnU-Net's folder of preprocessed cases (``…/nnUNetPlans_3d_fullres``).
+        identifiers: names of the cases to use.
+        transpose_forward: of the plan.
+        triplets: case → triplet, where the method needs them.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        identifiers: Sequence[str],
+        *,
+        transpose_forward: Sequence[int],
+        triplets: dict[str, Triplet] | None = None,
+    ):
+        self.identifiers = sorted(identifiers)
+        self._dataset = infer_dataset_class(str(folder))(str(folder), list(self.identifiers))
+        self._transpose_forward = tuple(transpose_forward)
+        self._triplets = triplets
+        self._facts: dict[str, CaseFacts] = {}
+
+    def __len__(self) -> int:
+        return len(self.identifiers)
+
+    def load(self, case: str):
+        """The lazily read image (C, z, y, x) of a case and its facts."""
+        data, _, _, properties = self._dataset.load_case(case)
+        if case not in self._facts:
+            self._facts[case] = self._remember(case, properties, data.shape[1:])
+        return data, self._facts[case]
+
+    def _remember(self, case: str, properties: dict, case_shape: Sequence[int]) -> CaseFacts:
+        locations = [np.asarray(v) for v in properties.get("class_locations", {}).values() if len(v)]
+        points = np.concatenate(locations)[:, 1:] if locations else np.empty((0, 3), dtype=int)
+        foreground = points[:: max(1, len(points) // FOREGROUND_POINTS)][:FOREGROUND_POINTS]
+        if self._triplets is None:
+            return CaseFacts(foreground)
+        triplet = self._triplets[case]
+        axis, coordinate = slice_in_case(
+            triplet.slice,
+            triplet.plane,
+            properties=properties,
+            transpose_forward=self._transpose_forward,
+            case_shape=case_shape,
+        )
+        return CaseFacts(foreground, axis, coordinate)
+
+
+def available_channels(raw_folder: str | Path, identifiers: Sequence[str], channels: int) -> dict[str, np.ndarray]:
+    """Which channels each case really has, (channels,) bool, from ``modalities.json`` of the raw dataset.
+
+    Cases that the file does not name, or all where there is no such file, have every channel.
+    """
+    path = Path(raw_folder) / "modalities.json"
+    listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    available = {}
+    for case in identifiers:
+        present = listed.get(case, range(channels))
+        if not all(0 <= c < channels for c in present):
+            raise UserError(f"{path} gives case {case} the channels {list(present)}; the dataset has {channels}.")
+        available[case] = np.isin(np.arange(channels), list(present))
+    return available

@@ -1,0 +1,51 @@
+"""Choosing windows inside a case and reading them, padded or resized."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from torch.nn import functional
+
+
+def random_origin(
+    case_shape: Sequence[int],
+    window: Sequence[int],
+    rng: np.random.Generator,
+    anchor: Sequence[float | None] | None = None,
+) -> np.ndarray:
+    """First voxel of a random window that stays inside the case and contains ``anchor``.
+
+    Args:
+        case_shape: spatial shape of the case, in voxels.
+        window: spatial shape of the window; where it is larger than the case, the case is centred in it.
+        rng: source of the randomness.
+        anchor: a coordinate per axis that the window must contain, ``None`` for any; clipped to the case.
+    """
+    origin = np.empty(len(window), dtype=int)
+    for axis, (size, wanted) in enumerate(zip(case_shape, window, strict=True)):
+        low, high = 0, size - wanted
+        if high <= 0:
+            origin[axis] = high // 2
+            continue
+        point = None if anchor is None else anchor[axis]
+        if point is not None:
+            voxel = int(np.clip(round(point), 0, size - 1))
+            low, high = max(low, voxel - wanted + 1), min(high, voxel)
+        origin[axis] = rng.integers(low, high + 1)
+    return origin
+
+
+def read_window(data, origin: Sequence[int], window: Sequence[int]) -> np.ndarray:
+    """Read (C, *window) from a case (C, *spatial), array or blosc2 file; outside the case it is 0."""
+    box = [[int(o), int(o + w)] for o, w in zip(origin, window, strict=True)]
+    return np.asarray(crop_and_pad_nd(data, box, 0), dtype=np.float32)
+
+
+def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Resize (C, *spatial) to (C, *size): axes that shrink are averaged (no aliasing), axes that grow interpolated."""
+    x = torch.from_numpy(np.asarray(image, dtype=np.float32))[None]
+    shrunk = [min(a, b) for a, b in zip(x.shape[2:], size, strict=True)]
+    x = functional.interpolate(x, size=shrunk, mode="area")
+    x = functional.interpolate(x, size=tuple(size), mode={2: "bilinear", 3: "trilinear"}[len(shrunk)])
+    return x[0].numpy()

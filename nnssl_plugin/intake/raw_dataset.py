@@ -1,0 +1,100 @@
+"""The raw dataset that ``prepare`` fills: its folder, its dataset.json, and which files belong to a case."""
+
+import os
+import re
+from pathlib import Path
+
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.files import read_json, write_json
+from nnssl_plugin.intake.provenance import PROVENANCE_FILE, Origin, write_rows
+
+RAW = "nnUNet_raw"
+MODALITIES = ("MR", "CT")
+FILE_ENDING = ".nii.gz"
+READER = "NibabelIOWithReorient"
+"""nnU-Net's reader that turns every case to RAS."""
+
+
+def open_dataset(dataset_id: int, name: str, *, modality: str, source: Path) -> Path:
+    """The folder ``nnUNet_raw/DatasetXXX_NAME`` for scans that lie in ``source``, made where it does not exist.
+
+    Raises:
+        UserError: nnUNet_raw is not set, the ID or name is not one, the ID belongs to another dataset, or the folder
+            was made by something else or for another modality, or lies inside ``source``.
+    """
+    raw = os.environ.get(RAW)
+    if not raw:
+        raise UserError(f"{RAW} is not set.", f'Run: export {RAW}="/path/to/{RAW}" (see nnU-Net\'s docs)')
+    if not 1 <= dataset_id <= 999:
+        raise UserError(f"Dataset ID {dataset_id}.", "Give a number from 1 to 999: -d 501")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise UserError(f"Dataset name {name!r}.", "Use letters, digits, - and _ only: -n Unlabelled")
+    if modality not in MODALITIES:
+        raise UserError(f"Modality {modality!r}.", f"Use one of {', '.join(MODALITIES)}.")
+    folder = Path(raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
+    _check_id_is_free(dataset_id, folder.name)
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"The dataset {folder} lies inside the input folder.", "Give the folder of the scans alone.")
+    if folder.exists():
+        _check_is_ours(folder, modality=modality)
+        return folder
+    write_rows(folder / PROVENANCE_FILE, Origin, [])
+    write_dataset_json(folder, modality=modality, cases=0)
+    return folder
+
+
+def write_dataset_json(folder: Path, *, modality: str, cases: int) -> None:
+    """Write dataset.json, or set ``numTraining`` in the one that is there."""
+    path = folder / "dataset.json"
+    content = read_json(path) if path.is_file() else {}
+    defaults = {
+        "channel_names": {"0": modality},
+        "labels": {"background": 0, "body": 1},
+        "file_ending": FILE_ENDING,
+        "overwrite_image_reader_writer": READER,
+    }
+    write_json(path, {**defaults, **content, "numTraining": cases})
+
+
+def image_path(folder: Path, case: str) -> Path:
+    """Where the one channel of a case lies."""
+    return folder / "imagesTr" / f"{case}_0000{FILE_ENDING}"
+
+
+def label_path(folder: Path, case: str) -> Path:
+    """Where the body mask of a case lies."""
+    return folder / "labelsTr" / f"{case}{FILE_ENDING}"
+
+
+def case_name(relative: str) -> str:
+    """A case name from a relative path without its ending: ``siteA/scan 1`` → ``siteA_scan_1``."""
+    return re.sub(r"[^A-Za-z0-9-]+", "_", relative).strip("_") or "scan"
+
+
+def _check_id_is_free(dataset_id: int, name: str) -> None:
+    taken = set()
+    for variable in (RAW, "nnUNet_preprocessed", "nnUNet_results"):
+        folder = os.environ.get(variable)
+        if folder and Path(folder).is_dir():
+            taken |= {path.name for path in Path(folder).glob(f"Dataset{dataset_id:03d}_*") if path.is_dir()}
+    others = sorted(taken - {name})
+    if others:
+        raise UserError(
+            f"Dataset ID {dataset_id} already belongs to {others[0]}.",
+            f"Give a free ID with -d, or the same name: -n {others[0].split('_', 1)[1]}",
+        )
+
+
+def _check_is_ours(folder: Path, *, modality: str) -> None:
+    if not (folder / PROVENANCE_FILE).is_file():
+        raise UserError(
+            f"{folder} exists and was not made by prepare (it has no {PROVENANCE_FILE}).",
+            "Give a free ID with -d; prepare never writes into a dataset that it did not make.",
+        )
+    path = folder / "dataset.json"
+    present = read_json(path)["channel_names"].get("0") if path.is_file() else modality
+    if present != modality:
+        raise UserError(
+            f"{folder.name} was made with --modality {present}, now {modality} is asked for.",
+            f"Give --modality {present}, or a dataset of another ID: one dataset has one normalisation.",
+        )

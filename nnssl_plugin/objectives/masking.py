@@ -1,0 +1,67 @@
+"""Masks of whole blocks, made on the device, in 2D and 3D."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def random_block_mask(
+    batch: int,
+    spatial: Sequence[int],
+    *,
+    block: int | Sequence[int],
+    ratio: float,
+    generator: torch.Generator,
+    device: torch.device | str,
+) -> Tensor:
+    """Mask a share of the blocks of a regular grid, drawn anew for each sample.
+
+    Blocks start at voxel 0 of each axis and do not overlap; where the size is no multiple of the block, the last block
+    is cut. Exactly floor(n_blocks · (1 − ratio)) blocks of each sample are kept, a cut block counting as one.
+
+    Args:
+        batch: number of samples B.
+        spatial: size of the image in voxels, (H, W) or (D, H, W).
+        block: edge of a block in voxels, one for all axes or one per axis.
+        ratio: share of the blocks that is masked, in [0, 1].
+        generator: source of the random numbers, on ``device``.
+        device: where the mask is made.
+
+    Returns:
+        (B, 1, *spatial) bool, True = masked.
+
+    Raises:
+        ValueError: for a ratio outside [0, 1], a block below 1, or a block with another number of axes than the image.
+    """
+    edges = (block,) * len(spatial) if isinstance(block, int) else tuple(block)
+    if len(edges) != len(spatial) or min(edges) < 1:
+        raise ValueError(f"block {block} does not fit an image of size {tuple(spatial)}")
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must be in [0, 1], not {ratio}")
+    grid = [math.ceil(size / edge) for size, edge in zip(spatial, edges, strict=True)]
+    n_blocks = math.prod(grid)
+    kept = math.floor(n_blocks * (1 - ratio) + 1e-9)  # 10 · (1 − 0.9) is 0.9999…98 in floating point
+    order = torch.rand(batch, n_blocks, generator=generator, device=device).argsort(1)
+    mask = torch.ones(batch, n_blocks, dtype=torch.bool, device=device).scatter_(1, order[:, :kept], False)
+    mask = mask.reshape(batch, 1, *grid)
+    for axis, (edge, size) in enumerate(zip(edges, spatial, strict=True), start=2):
+        mask = mask.repeat_interleave(edge, axis).narrow(axis, 0, size)
+    return mask
+
+
+def fill_masked(image: Tensor, mask: Tensor, filler: Tensor | float) -> Tensor:
+    """Replace the masked voxels; the others keep their value bit for bit.
+
+    Args:
+        image: (B, C, *spatial).
+        mask: bool, broadcastable to the image, True = replace.
+        filler: a number, or a tensor broadcastable to the image.
+
+    Returns:
+        (B, C, *spatial), of the image's type.
+    """
+    if isinstance(filler, Tensor):
+        filler = filler.to(image.dtype)
+    return torch.where(mask, filler, image)

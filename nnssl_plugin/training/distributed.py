@@ -1,0 +1,56 @@
+"""Several ranks: devices, wrapping, and gathering with gradients."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def device_of_rank(requested: torch.device) -> torch.device:
+    """The device that this rank may use: nnU-Net takes the global rank as CUDA index, which breaks on a second node."""
+    if requested.type != "cuda":
+        return requested
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", dist.get_rank() % torch.cuda.device_count())))
+
+
+@contextmanager
+def wrapping_for(device: torch.device) -> Iterator[None]:
+    """Let nnU-Net's ``initialize`` wrap the network for this device; it passes device ids even on a CPU."""
+
+    def wrap(network: nn.Module, device_ids=None) -> DistributedDataParallel:
+        # buffers (queues, statistics) belong to the task, which updates them from gathered outputs alike on every rank
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+
+    with mock.patch.object(nnunet_module, "DDP", wrap):
+        yield
+
+
+def gather_samples(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Per-sample outputs (B, ...) of all ranks, (ranks x B, ...), in the order of the ranks.
+
+    The backward pass sums every rank's gradient for a sample, so that after DDP's averaging each parameter has the
+    gradient of the loss over all samples, whether it acts before the gathering (encoder) or after it (metric).
+    """
+    return {name: torch.cat(dist_nn.all_gather(value.contiguous())) for name, value in outputs.items()}
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean of a tensor over the ranks; the tensor itself where there is one rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank (waits for the device)."""
+    return bool(mean_over_ranks(torch.tensor(float(flag), device=device)) > 0)

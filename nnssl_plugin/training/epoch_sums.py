@@ -1,0 +1,60 @@
+"""Sums of an epoch's loss terms and skipped steps, kept on the device and read once per epoch."""
+
+import torch
+from torch import Tensor
+
+from nnssl_plugin.training.distributed import mean_over_ranks
+
+
+class EpochSums:
+    """Adds up named scalars without waiting for the device; steps that were not applied count as skipped.
+
+    The state is a plain dict of tensors, so that a run stopped in mid-epoch goes on with the same sums.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.applied = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.streak = torch.zeros((), device=device)
+        self.longest_streak = torch.zeros((), device=device)
+
+    def add(self, terms: dict[str, Tensor], applied: Tensor) -> None:
+        """Add the terms of one step; ``applied`` () bool is False where the step was skipped."""
+        for name, value in terms.items():
+            value = torch.where(applied, value.detach().float(), 0.0)
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.applied = self.applied + applied
+        self.skipped = self.skipped + ~applied
+        self.streak = torch.where(applied, 0.0, self.streak + 1)
+        self.longest_streak = torch.maximum(self.longest_streak, self.streak)
+
+    def means(self) -> dict[str, float]:
+        """Means over the applied steps of all ranks; NaN where every step was skipped."""
+        if not self.sums:
+            return {}
+        means = mean_over_ranks(torch.stack(list(self.sums.values())) / self.applied)
+        return dict(zip(self.sums, means.tolist(), strict=True))
+
+    def reset(self) -> None:
+        """Begin the next epoch; a streak of skipped steps goes on across it."""
+        streak = self.streak
+        self.__init__(self.device)
+        self.streak = self.longest_streak = streak
+
+    def state(self) -> dict:
+        """Tensors and names, for the checkpoint."""
+        return {
+            "sums": dict(self.sums),
+            "applied": self.applied,
+            "skipped": self.skipped,
+            "streak": self.streak,
+            "longest_streak": self.longest_streak,
+        }
+
+    def load(self, state: dict) -> None:
+        """Take back what :meth:`state` gave."""
+        for name, value in state.items():
+            moved = {k: v.to(self.device) for k, v in value.items()} if name == "sums" else value.to(self.device)
+            setattr(self, name, moved)

@@ -1,0 +1,76 @@
+"""Learning rates as functions of the step alone, which keep the ratios between parameter groups.
+
+nnU-Net calls ``lr_scheduler.step(epoch)``; its own ``PolyLRScheduler`` writes one rate into every group. Here a group's
+rate is the scheduled rate times ``group["lr_scale"]`` (1 where it is not given), and 0 before
+``group["frozen_until"]`` (0 where it is not given). Nothing is remembered between calls: a resumed run needs no state.
+"""
+
+import math
+
+from torch.optim import Optimizer
+
+from nnssl_plugin.errors import UserError
+
+
+class Schedule:
+    """Linear warm-up, then a decay from ``lr`` to 0.
+
+    The rate at step k is ``lr * (k + 1) / (warmup + 1)`` before ``warmup``, and ``lr * decay(p)`` from there on, with
+    ``p = (k - warmup) / (total - warmup)``, from 0 to 1. At k = warmup it is ``lr``, from k = total on it is 0.
+
+    Args:
+        optimizer: its groups' rates are set, first for step 0.
+        lr: the largest rate (of a group whose ``lr_scale`` is 1).
+        total: steps of the whole run (epochs, where it is stepped once per epoch).
+        warmup: steps of warm-up; a fraction is allowed.
+
+    Raises:
+        UserError: when the warm-up is negative or leaves nothing of the run.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, lr: float, total: int, warmup: float = 0):
+        if not 0 <= warmup < total:
+            raise UserError(f"A warm-up of {warmup:g} does not fit into a training of {total:g} steps.",
+                            "Make the warm-up shorter or the training longer.")
+        self.optimizer = optimizer
+        self.lr = lr
+        self.total = total
+        self.warmup = warmup
+        self.step(0)
+
+    def decay(self, progress: float) -> float:
+        """The factor (1 at ``progress`` 0, 0 at 1) after the warm-up."""
+        raise TypeError(f"{type(self).__name__} must define decay()")
+
+    def rate(self, step: int) -> float:
+        """The scheduled rate at ``step`` (from 0), before any group's factor."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / (self.warmup + 1)
+        return self.lr * self.decay(min(1.0, (step - self.warmup) / (self.total - self.warmup)))
+
+    def step(self, current_step: int) -> None:
+        """Set the rate of every group for ``current_step``."""
+        rate = self.rate(current_step)
+        for group in self.optimizer.param_groups:
+            frozen = current_step < group.get("frozen_until", 0)
+            group["lr"] = 0.0 if frozen else rate * group.get("lr_scale", 1.0)
+
+    def get_last_lr(self) -> list[float]:
+        """The rates that are set now, one per group."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+class PolySchedule(Schedule):
+    """Warm-up, then ``(1 - p) ** 0.9``: nnU-Net's schedule where the warm-up is 0 and every ``lr_scale`` is 1."""
+
+    exponent = 0.9
+
+    def decay(self, progress: float) -> float:
+        return (1 - progress) ** self.exponent
+
+
+class CosineSchedule(Schedule):
+    """Warm-up, then half a cosine: ``(1 + cos(pi * p)) / 2`` (Loshchilov and Hutter 2017, SGDR, eq. 5, one cycle)."""
+
+    def decay(self, progress: float) -> float:
+        return (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,5 @@
+"""Fine-tuning trainers, for nnU-Net's -tr: re-exports only, as nnU-Net forgets the modules of this folder."""
+
+from nnssl_plugin.training.segmentation import PretrainedSegmentationTrainer
+
+__all__ = ["PretrainedSegmentationTrainer"]

@@ -1,0 +1,1 @@
+from nnssl_plugin.methods.med3dinsight.trainer import Med3DInsightPretrainer as Med3DInsightPretrainer

@@ -1,0 +1,44 @@
+"""``nnssl_plugin adapt``: what it prints and how it fails."""
+
+import os
+from pathlib import Path
+
+import pytest
+from fake_dataset import NAME, fake_plan, write_fake_dataset
+
+from nnssl_plugin.checkpoints.files import save_checkpoint
+from nnssl_plugin.cli.main import main
+from nnssl_plugin.files import read_json
+from nnssl_plugin.plan_files import build_network
+
+
+@pytest.fixture
+def folder(nnunet_environment, tmp_path) -> Path:
+    write_fake_dataset(cases=1)
+    folder = Path(os.environ["nnUNet_preprocessed"], NAME)
+    network = build_network(fake_plan(), "3d_fullres", read_json(folder / "dataset.json"))
+    save_checkpoint({"network_weights": network.state_dict()}, tmp_path / "source.pth")
+    return folder
+
+
+def test_it_prints_the_table_the_files_and_the_next_command(folder, tmp_path, capsys):
+    assert main(["adapt", "-d", "901", "-w", str(tmp_path / "source.pth"), "-n", "toy"]) == 0
+    printed = capsys.readouterr().out
+    assert "encoder" in printed and "100.0%" in printed
+    assert str(folder / "nnUNetPlans-toy_3d_fullres.pth") in printed
+    assert "nnUNetv2_train 901 3d_fullres 0 -p nnUNetPlans-toy -tr PretrainedSegmentationTrainer" in printed
+
+
+def test_from_scratch_needs_no_checkpoint(folder, capsys):
+    assert main(["adapt", "-d", NAME, "-n", "scratch", "--from-scratch"]) == 0
+    assert read_json(folder / "nnUNetPlans-scratch.json")["finetuning"]["weights"] is None
+    assert "-p nnUNetPlans-scratch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["-n", "a__b", "--from-scratch"], ["-n", "toy"], ["-n", "toy", "-w", "gone.pth"],
+                                       ["-n", "toy", "--from-scratch", "-c", "2d"]])
+def test_mistakes_are_a_few_lines_and_exit_code_2(folder, capsys, arguments):
+    assert main(["adapt", "-d", "901", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("nnssl_plugin adapt: ") and len(captured.err.splitlines()) <= 10
+    assert not captured.out

@@ -1,0 +1,154 @@
+"""``nnssl_plugin plan``: edits of a plan under a new name."""
+
+import os
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from fake_dataset import NAME, fake_plan, write_fake_dataset
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl_plugin.cli.main import main
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.files import read_json, write_json
+from nnssl_plugin.plan_edits import check_plan, edit_plan, parse_assignment, read_preset, write_edited_plan
+
+DATASET_JSON = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "body": 1}}
+FEATURES = "configurations.3d_fullres.architecture.arch_kwargs.features_per_stage"
+
+
+@pytest.fixture
+def folder(nnunet_environment) -> Path:
+    write_fake_dataset(cases=1, pretraining={"epochs": 3, "method": {"epsilon": 0.05, "mass": 0.9}})
+    return Path(os.environ["nnUNet_preprocessed"], NAME)
+
+
+@pytest.mark.parametrize(("text", "path", "value"), [
+    ("epochs=50", ("pretraining", "epochs"), 50),
+    ("method.epsilon=0.1", ("pretraining", "method", "epsilon"), 0.1),
+    ("method.corruption=mask", ("pretraining", "method", "corruption"), "mask"),
+    ("batch_size=null", ("pretraining", "batch_size"), None),
+    ("finetuning.epochs=5", ("finetuning", "epochs"), 5),
+    ("pretraining.seed=1", ("pretraining", "seed"), 1),
+    ("configurations.2d.patch_size=[8,8]", ("configurations", "2d", "patch_size"), [8, 8]),
+    ("name=a=b", ("pretraining", "name"), "a=b"),
+])
+def test_assignments_are_parsed(text, path, value):
+    assert parse_assignment(text) == (path, value)
+
+
+@pytest.mark.parametrize("text", ["epochs", "=3", "method..epsilon=1", ".=1"])
+def test_what_is_no_assignment_is_refused(text):
+    with pytest.raises(UserError, match="key=value"):
+        parse_assignment(text)
+
+
+def test_a_plan_of_the_new_name_is_written_and_every_change_printed(folder, capsys):
+    source = read_json(folder / "nnUNetPlans.json")
+    assert main(["plan", "-d", "901", "-n", "short", "--set", "epochs=50", "method.epsilon=0.1", "lr=0.01",
+                 "--set", f"{FEATURES}=[4,8,8]", "configurations.3d_fullres.batch_size=2"]) == 0
+    plan = read_json(folder / "short.json")
+    assert plan["plans_name"] == "short" and read_json(folder / "nnUNetPlans.json") == source
+    assert plan["pretraining"] == {"epochs": 50, "lr": 0.01, "method": {"epsilon": 0.1, "mass": 0.9}}
+    kwargs = PlansManager(plan).get_configuration("3d_fullres").network_arch_init_kwargs
+    assert kwargs["features_per_stage"] == [4, 8, 8]
+    printed = capsys.readouterr().out.splitlines()
+    assert sorted(printed[:-1]) == sorted([
+        "pretraining.epochs: 3 → 50", "pretraining.method.epsilon: 0.05 → 0.1", "pretraining.lr: not set → 0.01",
+        f"{FEATURES}: [4, 8, 16] → [4, 8, 8]",
+    ])
+    assert printed[-1] == f"wrote {folder / 'short.json'}"
+
+
+def test_a_preset_is_merged_before_the_assignments(folder):
+    preset = read_preset("med3dinsight")["pretraining"]
+    write_edited_plan("901", "recipe", preset="med3dinsight", assignments=["epochs=2"])
+    block = read_json(folder / "recipe.json")["pretraining"]
+    assert block == {**preset, "epochs": 2, "method": {**preset["method"]}}
+    with pytest.raises(UserError, match="no preset 'gone'") as error:
+        write_edited_plan("901", "other", preset="gone")
+    assert "med3dinsight" in error.value.remedy
+
+
+@pytest.mark.parametrize(("assignment", "remedy"), [
+    ("configurations.3d_fullres.batchsize=2", "Did you mean 'batch_size'?"),
+    ("configurations.3d_fullres.architecture.arch_kwargs.feature_per_stage=[1]", "features_per_stage"),
+    ("configurations.2d.batch_size=2", "nnUNetv2_plan_and_preprocess -d 901 -c 2d"),
+    ("configurations.3d_fullres.batch_size.x=2", "There are: none"),
+    ("configurations.3d_fullres=2", "For example"),
+])
+def test_a_typo_inside_configurations_is_refused(folder, assignment, remedy):
+    with pytest.raises(UserError) as error:
+        write_edited_plan("901", "typo", assignments=[assignment])
+    assert remedy in error.value.remedy and not (folder / "typo.json").exists()
+
+
+def test_inherited_values_are_changed_in_the_heir_alone():
+    plans = fake_plan()
+    plans["configurations"]["small"] = {"inherits_from": "3d_fullres"}
+    before = deepcopy(plans)
+    edited, changes = edit_plan(plans, "new", [parse_assignment(
+        "configurations.small.architecture.arch_kwargs.features_per_stage=[2,4,8]")])
+    assert plans == before and edited["configurations"]["3d_fullres"] == before["configurations"]["3d_fullres"]
+    kwargs = PlansManager(edited).get_configuration("small").network_arch_init_kwargs
+    assert kwargs["features_per_stage"] == [2, 4, 8] and kwargs["n_stages"] == 3
+    assert changes
+
+
+def test_a_value_is_not_silently_replaced_by_a_block():
+    plans = fake_plan(pretraining={"epochs": 3})
+    with pytest.raises(UserError, match=r"'pretraining\.epochs' is a value"):
+        edit_plan(plans, "new", [parse_assignment("epochs.x=1")])
+
+
+def test_a_patch_that_the_strides_do_not_divide_is_refused():
+    edited, _ = edit_plan(fake_plan(), "new", [parse_assignment("configurations.3d_fullres.patch_size=[16,18,16]")])
+    with pytest.raises(UserError, match=r"\[16, 18, 16\] .* not divisible by .*\[4, 4, 4\]") as error:
+        check_plan(edited, fake_plan(), DATASET_JSON)
+    assert "patch_size=[16,16,16]" in error.value.remedy
+
+
+@pytest.mark.filterwarnings("ignore:Network class no.such.Network not found", "ignore::FutureWarning")
+@pytest.mark.parametrize("assignment", [
+    f"{FEATURES}=[4,8]",
+    "configurations.3d_fullres.architecture.network_class_name=no.such.Network",
+    "configurations.3d_fullres.architecture.arch_kwargs.n_stages=7",
+])
+def test_a_network_that_cannot_be_built_is_refused(assignment):
+    edited, _ = edit_plan(fake_plan(), "new", [parse_assignment(assignment)])
+    with pytest.raises(UserError, match="cannot be built"):
+        check_plan(edited, fake_plan(), DATASET_JSON)
+
+
+def test_other_data_needs_another_identifier_and_preprocessing(folder, capsys):
+    spacing = "configurations.3d_fullres.spacing=[2,2,2]"
+    assert main(["plan", "-d", "901", "-n", "coarse", "--set", spacing]) == 2
+    said = capsys.readouterr().err
+    assert "spacing of 3d_fullres changed" in said and "data_identifier=coarse_3d_fullres" in said
+    assert main(["plan", "-d", "901", "-n", "coarse", "--set", spacing,
+                 "configurations.3d_fullres.data_identifier=coarse_3d_fullres"]) == 0
+    assert "nnUNetv2_preprocess -d 901 -plans_name coarse -c 3d_fullres" in capsys.readouterr().out
+
+
+def test_an_existing_plan_is_kept_unless_asked(folder):
+    write_edited_plan("901", "short", assignments=["epochs=50"])
+    write_edited_plan("901", "short", assignments=["epochs=50"])
+    with pytest.raises(UserError, match="exists and says something else"):
+        write_edited_plan("901", "short", assignments=["epochs=51"])
+    write_edited_plan("901", "short", assignments=["epochs=51"], overwrite=True)
+    assert read_json(folder / "short.json")["pretraining"]["epochs"] == 51
+
+
+@pytest.mark.parametrize("name", ["nnUNetPlans", "a__b", "dataset", "splits_final", "a/b", ""])
+def test_bad_names_are_refused(folder, name):
+    before = {path: path.read_bytes() for path in folder.glob("*.json")}
+    with pytest.raises(UserError):
+        write_edited_plan("901", name, overwrite=True)
+    assert {path: path.read_bytes() for path in folder.glob("*.json")} == before
+
+
+def test_a_damaged_plan_is_named(folder):
+    (folder / "broken.json").write_text("{")
+    with pytest.raises(UserError, match=r"broken\.json is not valid JSON"):
+        write_edited_plan("901", "new", source="broken")
+    write_json(folder / "fine.json", {})

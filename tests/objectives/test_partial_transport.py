@@ -1,0 +1,408 @@
+"""Partial transport against closed forms, POT and naive loops (properties 1 to 7 and 9 of the method's checks)."""
+
+import math
+import sys
+
+import ot
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.objectives.partial_transport import (
+    log_partial_transport_plan,
+    mahalanobis_cost,
+    mpot_loss,
+    partial_transport_plan,
+    project_psd,
+)
+
+MASSES = (0.5, 0.8, 0.9, 1.0)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def divergence(log_plan: torch.Tensor) -> torch.Tensor:
+    """KL(I/b ‖ π), written out."""
+    b = len(log_plan)
+    return sum((math.log(1 / b) - log_plan[i, i]) / b for i in range(b))
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b", [2, 5, 16])
+def test_property_1_full_mass_is_balanced_sinkhorn(b):
+    cost = random(b, b)
+    marginal = torch.full((b,), 1 / b, dtype=torch.float64)
+    balanced = ot.sinkhorn(marginal, marginal, cost, 0.1, method="sinkhorn_log", numItermax=5000, stopThr=1e-14)
+    plan = partial_transport_plan(cost, mass=1.0, epsilon=0.1, iterations=2000)
+    torch.testing.assert_close(plan, balanced, atol=1e-10, rtol=0)
+
+
+def test_property_1_full_mass_of_two_pairs_in_closed_form():
+    cost = random(2, 2)
+    ratio = math.exp((cost[0, 1] + cost[1, 0] - cost[0, 0] - cost[1, 1]).item() / (2 * 0.1))
+    matched, crossed = 0.5 * ratio / (1 + ratio), 0.5 / (1 + ratio)
+    plan = partial_transport_plan(cost, mass=1.0, epsilon=0.1, iterations=1000)
+    expected = torch.tensor([[matched, crossed], [crossed, matched]], dtype=torch.float64)
+    torch.testing.assert_close(plan, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("mass", MASSES)
+@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (9, 2)])
+def test_property_2_total_is_exact_and_marginals_hold(mass, shape):
+    plan = partial_transport_plan(random(*shape), mass=mass, epsilon=0.05, iterations=1000)
+    assert abs(plan.sum().item() - mass) < 1e-12
+    assert plan.sum(1).max().item() <= 1 / shape[0] + 1e-6
+    assert plan.sum(0).max().item() <= 1 / shape[1] + 1e-6
+    assert plan.min().item() >= 0
+
+
+@pytest.mark.parametrize("mass", MASSES)
+def test_property_3_two_by_two_is_a_softmax(mass):
+    cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    plan = partial_transport_plan(cost, mass=mass, epsilon=0.05, iterations=100)
+    torch.testing.assert_close(plan, mass * (-cost / 0.05).flatten().softmax(0).view(2, 2), atol=1e-12, rtol=0)
+
+
+def test_property_3_inactive_marginals_give_a_softmax_and_its_gradient():
+    mass, epsilon, b = 0.5, 0.5, 6
+    cost = (0.2 * random(b, b)).requires_grad_()
+    softmax = mass * (-cost.detach() / epsilon).flatten().softmax(0).view(b, b)
+    assert softmax.sum(1).max() < 1 / b and softmax.sum(0).max() < 1 / b
+    log_plan = log_partial_transport_plan(cost, mass=mass, epsilon=epsilon, iterations=50)
+    torch.testing.assert_close(log_plan.detach().exp(), softmax, atol=1e-12, rtol=0)
+    divergence(log_plan).backward()
+    expected = (torch.eye(b, dtype=torch.float64) / b - softmax / mass) / epsilon
+    torch.testing.assert_close(cost.grad, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("b", [2, 4, 7])
+def test_property_4_gradient_of_balanced_transport(b):
+    cost = random(b, b).requires_grad_()
+    log_plan = log_partial_transport_plan(cost, mass=1.0, epsilon=0.1, iterations=1500)
+    divergence(log_plan).backward()
+    expected = (torch.eye(b, dtype=torch.float64) / b - log_plan.detach().exp()) / 0.1
+    torch.testing.assert_close(cost.grad, expected, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("mass", MASSES)
+def test_property_4_gradcheck(mass):
+    cost = random(4, 4, seed=3).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda c: partial_transport_plan(c, mass=mass, epsilon=0.1, iterations=30), (cost,), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("mass", MASSES)
+@pytest.mark.parametrize("b", [2, 4, 16])
+def test_property_5_bounds_of_the_divergence(mass, b):
+    perfect = 50 * (1 - torch.eye(b, dtype=torch.float64))
+    plan = log_partial_transport_plan(perfect, mass=mass, epsilon=0.05, iterations=100)
+    assert divergence(plan).item() == pytest.approx(-math.log(mass), abs=1e-10)
+    constant = torch.full((b, b), 0.7, dtype=torch.float64)
+    plan = log_partial_transport_plan(constant, mass=mass, epsilon=0.05, iterations=100)
+    assert divergence(plan).item() == pytest.approx(math.log(b) - math.log(mass), abs=1e-10)
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.001])
+@pytest.mark.parametrize("mass", MASSES)
+@pytest.mark.parametrize("b", [4, 16, 64])
+def test_log_solver_equals_pot_iteration_by_iteration(b, mass, epsilon):
+    cost = random(b, b, seed=b)
+    settings = {"mass": mass, "epsilon": epsilon, "iterations": 20}
+    ours = partial_transport_plan(cost, **settings)
+    torch.testing.assert_close(ours, partial_transport_plan(cost, **settings, solver="pot"), atol=1e-13, rtol=0)
+
+
+def test_gradient_equals_that_of_pot():
+    gradients = []
+    for solver in ("log", "pot"):
+        cost = random(5, 5).requires_grad_()
+        plan = partial_transport_plan(cost, mass=0.8, epsilon=0.05, iterations=50, solver=solver)
+        (plan * random(5, 5, seed=9)).sum().backward()
+        gradients.append(cost.grad)
+    torch.testing.assert_close(*gradients, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("solver", ["log", "pot"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ot_6_full_mass_never_fails_for_rounding(solver, dtype):
+    for b in (6, 7, 12, 23, 24, 28, 46, 47, 59, 61):
+        cost = random(b, b).to(dtype)
+        plan = partial_transport_plan(cost, mass=1.0, epsilon=0.05, iterations=5, solver=solver)
+        assert plan.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("mass", MASSES)
+@pytest.mark.parametrize("b", [2, 4, 16])
+def test_ot_7_tiny_epsilon_is_finite_in_float32(b, mass):
+    cost = random(b, b).float().requires_grad_()
+    log_plan = log_partial_transport_plan(cost, mass=mass, epsilon=1e-3, iterations=100)
+    assert log_plan.isfinite().all() and log_plan.exp().isfinite().all()
+    divergence(log_plan).backward()
+    assert cost.grad.isfinite().all()
+    assert cost.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("solver", ["log", "pot"])
+def test_batched_problems_equal_a_loop(solver):
+    cost = random(2, 3, 4, 5)
+    settings = {"mass": 0.8, "epsilon": 0.05, "iterations": 40, "solver": solver}
+    batched = partial_transport_plan(cost, **settings)
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(batched[i, j], partial_transport_plan(cost[i, j], **settings))
+
+
+def test_half_precision_costs_are_solved_in_float32():
+    cost = random(4, 4).to(torch.bfloat16)
+    plan = partial_transport_plan(cost, mass=0.9, epsilon=0.05, iterations=50)
+    assert plan.dtype == torch.float32
+    torch.testing.assert_close(plan, partial_transport_plan(cost.float(), mass=0.9, epsilon=0.05, iterations=50))
+
+
+def test_nan_in_the_cost_gives_nan_and_does_not_raise():
+    cost = random(3, 3)
+    cost[0, 1] = math.nan
+    assert partial_transport_plan(cost, mass=0.9, epsilon=0.05, iterations=5).isnan().any()
+
+
+def test_nothing_is_read_on_the_host():
+    with FakeTensorMode():  # tensors without values: reading one raises
+        x = torch.randn(4, 8, requires_grad=True)
+        metric = torch.eye(8, requires_grad=True)
+        mpot_loss(x, torch.randn(4, 8), metric, mass=0.9, epsilon=0.05).backward()
+        assert x.grad.shape == (4, 8) and metric.grad.shape == (8, 8)
+
+
+@pytest.mark.parametrize("wrong", [{"mass": 0.0}, {"mass": 1.01}, {"mass": -1}, {"epsilon": 0.0}, {"epsilon": -1.0},
+                                   {"mass": math.nan}, {"iterations": 0}, {"solver": "simplex"}])
+@pytest.mark.parametrize("solver", ["log", "pot"])
+def test_values_out_of_range_are_refused(wrong, solver):
+    settings = {"mass": 0.9, "epsilon": 0.05, "iterations": 5, "solver": solver} | wrong
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        partial_transport_plan(random(3, 3), **settings)
+
+
+def test_missing_pot_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ot", None)
+    with pytest.raises(UserError) as caught:
+        partial_transport_plan(random(3, 3), mass=0.9, epsilon=0.05, iterations=5, solver="pot")
+    assert 'pip install "nnssl_plugin[transport]"' in caught.value.remedy
+
+
+def test_older_pot_without_log_scale_serves_too(monkeypatch):
+    monkeypatch.delattr(ot.partial, "entropic_partial_wasserstein_logscale")
+    settings = {"mass": 0.9, "epsilon": 0.1, "iterations": 20}
+    pot = partial_transport_plan(random(4, 4), **settings, solver="pot")
+    torch.testing.assert_close(pot, partial_transport_plan(random(4, 4), **settings), atol=1e-10, rtol=0)
+
+
+# --- the cost ---------------------------------------------------------------------------------------------------------
+
+
+def test_cost_equals_a_naive_loop():
+    x, y, root = normal(3, 6), normal(5, 6, seed=1), normal(6, 6, seed=2)
+    metric = root @ root.T
+    naive = torch.tensor([[((a - b) @ metric @ (a - b) + 1e-8).sqrt() for b in y] for a in x], dtype=torch.float64)
+    torch.testing.assert_close(mahalanobis_cost(x, y, metric), naive)
+
+
+def test_property_6_identity_and_factored_metrics_are_euclidean():
+    x, y, root = normal(4, 6), normal(5, 6, seed=1), normal(6, 6, seed=2)
+    identity = torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(mahalanobis_cost(x, y, identity), torch.cdist(x, y), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        mahalanobis_cost(x, y, root @ root.T), torch.cdist(x @ root, y @ root), atol=1e-7, rtol=0
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_property_6_moving_both_sides_changes_nothing(dtype, tolerance):
+    x, y = normal(4, 6).to(dtype), normal(5, 6, seed=1).to(dtype)
+    metric = torch.eye(6, dtype=dtype)
+    moved = mahalanobis_cost(x + 100, y + 100, metric)
+    torch.testing.assert_close(moved, mahalanobis_cost(x, y, metric), atol=tolerance, rtol=0)
+
+
+def test_cost_takes_the_symmetric_part_of_the_metric():
+    x, y, metric = normal(4, 6), normal(5, 6, seed=1), torch.eye(6, dtype=torch.float64)
+    skew = normal(6, 6, seed=2)
+    torch.testing.assert_close(mahalanobis_cost(x, y, metric + skew - skew.T), mahalanobis_cost(x, y, metric))
+
+
+def test_cost_is_batched():
+    x, y, metric = normal(2, 4, 6), normal(2, 5, 6, seed=1), torch.eye(6, dtype=torch.float64)
+    batched = mahalanobis_cost(x, y, metric)
+    torch.testing.assert_close(batched[1], mahalanobis_cost(x[1], y[1], metric))
+
+
+def test_cost_gradcheck():
+    x, y, metric = normal(3, 4), normal(2, 4, seed=1), torch.eye(4, dtype=torch.float64) + 0.1
+    inputs = [value.requires_grad_() for value in (x, y, metric)]
+    assert torch.autograd.gradcheck(mahalanobis_cost, inputs)
+
+
+def test_coinciding_embeddings_and_indefinite_metrics_stay_finite():
+    x = normal(3, 4).float().requires_grad_()
+    mahalanobis_cost(x, x.detach(), torch.eye(4)).sum().backward()
+    assert x.grad.isfinite().all()
+    assert mahalanobis_cost(x, x.detach() + 1, -torch.eye(4)).max().item() == pytest.approx(1e-4)
+
+
+def test_md_1_off_diagonals_of_the_metric_get_a_gradient():
+    metric = torch.eye(6, dtype=torch.float64, requires_grad=True)
+    mpot_loss(normal(4, 6), normal(4, 6, seed=1), metric, mass=0.9, epsilon=0.05).backward()
+    off_diagonal = metric.grad[~torch.eye(6, dtype=torch.bool)]
+    assert off_diagonal.abs().min() > 0
+
+
+def test_md_1_metric_is_semi_definite_after_a_step_from_an_indefinite_start():
+    metric = torch.nn.Parameter(normal(6, 6))
+    optimiser = torch.optim.Adam([metric], lr=0.1)
+    mpot_loss(normal(4, 6), normal(4, 6, seed=1), metric, mass=0.9, epsilon=0.05).backward()
+    optimiser.step()
+    projected = project_psd(metric.detach())
+    assert torch.linalg.eigvalsh(projected).min() >= -1e-10
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mass", MASSES)
+def test_loss_is_zero_for_a_perfect_match_and_log_b_without_information(mass):
+    axes = torch.eye(5, dtype=torch.float64)
+    assert mpot_loss(axes, axes, axes, mass=mass, epsilon=0.05).item() == pytest.approx(0, abs=1e-6)
+    nothing = torch.zeros(5, 5, dtype=torch.float64)
+    assert mpot_loss(nothing, axes, axes, mass=mass, epsilon=0.05).item() == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize("mass", [0.3, *MASSES])
+def test_loss_is_never_negative(mass):
+    for seed in range(20):
+        loss = mpot_loss(
+            normal(4, 6, seed=seed), normal(4, 6, seed=seed + 50), torch.eye(6).double(), mass=mass, epsilon=0.05
+        )
+        assert loss.item() >= -1e-12
+
+
+def test_loss_is_the_divergence_under_pots_plan():
+    x, y, root = normal(5, 6), normal(5, 6, seed=1), normal(6, 6, seed=2)
+    metric = root @ root.T
+    cost = mahalanobis_cost(x, y, metric)
+    plan = partial_transport_plan(cost / cost.max(), mass=0.8, epsilon=0.05, iterations=100, solver="pot")
+    expected = divergence(plan.log()) + math.log(0.8)
+    torch.testing.assert_close(mpot_loss(x, y, metric, mass=0.8, epsilon=0.05), expected)
+
+
+def test_loss_gradcheck():
+    inputs = [normal(4, 5).requires_grad_(), torch.eye(5, dtype=torch.float64).requires_grad_()]
+    y = normal(4, 5, seed=1)
+    assert torch.autograd.gradcheck(
+        lambda x, metric: mpot_loss(x, y, metric, mass=0.9, epsilon=0.1, iterations=20), inputs
+    )
+
+
+def test_loss_does_not_depend_on_the_scale_of_the_metric():
+    x, y = normal(4, 6), normal(4, 6, seed=1)
+    metric = torch.eye(6, dtype=torch.float64, requires_grad=True)
+    loss = mpot_loss(x, y, metric, mass=0.9, epsilon=0.05)
+    loss.backward()
+    assert (metric.grad * metric.detach()).sum().item() == pytest.approx(0, abs=1e-7)
+    assert mpot_loss(x, y, 7 * metric, mass=0.9, epsilon=0.05).item() == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_property_9_order_of_the_pairs_does_not_matter_but_their_match_does():
+    x, noise = normal(6, 8), normal(6, 8, seed=1)
+    y, metric = x + 0.3 * noise, torch.eye(8, dtype=torch.float64)
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    loss = mpot_loss(x, y, metric, mass=0.9, epsilon=0.05).item()
+    assert mpot_loss(x[order], y[order], metric, mass=0.9, epsilon=0.05).item() == pytest.approx(loss)
+    assert mpot_loss(x, y[order], metric, mass=0.9, epsilon=0.05).item() > loss + 1
+
+
+def test_batch_of_one_carries_no_signal():
+    x, metric = normal(1, 6).requires_grad_(), torch.eye(6, dtype=torch.float64, requires_grad=True)
+    loss = mpot_loss(x, normal(1, 6, seed=1), metric, mass=0.9, epsilon=0.05)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert x.grad.abs().max().item() == pytest.approx(0, abs=1e-12)
+    assert metric.grad.abs().max().item() == pytest.approx(0, abs=1e-12)
+
+
+def test_autocast_is_off_inside_the_loss():
+    x, y, metric = normal(4, 16).float(), normal(4, 16, seed=1).float(), torch.eye(16)
+    outside = mpot_loss(x, y, metric, mass=0.9, epsilon=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = mpot_loss(x, y, metric, mass=0.9, epsilon=0.05)
+        half = mpot_loss(x.bfloat16(), y.bfloat16(), metric, mass=0.9, epsilon=0.05)
+    assert inside.dtype == half.dtype == torch.float32
+    assert torch.equal(inside, outside)
+
+
+def test_slices_and_texts_solved_together_equal_two_calls():
+    x, y, metric = normal(4, 6), normal(2, 4, 6, seed=1), torch.eye(6, dtype=torch.float64)
+    together = mpot_loss(x, y, metric, mass=0.9, epsilon=0.05)
+    apart = [mpot_loss(x, target, metric, mass=0.9, epsilon=0.05) for target in y]
+    assert apart[0].shape == ()
+    torch.testing.assert_close(together, torch.stack(apart))
+
+
+def test_unpaired_embeddings_are_refused():
+    with pytest.raises(ValueError, match="pairs"):
+        mpot_loss(normal(3, 4), normal(4, 4), torch.eye(4), mass=0.9, epsilon=0.05)
+
+
+def test_t_1_free_embeddings_reach_a_perfect_match():
+    target = torch.nn.functional.normalize(normal(8, 16).float(), dim=1)
+    x = torch.nn.Parameter(normal(8, 16, seed=1).float())
+    metric = torch.nn.Parameter(torch.eye(16))
+    optimiser = torch.optim.Adam([x, metric], lr=0.05)
+    for _ in range(40):
+        embedding = torch.nn.functional.normalize(x, dim=1)
+        loss = mpot_loss(embedding, target, metric, mass=0.9, epsilon=0.05, iterations=50)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        metric.data = project_psd(metric.data)
+    assert loss.item() < 0.05
+
+
+# --- the projection ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_property_7_projection_is_symmetric_semi_definite_and_idempotent(dtype, tolerance):
+    projected = project_psd(normal(12, 12).to(dtype))
+    assert torch.equal(projected, projected.T)
+    assert torch.linalg.eigvalsh(projected.double()).min() >= -tolerance
+    torch.testing.assert_close(project_psd(projected), projected, atol=tolerance, rtol=0)
+
+
+def test_property_7_projection_is_the_nearest():
+    matrix = normal(12, 12)
+    symmetric = (matrix + matrix.T) / 2
+    negative = torch.linalg.eigvalsh(symmetric).clamp(max=0)
+    distance = torch.linalg.matrix_norm(project_psd(matrix) - symmetric) ** 2
+    assert distance.item() == pytest.approx(negative.square().sum().item())
+
+
+def test_property_7_projection_leaves_a_semi_definite_matrix_alone():
+    root = normal(12, 12)
+    matrix = root @ root.T + torch.eye(12)
+    matrix = (matrix + matrix.T) / 2
+    assert torch.equal(project_psd(matrix), matrix)
+    assert torch.equal(project_psd(torch.eye(512)), torch.eye(512))
+
+
+def test_projection_is_batched():
+    matrices = normal(3, 5, 5)
+    torch.testing.assert_close(project_psd(matrices)[2], project_psd(matrices[2]))

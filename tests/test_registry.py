@@ -1,0 +1,73 @@
+"""Everything that a method's entry in the registry names exists."""
+
+import dataclasses
+import importlib
+import re
+
+import pytest
+
+from nnssl_plugin import pretext
+from nnssl_plugin.files import read_json
+from nnssl_plugin.registry import METHODS
+
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+def located(dotted):
+    module, _, attribute = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def test_the_trainer_is_found_by_nnunet_and_is_the_installed_class(name):
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    dotted = METHODS[name].trainer
+    assert recursive_find_trainer_class_by_name(dotted.rpartition(".")[2]) is located(dotted)
+
+
+def test_settings_are_a_frozen_dataclass_with_a_line_per_field(name, repository):
+    settings = located(METHODS[name].settings)
+    assert dataclasses.is_dataclass(settings) and settings.__dataclass_params__.frozen
+    assert isinstance(located(METHODS[name].training), pretext.TrainingSettings)
+    page = (repository / METHODS[name].docs).read_text()
+    missing = [field.name for field in dataclasses.fields(settings) if f"`{field.name}`" not in page]
+    assert missing == [], "fields absent from the method's page"
+
+
+def test_presets_hold_settings_that_the_method_takes(name, repository):
+    settings, training = located(METHODS[name].settings), located(METHODS[name].training)
+    assert METHODS[name].presets
+    for preset in METHODS[name].presets:
+        content = read_json(repository / "plans" / preset)
+        assert set(content) == {"pretraining"}, preset
+        block = dict(content["pretraining"])
+        method = block.pop("method")
+        read = pretext.settings_from(method, settings(), where=preset)
+        assert {key: getattr(read, key) for key in method} == method
+        read = pretext.settings_from(block, training, where=preset)
+        assert {key: getattr(read, key) for key in block} == block
+
+
+def test_the_recommended_preset_states_the_defaults(name, repository):
+    method = METHODS[name]
+    block = read_json(repository / "plans" / method.presets[0])["pretraining"]
+    assert block.pop("method") == dataclasses.asdict(located(method.settings)())
+    assert block == {key: value for key, value in dataclasses.asdict(located(method.training)).items() if key in block}
+
+
+def test_the_method_has_tests(name, repository):
+    assert list((repository / "tests" / "methods").rglob(f"test_{name}*.py"))
+
+
+def test_the_paper_is_cited(name, repository):
+    method = METHODS[name]
+    citation = (repository / "CITATION.cff").read_text()
+    page = (repository / method.docs).read_text()
+    assert re.sub(r"\s+", " ", citation).count(method.paper.title) == 1
+    assert method.paper.title in page and method.licence in page
+    assert all(author.split()[-1] in citation for author in method.paper.authors)
+
+
+def test_the_page_is_in_the_index(name, repository):
+    page = METHODS[name].docs.removeprefix("docs/")
+    assert f"({page})" in (repository / "docs" / "README.md").read_text()
