@@ -19,8 +19,8 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.files import read_json, write_json
 from nnssl_plugin.phantoms import write_phantoms
 
-SHAPE = (40, 56, 48)
-SPACING_MM = (1.5, 1.5, 1.5)
+SHAPE = (32, 48, 40)
+SPACING_MM = (2.0, 2.0, 2.0)
 UNLABELLED, LABELLED, TEST = 8, 8, 2
 """Number of cases of each kind."""
 
@@ -46,6 +46,7 @@ SETTINGS = {
     "method.heads": 4,
     "finetuning.epochs": 8,
     "finetuning.iterations_per_epoch": 15,
+    "finetuning.validation_iterations": 2,
 }
 """What makes the road short: ``nnssl_plugin plan --set KEY=VALUE``."""
 
@@ -170,12 +171,12 @@ def _training(title, dataset, fold, trainer, plan, device):
 
 
 def _assignments(plan):
-    """The ``--set`` flags that make the planned network narrow and the training short."""
+    """The ``--set`` flag that makes the planned network narrow and the training short."""
     key = "architecture.arch_kwargs.features_per_stage"
     planned = plan["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]["features_per_stage"]
     features = [min(width, FEATURES * 2**stage) for stage, width in enumerate(planned)]
     values = {f"configurations.{CONFIGURATION}.{key}": features} | SETTINGS
-    return [part for name, value in values.items() for part in ("--set", f"{name}={value}".replace(" ", ""))]
+    return ["--set", *(f"{name}={value}".replace(" ", "") for name, value in values.items())]
 
 
 def run(step: Step, logs: Path, *, number: int, environment: dict[str, str], say: Callable[[str], None]) -> None:

@@ -32,7 +32,7 @@ class Method:
     docs: str
     """Page, relative to the repository."""
     presets: tuple[str, ...]
-    """Files of ``nnssl_plugin.plans``; the first is the recommendation."""
+    """Names for ``nnssl_plugin plan --preset``; the first is the recommendation."""
 
 
 METHODS = {
@@ -47,7 +47,7 @@ METHODS = {
         ),
         licence="Apache-2.0",
         docs="docs/methods/med3dinsight.md",
-        presets=("med3dinsight.json", "med3dinsight-paper.json"),
+        presets=("med3dinsight", "med3dinsight-paper"),
     ),
 }
 """Name (also that of the method's folder) → method."""

@@ -7,7 +7,7 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnssl_plugin.files import write_json
-from nnssl_plugin.triplets import Embeddings, Triplet, text_sha256, write_embeddings, write_triplets
+from nnssl_plugin.triplets import TRIPLETS_FILE, Embeddings, Triplet, text_sha256, write_embeddings, write_triplets
 
 NAME = "Dataset901_Fake"
 
@@ -34,7 +34,8 @@ def write_fake_dataset(
     write_json(preprocessed / "dataset.json", dataset_json)
     write_json(preprocessed / "dataset_fingerprint.json", {})
     write_json(preprocessed / "nnUNetPlans.json", plan)
-    _write_triplets(raw, names, rng, shape)
+    if not (raw / TRIPLETS_FILE).exists():
+        _write_triplets(raw, names, rng, shape)
     return plan
 
 

@@ -38,7 +38,7 @@ def test_presets_hold_settings_that_the_method_takes(name, repository):
     settings, training = located(METHODS[name].settings), located(METHODS[name].training)
     assert METHODS[name].presets
     for preset in METHODS[name].presets:
-        content = read_json(repository / "plans" / preset)
+        content = read_json(repository / "plans" / f"{preset}.json")
         assert set(content) == {"pretraining"}, preset
         block = dict(content["pretraining"])
         method = block.pop("method")
@@ -50,7 +50,7 @@ def test_presets_hold_settings_that_the_method_takes(name, repository):
 
 def test_the_recommended_preset_states_the_defaults(name, repository):
     method = METHODS[name]
-    block = read_json(repository / "plans" / method.presets[0])["pretraining"]
+    block = read_json(repository / "plans" / f"{method.presets[0]}.json")["pretraining"]
     assert block.pop("method") == dataclasses.asdict(located(method.settings)())
     assert block == {key: value for key, value in dataclasses.asdict(located(method.training)).items() if key in block}
 

@@ -87,12 +87,10 @@ def adapt_checkpoint(
     new_name = f"{plans_name}-{name}"
     check_name(new_name)
     checkpoint = _read_weights(weights) if weights is not None else None
-    block: dict[str, Any] = {key: value for key, value in plans.get(BLOCK, {}).items() if key not in OWN_KEYS}
-    block["configuration"] = configuration
+    file = None if from_scratch else folder / f"{new_name}_{configuration}.pth"
+    block = _block(plans, configuration, file)
     if checkpoint is not None:
         block["twin_of" if from_scratch else "source"] = _summary(checkpoint, Path(weights).name)
-    file = None if from_scratch else folder / f"{new_name}_{configuration}.pth"
-    block["weights"] = file.name if file else None
     plan = {key: value for key, value in plans.items() if key != "pretraining"} | {"plans_name": new_name, BLOCK: block}
     _check_free(folder, plan, configuration)
     if file is None:
@@ -109,6 +107,12 @@ def adapt_checkpoint(
     report.save(report_file)
     write_json(folder / f"{new_name}.json", plan)  # last: a plan never names weights that are not there
     return Adapted(new_name, folder / f"{new_name}.json", file, report_file, report)
+
+
+def _block(plans: Mapping[str, Any], configuration: str, file: Path | None) -> dict[str, Any]:
+    """The plan's ``finetuning`` block, with the settings that the source plan's block has."""
+    kept = {key: value for key, value in plans.get(BLOCK, {}).items() if key not in OWN_KEYS}
+    return {**kept, "configuration": configuration, "weights": file.name if file else None}
 
 
 def _read_weights(path: str | Path) -> dict[str, Any]:

@@ -158,13 +158,14 @@ def _create(name: str, title: str, **source) -> ClipPair:
     import open_clip
     from huggingface_hub.errors import HfHubHTTPError
 
-    damaged = (ValueError, KeyError, TypeError, pickle.UnpicklingError)
+    # open_clip asserts where shapes differ, and takes any file for a dictionary
+    damaged = (AssertionError, AttributeError, KeyError, StopIteration, TypeError, ValueError, pickle.UnpicklingError)
     errors = (OSError, RuntimeError, ImportError, HfHubHTTPError, *damaged)
     try:
         network = open_clip.create_model(name, weights_only=True, **source)
         tokeniser = open_clip.get_tokenizer(name)
     except errors as error:
-        remedy = "Does --model fit the weights? For a tag, is the network reachable? Else give a file that lies here."
+        remedy = "Does --model fit the weights? For a tag, is the network reachable? Else give --weights FILE."
         raise UserError(f"The encoders {title} could not be loaded: {_one_line(error)}", remedy) from error
     return _pair(network, tokeniser, title, preprocessing=dict(network.visual.preprocess_cfg))
 

@@ -67,11 +67,20 @@ def raw_dataset_folder(dataset: str | int) -> Path:
 
 
 def training_files(raw_folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Case → (file of channel 0, file of the label, which may not exist), sorted by case."""
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+    """Case → (file of channel 0, file of the label, which may not exist), sorted by case.
 
-    files = get_filenames_of_train_images_and_targets(str(raw_folder))
-    return {case: (Path(files[case]["images"][0]), Path(files[case]["label"])) for case in sorted(files)}
+    The names are nnU-Net's; its own look-up starts a dozen processes per call where cases lie in imagesTr.
+    """
+    dataset_json = read_json(raw_folder / "dataset.json")
+    if "dataset" in dataset_json:
+        from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+        files = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
+        return {case: (Path(files[case]["images"][0]), Path(files[case]["label"])) for case in sorted(files)}
+    ending = dataset_json["file_ending"]
+    images = (raw_folder / "imagesTr").glob(f"*_0000{ending}")
+    found = {image.name[: -len(f"_0000{ending}")]: image for image in images}
+    return {case: (found[case], raw_folder / "labelsTr" / f"{case}{ending}") for case in sorted(found)}
 
 
 def load_volume(path: Path) -> Volume:

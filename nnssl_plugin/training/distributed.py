@@ -7,7 +7,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -39,7 +38,26 @@ def gather_samples(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     The backward pass sums every rank's gradient for a sample, so that after DDP's averaging each parameter has the
     gradient of the loss over all samples, whether it acts before the gathering (encoder) or after it (metric).
     """
-    return {name: torch.cat(dist_nn.all_gather(value.contiguous())) for name, value in outputs.items()}
+    return {name: _GatherSamples.apply(value) for name, value in outputs.items()}
+
+
+class _GatherSamples(torch.autograd.Function):
+    """All ranks' rows; the gradient of a row is the sum of what every rank has for it.
+
+    Written here because torch deprecates ``torch.distributed.nn.functional.all_gather`` for a private successor.
+    """
+
+    @staticmethod
+    def forward(ctx, own: Tensor) -> Tensor:
+        gathered = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, own.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        summed = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Pretrainer(nnUNetTrainer):
         self.validation_sums = EpochSums(self.device)
         self.interruption = Interruption()
         self.log = EpochLog(self.logger)
-        self._drawn = -float("inf")
+        self._drawn = time.monotonic()
 
     def build_task(self, backbone: Backbone) -> PretextTask:
         """The method around the planned network; ``self.method_settings`` holds its settings."""

@@ -1,4 +1,3 @@
-import os
 import socket
 from pathlib import Path
 
@@ -6,16 +5,11 @@ import nibabel
 import numpy as np
 import pytest
 
-DATA = Path(os.environ.get("NNSSL_PLUGIN_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
-
 
 @pytest.fixture
-def raw(tmp_path, monkeypatch):
-    """nnU-Net's three folders, empty."""
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / variable).mkdir()
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    return tmp_path / "nnUNet_raw"
+def raw(nnunet_environment):
+    """The folder nnUNet_raw, empty."""
+    return Path(nnunet_environment["nnUNet_raw"])
 
 
 @pytest.fixture
@@ -61,15 +55,3 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-
-
-@pytest.fixture
-def real_data():
-    """A function (relative path) → path in the shared data, or a skip."""
-
-    def find(relative):
-        if not (DATA / relative).exists():
-            pytest.skip(f"no {relative} below {DATA} (set NNSSL_PLUGIN_TEST_DATA)")
-        return (DATA / relative).resolve()
-
-    return find

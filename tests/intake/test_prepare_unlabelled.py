@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -85,6 +86,7 @@ def test_raw_dataset_is_what_nnunet_expects(raw, mixed):
         )
 
 
+@pytest.mark.slow
 def test_nnunet_accepts_the_dataset(raw, save):
     from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
@@ -263,7 +265,7 @@ def test_ct_is_named_ct(raw, source, save):
     np.testing.assert_array_equal(nibabel.load(folder / "labelsTr" / "a.nii.gz").get_fdata(), array > -500)
 
 
-def test_targets_that_are_not_ours_are_refused(raw, tmp_path, source, save, monkeypatch):
+def test_targets_that_are_not_ours_are_refused(raw, nnunet_environment, tmp_path, source, save, monkeypatch):
     save("a.nii.gz")
     (raw / "Dataset501_Scans").mkdir()
     with pytest.raises(UserError, match="not made by prepare"):
@@ -271,7 +273,7 @@ def test_targets_that_are_not_ours_are_refused(raw, tmp_path, source, save, monk
     assert not any((raw / "Dataset501_Scans").iterdir())
     with pytest.raises(UserError, match="already belongs to Dataset501_Scans"):
         prepare_dataset(source, 501, "Other")
-    (tmp_path / "nnUNet_results" / "Dataset502_Old").mkdir()
+    (Path(nnunet_environment["nnUNet_results"]) / "Dataset502_Old").mkdir()
     with pytest.raises(UserError, match="already belongs to Dataset502_Old"):
         prepare_dataset(source, 502, "New")
     prepare_dataset(source, 503, "Mr", processes=1)

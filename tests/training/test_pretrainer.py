@@ -32,16 +32,25 @@ class KilledToy(ToyPretrainer):
 KilledToy.__name__ = "ToyPretrainer"  # nnU-Net names the output folder after the class
 
 
+FIGURES = [f"nnssl_plugin.training.pretrainer.{name}" for name in ("draw_progress", "draw_pictures")]
+_four_epochs = {}
+
+
 @pytest.fixture(autouse=True)
-def in_process(nnunet_environment, monkeypatch):
+def in_process(nnunet_environment, monkeypatch, request):
+    """No workers, and no figures (they take longer than the training) but for the test of the figures."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    for name in FIGURES if "draws" not in request.node.name else []:
+        monkeypatch.setattr(name, lambda *arguments: None)
 
 
 @pytest.fixture
 def reference(in_process):
-    """State and history of four epochs in one go."""
-    trainer = run()
-    return state_of(trainer), trainer.log.history()
+    """State and history of four epochs in one go, computed once."""
+    if not _four_epochs:
+        trainer = run()
+        _four_epochs["result"] = state_of(trainer), trainer.log.history()
+    return _four_epochs["result"]
 
 
 def test_two_runs_in_one_go_are_the_same(reference):
@@ -181,8 +190,8 @@ def test_logs_one_number_per_epoch_and_draws_it():
                 "diagnostics/queue_norm")
     assert all(len(history[name]) == 4 for name in expected)
     assert Path(trainer.output_folder, "progress.png").stat().st_size > 10_000
-    assert sorted(p.name for p in Path(trainer.output_folder, "figures").iterdir()) == [
-        "toy_epoch_0001.png", "toy_epoch_0003.png"]
+    figures = sorted(p.name for p in Path(trainer.output_folder, "figures").iterdir())
+    assert figures == ["toy_epoch_0001.png", "toy_epoch_0003.png"]
 
 
 def test_learning_rate_follows_the_cosine_and_keeps_the_groups_ratio():
