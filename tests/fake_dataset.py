@@ -13,7 +13,8 @@ NAME = "Dataset901_Fake"
 
 
 def write_fake_dataset(
-    *, cases: int = 6, channels: int = 1, dimensions: int = 3, pretraining: dict | None = None, shape=(18, 20, 17)
+    *, cases: int = 6, channels: int = 1, dimensions: int = 3, pretraining: dict | None = None, residual: bool = False,
+    shape=(18, 20, 17),
 ) -> dict:
     """Write the dataset into nnU-Net's folders of this process and return its plan."""
     raw = Path(os.environ["nnUNet_raw"]) / NAME
@@ -30,7 +31,7 @@ def write_fake_dataset(
         "numTraining": cases,
         "file_ending": ".nii.gz",
     }
-    plan = fake_plan(dimensions=dimensions, pretraining=pretraining)
+    plan = fake_plan(dimensions=dimensions, pretraining=pretraining, residual=residual)
     write_json(preprocessed / "dataset.json", dataset_json)
     write_json(preprocessed / "dataset_fingerprint.json", {})
     write_json(preprocessed / "nnUNetPlans.json", plan)
@@ -39,8 +40,9 @@ def write_fake_dataset(
     return plan
 
 
-def fake_plan(*, dimensions: int = 3, pretraining: dict | None = None) -> dict:
-    """A plan with a three-stage PlainConvUNet of 4, 8 and 16 features and a patch of 16 voxels."""
+def fake_plan(*, dimensions: int = 3, pretraining: dict | None = None, residual: bool = False) -> dict:
+    """A plan with a three-stage PlainConvUNet (or ResidualEncoderUNet) of 4, 8 and 16 features, patch of 16 voxels."""
+    name, blocks = ("ResidualEncoderUNet", "n_blocks_per_stage") if residual else ("PlainConvUNet", "n_conv_per_stage")
     conv = f"torch.nn.modules.conv.Conv{dimensions}d"
     norm = f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d"
     configuration = {
@@ -54,14 +56,14 @@ def fake_plan(*, dimensions: int = 3, pretraining: dict | None = None) -> dict:
         "use_mask_for_norm": [False],
         "batch_dice": False,
         "architecture": {
-            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
             "arch_kwargs": {
                 "n_stages": 3,
                 "features_per_stage": [4, 8, 16],
                 "conv_op": conv,
                 "kernel_sizes": [[3] * dimensions] * 3,
                 "strides": [[1] * dimensions, [2] * dimensions, [2] * dimensions],
-                "n_conv_per_stage": [1, 1, 1],
+                blocks: [1, 1, 1],
                 "n_conv_per_stage_decoder": [1, 1],
                 "conv_bias": True,
                 "norm_op": norm,

@@ -23,9 +23,11 @@ def setup_cfg(repository):
 
 
 def module_names():
-    names = [m.name for m in pkgutil.walk_packages(nnssl_plugin.__path__, "nnssl_plugin.")]
-    shelves = [f"nnssl_plugin.{shelf}" for shelf in SHELVES]
-    return sorted(set(names) | set(shelves))
+    names = {m.name for m in pkgutil.walk_packages(nnssl_plugin.__path__, "nnssl_plugin.")}
+    for shelf in SHELVES:  # an editable install keeps them outside the package's folder
+        package = importlib.import_module(f"nnssl_plugin.{shelf}")
+        names |= {package.__name__, *(m.name for m in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))}
+    return sorted(names)
 
 
 def test_setup_cfg_lists_every_package_of_the_tree(setup_cfg, repository):

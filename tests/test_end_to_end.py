@@ -1,0 +1,108 @@
+"""The whole road, run once through the installed command: scans in, predictions out."""
+
+import subprocess
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from nnssl_plugin import quickstart
+from nnssl_plugin.files import read_json
+
+pytestmark = pytest.mark.slow
+
+PRETRAINED, SCRATCH = (f"{quickstart.SMALL_PLAN}-{arm}" for arm in quickstart.ARMS)
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """The quickstart's folder and what it printed."""
+    folder = tmp_path_factory.mktemp("road") / "quick start"  # a blank, as in many home folders
+    command = [sys.executable, "-m", "nnssl_plugin.cli.main", "quickstart", "-o", str(folder)]
+    finished = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    return folder, finished.stdout
+
+
+def results(folder, dataset, trainer, plan):
+    return folder / "nnUNet_results" / dataset / f"{trainer}__{plan}__{quickstart.CONFIGURATION}"
+
+
+def pretraining_fold(folder):
+    return results(folder, quickstart.PRETRAINING, quickstart.PRETRAINER, quickstart.SMALL_PLAN) / "fold_all"
+
+
+def test_each_command_is_printed_before_its_result(walked):
+    _, printed = walked
+    commands = [line for line in printed.splitlines() if line.startswith("$ ") and "export" not in line]
+    assert [line.count("nnUNetv2_train") for line in commands].count(1) == 3
+    assert printed.count("done in") == len(commands) - 1  # all but the eval of the environment
+
+
+def test_the_pretraining_checkpoint_is_plain_and_complete(walked):
+    fold = pretraining_fold(walked[0])
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=True)
+    assert checkpoint["current_epoch"] == quickstart.SETTINGS["epochs"]
+    assert checkpoint["ssl_state"]["step"] == 40
+    assert checkpoint["provenance"]["method"] == "med3dinsight"
+    assert all(torch.isfinite(v).all() for v in checkpoint["network_weights"].values() if v.is_floating_point())
+    assert (fold / "progress.png").stat().st_size > 0
+    assert list((fold / "figures").glob("reconstruction_*.png"))
+
+
+def test_the_plan_shrank_the_network(walked):
+    checkpoint = torch.load(pretraining_fold(walked[0]) / "checkpoint_final.pth", weights_only=True)
+    widths = [v.shape[0] for k, v in checkpoint["network_weights"].items() if k.startswith("encoder.stages")]
+    assert min(widths) == quickstart.FEATURES
+
+
+def test_the_whole_encoder_was_loaded(walked):
+    preprocessed = walked[0] / "nnUNet_preprocessed" / quickstart.TARGET
+    report = read_json(preprocessed / f"{PRETRAINED}_{quickstart.CONFIGURATION}_report.json")
+    assert report["coverage"]["encoder"] == 1.0
+    assert report["coverage"]["decoder"] > 0.9
+    assert report["warnings"] == []
+
+
+def test_adapted_weights_are_those_of_the_checkpoint(walked):
+    source = torch.load(pretraining_fold(walked[0]) / "checkpoint_final.pth", weights_only=True)["network_weights"]
+    preprocessed = walked[0] / "nnUNet_preprocessed" / quickstart.TARGET
+    adapted = torch.load(preprocessed / f"{PRETRAINED}_{quickstart.CONFIGURATION}.pth", weights_only=True)
+    trained = [key for key in source if ".seg_layers." not in key]
+    assert trained
+    assert all(torch.equal(source[key], adapted["network_weights"][key]) for key in trained)
+
+
+@pytest.mark.parametrize("plan", [PRETRAINED, SCRATCH])
+def test_both_arms_were_validated_by_nnunet(walked, plan):
+    fold = results(walked[0], quickstart.TARGET, quickstart.FINETUNER, plan) / "fold_0"
+    summary = read_json(fold / "validation" / "summary.json")
+    assert 0 <= summary["foreground_mean"]["Dice"] <= 1
+    assert set(summary["mean"]) == {"1", "2"}
+
+
+@pytest.mark.parametrize("arm", quickstart.ARMS)
+def test_predictions_lie_on_the_grid_of_their_images(walked, arm):
+    folder, _ = walked
+    labels = sorted((folder / "nnUNet_raw" / quickstart.TARGET / "labelsTs").iterdir())
+    assert len(labels) == quickstart.TEST
+    for label in labels:
+        predicted, truth = nibabel.load(folder / "predictions" / arm / label.name), nibabel.load(label)
+        assert predicted.shape == truth.shape
+        np.testing.assert_allclose(predicted.affine, truth.affine, atol=1e-4)
+        assert set(np.unique(predicted.get_fdata())) <= {0, 1, 2}
+
+
+def test_the_printed_dice_is_that_of_the_predictions(walked):
+    folder, printed = walked
+    for arm in quickstart.ARMS:
+        dice = []
+        for label in (folder / "nnUNet_raw" / quickstart.TARGET / "labelsTs").iterdir():
+            truth = nibabel.load(label).get_fdata()
+            predicted = nibabel.load(folder / "predictions" / arm / label.name).get_fdata()
+            for structure in (1, 2):
+                overlap = 2 * ((truth == structure) & (predicted == structure)).sum()
+                dice.append(overlap / ((truth == structure).sum() + (predicted == structure).sum()))
+        assert f"{arm:<10} {np.mean(dice):.3f}" in printed

@@ -1,0 +1,73 @@
+"""The command that sets the environment and hands over to nnU-Net."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from nnssl_plugin.cli import main as command
+from nnssl_plugin.cli.env import search_path
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.training import launch
+from nnssl_plugin.training.interruption import DEADLINE
+
+
+@pytest.mark.parametrize("text, seconds", [("90m", 5400), ("1.5h", 5400), ("2d", 172800), ("30", 30), ("30s", 30)])
+def test_durations(text, seconds):
+    assert launch.seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "1h30m", "-5m", "soon"])
+def test_what_is_no_duration_is_said(text):
+    with pytest.raises(UserError, match="no duration"):
+        launch.seconds_of(text)
+
+
+def test_arguments_reach_nnunet_unchanged_and_the_environment_is_set(monkeypatch):
+    import nnunetv2.run.run_training as nnunet
+
+    seen = {}
+    monkeypatch.setattr(nnunet, "run_training_entry", lambda: seen.update(arguments=sys.argv, env=dict(os.environ)))
+    monkeypatch.setattr(sys, "argv", ["x"])
+    for name in (DEADLINE, "nnUNet_extTrainer"):
+        monkeypatch.setenv(name, "0")
+    arguments = "501 3d_fullres all -tr Med3DInsightPretrainer -device cpu --c".split()
+    assert command.main(["train", *arguments, "--time-limit", "2h"]) == 0
+    assert seen["arguments"] == ["nnUNetv2_train", *arguments]
+    assert seen["env"]["nnUNet_extTrainer"] == "0" + os.pathsep + search_path().split(os.pathsep)[-1]
+    assert float(seen["env"][DEADLINE]) - time.time() == pytest.approx(7200, abs=60)
+
+
+def test_unknown_flags_of_other_verbs_are_errors(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["env", "--nonsense"])
+    assert stopped.value.code == 2 and "nonsense" in capsys.readouterr().err
+
+
+def test_user_errors_become_a_few_lines_and_exit_code_2(monkeypatch, capsys):
+    import nnssl_plugin.cli.env as verb
+
+    def failing(args):
+        raise UserError("It broke.", "Mend it.")
+
+    monkeypatch.setattr(verb, "run", failing)
+    assert command.main(["env"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["nnssl_plugin env: It broke.", "Mend it."]
+
+
+@pytest.mark.parametrize("shell, start", [("bash", 'export nnUNet_extTrainer="'), ("fish", "set -gx nnUNet_extTrainer "),
+                                          ("powershell", "$env:nnUNet_extTrainer = "), ("cmd", "set nnUNet_extTrainer=")])
+def test_env_prints_the_line_of_each_shell(shell, start, capsys):
+    assert command.main(["env", "--shell", shell]) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.startswith(start) and "pretrain_trainers" in line
+
+
+def test_search_path_appends_once(monkeypatch):
+    monkeypatch.delenv("nnUNet_extTrainer")
+    own = search_path()
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(["/other", own]))
+    assert search_path() == os.pathsep.join(["/other", own])
+    monkeypatch.setenv("nnUNet_extTrainer", "/other")
+    assert search_path() == os.pathsep.join(["/other", own])
