@@ -19,8 +19,8 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.files import read_json, write_json
 from nnssl_plugin.phantoms import write_phantoms
 
-SHAPE = (32, 48, 40)
-SPACING_MM = (2.0, 2.0, 2.0)
+SHAPE = (24, 40, 32)
+SPACING_MM = (2.5, 2.5, 2.5)
 UNLABELLED, LABELLED, TEST = 8, 8, 2
 """Number of cases of each kind."""
 
@@ -44,8 +44,8 @@ SETTINGS = {
     "method.queries": 32,
     "method.dim": 64,
     "method.heads": 4,
-    "finetuning.epochs": 8,
-    "finetuning.iterations_per_epoch": 15,
+    "finetuning.epochs": 10,
+    "finetuning.iterations_per_epoch": 20,
     "finetuning.validation_iterations": 2,
 }
 """What makes the road short: ``nnssl_plugin plan --set KEY=VALUE``."""
