@@ -7,7 +7,7 @@ PLANES = ("coronal", "sagittal", "axial")
 """Order of the paper's plane index i (Med3DInsight, section III-C: coronal is i = 0)."""
 
 RAS_AXIS = {"sagittal": 0, "coronal": 1, "axial": 2}
-"""The axis of an image in RAS orientation that is normal to the plane (sagittal slices are stacked from left to right)."""
+"""The axis of an image in RAS orientation that is normal to the plane: sagittal slices are stacked left to right."""
 
 
 def stored_axis(affine: np.ndarray, plane: str) -> tuple[int, bool]:

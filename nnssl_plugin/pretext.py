@@ -96,7 +96,7 @@ class PretextTask(nn.Module):
         raise _missing(self, "encode")
 
     def loss(self, outputs: Views, progress: float) -> Terms:
-        """Scalar terms that couple the samples of all ranks. ``progress`` is the fraction of training done, in [0, 1)."""
+        """Scalar terms that couple the samples of all ranks; ``progress`` is the fraction of training done, below 1."""
         return {}
 
     def weights(self, progress: float) -> dict[str, float]:
@@ -123,7 +123,7 @@ class PretextTask(nn.Module):
         """
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for the optimiser. ``lr_scale`` multiplies the scheduled rate; ``clip=False`` stays outside clipping."""
+        """Groups for the optimiser: ``lr_scale`` multiplies the scheduled rate, ``clip=False`` is left unclipped."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     @torch.no_grad()

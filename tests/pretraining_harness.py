@@ -11,7 +11,7 @@ from nnssl_plugin.files import read_json
 
 
 def make_trainer(*, trainer_class=ToyPretrainer, resume: str | None = None, fold="all", **dataset):
-    """A trainer on the fake dataset (two channels unless told otherwise); ``resume`` names a checkpoint of its folder."""
+    """A trainer on the fake dataset of two channels; ``resume`` names a checkpoint of its folder."""
     plan = write_fake_dataset(**{"channels": 2} | dataset)
     dataset_json = read_json(Path(os.environ["nnUNet_preprocessed"]) / NAME / "dataset.json")
     configuration = next(iter(plan["configurations"]))

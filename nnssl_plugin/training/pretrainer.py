@@ -38,6 +38,8 @@ TRAIN, VALIDATE = 0, 1
 """Streams of randomness: the same step draws different numbers for training and for validation."""
 STEPS_BETWEEN_AGREEMENTS = 10
 """With several ranks, steps between two looks at whether any was asked to stop (each look waits for the device)."""
+BARE = "backbone.network."
+"""Prefix of the bare network's keys in the task's state."""
 SECONDS_BETWEEN_PICTURES = 30
 """Shortest time between two drawings of progress.png."""
 DEFAULT_DEVICE = torch.device("cuda")
@@ -304,7 +306,7 @@ class Pretrainer(nnUNetTrainer):
             self._stop()
 
     def _draw_progress(self) -> None:
-        """Draw progress.png, after the last epoch and otherwise once in a while: short epochs cost less than a picture."""
+        """Draw progress.png after the last epoch, and now and then before: it can cost more than a short epoch."""
         drawn_recently = time.monotonic() - self._drawn < SECONDS_BETWEEN_PICTURES
         if self.local_rank != 0 or (drawn_recently and self.current_epoch < self.num_epochs):
             return
@@ -384,14 +386,7 @@ class Pretrainer(nnUNetTrainer):
         if "ssl_state" not in checkpoint:
             raise UserError("The checkpoint holds no pretraining to continue.", "Start without --c.")
         state = checkpoint["ssl_state"]
-        self.task.backbone.network.load_state_dict(checkpoint["network_weights"])
-        missing = self.task.load_state_dict(state["task"], strict=False).missing_keys
-        missing = [key for key in missing if not key.startswith("backbone.network.")]
-        if missing:
-            raise UserError(
-                f"The checkpoint lacks {missing[0]} (and {len(missing) - 1} more): the method's settings have changed.",
-                "Restore the plan's pretraining block, or start without --c.",
-            )
+        self._load_task(state["task"] | {BARE + key: value for key, value in checkpoint["network_weights"].items()})
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
@@ -400,9 +395,18 @@ class Pretrainer(nnUNetTrainer):
         self.current_epoch = checkpoint["current_epoch"]
         self.logger.load_checkpoint(checkpoint["logging"])
 
+    def _load_task(self, state: dict[str, Tensor]) -> None:
+        try:
+            self.task.load_state_dict(state)
+        except RuntimeError as error:  # keys or shapes differ
+            raise UserError(
+                f"The checkpoint does not fit the plan: {str(error).splitlines()[1].strip()[:200]}",
+                "Restore the plan's network and pretraining block, or start without --c.",
+            ) from error
+
     def _task_state(self) -> dict[str, Tensor]:
-        state = self.task.state_dict()
-        return {key: value for key, value in state.items() if not key.startswith("backbone.network.")}
+        """What the task holds beyond the bare network."""
+        return {key: value for key, value in self.task.state_dict().items() if not key.startswith(BARE)}
 
     def _provenance(self) -> dict:
         return describe_pretraining(

@@ -95,7 +95,9 @@ def test_nnunet_accepts_the_dataset(raw, save):
     image = nibabel.load(path)
     image.header.set_zooms((1.004, 1.0, 1.0))  # within the tolerance, yet not the affine's
     (path).write_bytes(gzip.compress(image.to_bytes()))
-    verify_dataset_integrity(str(prepare(path.parent).folder), num_processes=1)
+    folder = prepare(path.parent).folder
+    verify_dataset_integrity(str(folder), num_processes=1)  # raises where nnU-Net objects
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 2
 
 
 def test_gzipped_nifti_is_linked_and_others_are_rewritten_with_their_type(raw, mixed):

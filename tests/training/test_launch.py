@@ -32,7 +32,7 @@ def test_arguments_reach_nnunet_unchanged_and_the_environment_is_set(monkeypatch
     monkeypatch.setattr(sys, "argv", ["x"])
     for name in (DEADLINE, "nnUNet_extTrainer"):
         monkeypatch.setenv(name, "0")
-    arguments = "501 3d_fullres all -tr Med3DInsightPretrainer -device cpu --c".split()
+    arguments = ["501", "3d_fullres", "all", "-tr", "Med3DInsightPretrainer", "-device", "cpu", "--c"]
     assert command.main(["train", *arguments, "--time-limit", "2h"]) == 0
     assert seen["arguments"] == ["nnUNetv2_train", *arguments]
     assert seen["env"]["nnUNet_extTrainer"] == "0" + os.pathsep + search_path().split(os.pathsep)[-1]
@@ -56,8 +56,11 @@ def test_user_errors_become_a_few_lines_and_exit_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == ["nnssl_plugin env: It broke.", "Mend it."]
 
 
-@pytest.mark.parametrize("shell, start", [("bash", 'export nnUNet_extTrainer="'), ("fish", "set -gx nnUNet_extTrainer "),
-                                          ("powershell", "$env:nnUNet_extTrainer = "), ("cmd", "set nnUNet_extTrainer=")])
+STARTS = {"bash": 'export nnUNet_extTrainer="', "fish": 'set -gx nnUNet_extTrainer "',
+          "powershell": '$env:nnUNet_extTrainer = "', "cmd": "set nnUNet_extTrainer="}
+
+
+@pytest.mark.parametrize("shell, start", STARTS.items())
 def test_env_prints_the_line_of_each_shell(shell, start, capsys):
     assert command.main(["env", "--shell", shell]) == 0
     line = capsys.readouterr().out.strip()

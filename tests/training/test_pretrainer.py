@@ -237,6 +237,18 @@ def test_wrong_settings_are_named(block, said):
         make_trainer(pretraining=block)
 
 
+def test_resuming_with_other_settings_is_refused_with_the_reason():
+    run(pretraining={"epochs": 1})
+    with pytest.raises(UserError, match="queue"):
+        make_trainer(pretraining={"epochs": 1, "method": {"queue": 16}}, resume="checkpoint_final.pth")
+
+
+def test_resuming_a_checkpoint_of_something_else_is_refused(tmp_path):
+    torch.save({"network_weights": {}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="no pretraining"):
+        make_trainer().load_checkpoint(str(tmp_path / "other.pth"))
+
+
 def test_too_few_modalities_are_an_error():
     trainer = make_trainer(channels=1)
     with pytest.raises(UserError, match="2 channels"):
