@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from nnssl_plugin import quickstart
+from nnssl_plugin.cli.main import main
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.files import read_json
 from nnssl_plugin.quickstart import Step, learning_steps, planning_steps, run, walk, write_scans
@@ -101,3 +102,12 @@ def test_a_missing_command_is_named(tmp_path):
 def test_a_value_that_breaks_planning_is_not_passed_on(monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     assert "nnUNet_n_proc_DA" not in environment()
+
+
+def test_the_command_turns_an_error_into_two_lines_and_an_exit_code(tmp_path, capsys):
+    (tmp_path / "mine.txt").touch()
+    assert main(["quickstart", "-o", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"nnssl_plugin quickstart: {tmp_path} is not empty.",
+        "Choose another folder with -o, or remove this one.",
+    ]

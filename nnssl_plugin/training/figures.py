@@ -28,14 +28,25 @@ def draw_progress(history: dict[str, list], path: str | Path) -> None:
         path: the PNG to write.
     """
     plt = _pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     series = {k: np.asarray(v, dtype=float) for k, v in history.items() if len(v) and np.ndim(v[0]) == 0}
     figure, axes = plt.subplots(4, 2, figsize=(15, 17))
     figure.subplots_adjust(0.05, 0.04, 0.98, 0.97, hspace=0.35, wspace=0.15)
     for axis, (title, belongs) in zip(axes.flat, PANELS, strict=True):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        colours: dict[str, str] = {}  # a term has one colour in training and validation
         for name in filter(belongs, series):
-            style = "--" if name.startswith("val") else "-"
-            label = name.split("/")[-1] if "/" in name else name
-            axis.plot(series[name], style, marker="." if len(series[name]) < 40 else "", label=label)
+            term = name.split("/")[-1]
+            validation = name.startswith("val")
+            (line,) = axis.plot(
+                series[name],
+                "--" if validation else "-",
+                marker="." if len(series[name]) < 40 else "",
+                color=colours.get(term),
+                label=f"{term} (validation)" if name.startswith("val/") else term,
+            )
+            colours[term] = line.get_color()
         axis.set_title(title)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)

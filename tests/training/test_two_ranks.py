@@ -1,5 +1,9 @@
 """Two ranks on CPU: gradients over all ranks' samples, equal weights, exact resume."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -107,3 +111,21 @@ def test_toy_has_equal_state_on_both_ranks_and_stops_together(environment, tmp_p
     assert on_two_ranks(stop_toy, tmp_path) == [10, 10]
     whole = run(pretraining={"iterations_per_epoch": 12}, resume="checkpoint_latest.pth")  # one rank can go on
     assert whole.step == 48
+
+
+@pytest.mark.slow
+def test_torchrun_with_the_train_command_trains_once_on_two_ranks(nnunet_environment, tmp_path):
+    write_fake_dataset(channels=1, pretraining=SMALL)
+    arguments = ["901", "3d_fullres", "all", "-tr", "Med3DInsightPretrainer", "-device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               "-m", "nnssl_plugin.cli.main", "train", *arguments]
+    finished = subprocess.run(command, cwd=tmp_path, env=nnunet_environment | {"nnUNet_n_proc_DA": "0"},
+                              capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    fold = next(Path(nnunet_environment["nnUNet_results"]).glob("*/Med3DInsightPretrainer__*/fold_all"))
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=True)
+    assert checkpoint["ssl_state"]["step"] == 6
+    alone = run(trainer_class=Med3DInsightPretrainer, channels=1, pretraining=SMALL)
+    weight = checkpoint["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"]
+    assert not torch.equal(weight, alone.task.backbone.network.state_dict()["encoder.stages.0.0.convs.0.conv.weight"])
+    assert (fold / "progress.png").is_file()
