@@ -33,16 +33,16 @@ ORGANS = (
     Organ(4, (-0.25, 0.20, 0.30), (0.52, 0.54, 0.50)),
     Organ(5, (-0.05, 0.48, -0.36), (0.22, 0.22, 0.22)),
     Organ(6, (0.0, -0.62, 0.0), (0.80, 0.17, 0.15)),
-    Organ(5, (-0.32, -0.16, -0.40), (0.46, 0.42, 0.36), label=1),
+    Organ(8, (-0.32, -0.16, -0.40), (0.46, 0.42, 0.36), label=1),
     Organ(7, (-0.26, 0.20, 0.32), (0.36, 0.38, 0.36), label=2),
 )
 """Painted in this order, so the labelled ones lie on top."""
 
 CONTRASTS = np.array([
-    [0, 0.85, 0.40, 0.10, 0.58, 0.72, 0.95, 0.28],
-    [0, 0.70, 0.35, 0.08, 0.28, 0.72, 0.45, 0.95],
-    [0, 0.30, 0.55, 0.05, 0.65, 0.40, 0.70, 0.85],
-    [0, 0.60, 0.70, 0.12, 0.50, 0.85, 0.30, 0.40],
+    [0, 0.75, 0.40, 0.10, 0.55, 0.65, 0.85, 0.22, 1.20],
+    [0, 0.70, 0.35, 0.08, 0.28, 0.60, 0.45, 1.10, 0.80],
+    [0, 0.30, 0.55, 0.05, 0.65, 0.40, 0.70, 0.90, 1.15],
+    [0, 0.60, 0.70, 0.12, 0.50, 0.85, 0.30, 0.40, 1.05],
 ])
 """Intensity of each tissue (0 is air) in each channel, as different sequences show the same anatomy."""
 
@@ -59,7 +59,7 @@ def phantom(
         channels: contrasts of the same anatomy, at most ``len(CONTRASTS)``.
 
     Returns:
-        the image (C, z, y, x) float32 in arbitrary units, about 0 to 1500, and the labels (z, y, x) uint8 in {0, 1, 2}.
+        the image (C, z, y, x) float32 in arbitrary units, about 0 to 2000, and the labels (z, y, x) uint8 in {0, 1, 2}.
 
     Raises:
         ValueError: for a smaller shape or more channels.

@@ -44,8 +44,8 @@ SETTINGS = {
     "method.queries": 32,
     "method.dim": 64,
     "method.heads": 4,
-    "finetuning.epochs": 10,
-    "finetuning.iterations_per_epoch": 20,
+    "finetuning.epochs": 12,
+    "finetuning.iterations_per_epoch": 25,
     "finetuning.validation_iterations": 2,
 }
 """What makes the road short: ``nnssl_plugin plan --set KEY=VALUE``."""
@@ -153,7 +153,7 @@ def _arm_steps(folder, arm, weights, device):
              "-n", arm, *(["--from-scratch"] if arm == "scratch" else []))
     predict = ("nnUNetv2_predict", "-i", str(target / "imagesTs"), "-o", str(predictions), "-d", TARGET_ID,
                "-c", CONFIGURATION, "-f", "0", "-tr", FINETUNER, "-p", plan, "-device", device,
-               "-step_size", "0.5", "--disable_tta", "-npp", "1", "-nps", "1")
+               "-step_size", "0.5", "--disable_tta", "--save_probabilities", "-npp", "1", "-nps", "1")
     evaluate = ("nnUNetv2_evaluate_folder", str(target / "labelsTs"), str(predictions),
                 "-djfile", str(predictions / "dataset.json"), "-pfile", str(predictions / "plans.json"), "-np", "2")
     return [

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nnssl_plugin import quickstart
+from nnssl_plugin.cli.env import search_path
 from nnssl_plugin.files import read_json
 
 pytestmark = pytest.mark.slow
@@ -21,9 +22,19 @@ def walked(tmp_path_factory):
     """The quickstart's folder and what it printed."""
     folder = tmp_path_factory.mktemp("road") / "quick start"  # a blank, as in many home folders
     command = [sys.executable, "-m", "nnssl_plugin.cli.main", "quickstart", "-o", str(folder)]
-    finished = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    # not in the repository, whose folder would stand before the installed package
+    finished = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     return folder, finished.stdout
+
+
+def nnunet(folder, *command):
+    """Run one of nnU-Net's commands on the quickstart's folders."""
+    environment = quickstart._environment(folder, search_path())
+    finished = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    return finished.stdout
 
 
 def results(folder, dataset, trainer, plan):
@@ -106,3 +117,22 @@ def test_the_printed_dice_is_that_of_the_predictions(walked):
                 overlap = 2 * ((truth == structure) & (predicted == structure)).sum()
                 dice.append(overlap / ((truth == structure).sum() + (predicted == structure).sum()))
         assert f"{arm:<10} {np.mean(dice):.3f}" in printed
+
+
+def test_nnunet_finds_the_best_configuration_among_the_arms(walked):
+    nnunet(walked[0], "nnUNetv2_find_best_configuration", quickstart.TARGET_ID, "-p", PRETRAINED, SCRATCH,
+           "-c", quickstart.CONFIGURATION, "-tr", quickstart.FINETUNER, "-f", "0", "--disable_ensembling", "-np", "1")
+    information = read_json(walked[0] / "nnUNet_results" / quickstart.TARGET / "inference_information.json")
+    assert information["best_model_or_ensemble"]["selected_model_or_models"][0]["plans_identifier"] in (
+        PRETRAINED, SCRATCH)
+    assert len(information["considered_models"]) == 2
+
+
+def test_nnunet_ensembles_the_arms(walked):
+    folder = walked[0]
+    arms = [folder / "predictions" / arm for arm in quickstart.ARMS]
+    nnunet(folder, "nnUNetv2_ensemble", "-i", *map(str, arms), "-o", str(folder / "ensemble"), "-np", "1")
+    name = next(arms[0].glob("*.npz")).name.replace(".npz", ".nii.gz")
+    together = nibabel.load(folder / "ensemble" / name)
+    expected = np.mean([np.load(arm / name.replace(".nii.gz", ".npz"))["probabilities"] for arm in arms], 0).argmax(0)
+    assert (expected == together.get_fdata().transpose(2, 1, 0)).mean() > 0.99
