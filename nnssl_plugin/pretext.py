@@ -67,6 +67,20 @@ class TrainingSettings:
     max_skipped_in_a_row: int = 50
     """Steps with a non-finite loss or gradient in a row that end the run."""
 
+    def __post_init__(self) -> None:
+        counts = ("epochs", "iterations_per_epoch", "figure_every", "max_skipped_in_a_row")
+        fine = {name: getattr(self, name) >= 1 for name in counts}
+        fine |= {"batch_size": self.batch_size is None or self.batch_size >= 1}
+        fine |= {"validation_iterations": self.validation_iterations >= 0}
+        fine |= {name: getattr(self, name) > 0 for name in ("lr", "gradient_clip")}
+        fine |= {name: getattr(self, name) >= 0 for name in ("weight_decay", "warmup_epochs", "seed")}
+        wrong = next((name for name, ok in fine.items() if not ok), None)
+        if wrong is not None:
+            raise UserError(
+                f"Setting '{wrong}' of the pretraining block cannot be {getattr(self, wrong)!r}.",
+                f"nnssl_plugin plan -d ID -n NAME --set {wrong}=VALUE",
+            )
+
 
 class PretextTask(nn.Module):
     """One pretraining method: backbone, heads, views and losses.

@@ -231,7 +231,9 @@ def test_settings_come_from_the_plan():
 
 
 @pytest.mark.parametrize("block, said", [({"epochz": 3}, "epochz"), ({"epochs": "many"}, "epochs"),
-                                         ({"method": {"queu": 3}}, "queu"), ({"method": {"queue": True}}, "queue")])
+                                         ({"method": {"queu": 3}}, "queu"), ({"method": {"queue": True}}, "queue"),
+                                         ({"epochs": 0}, "epochs"), ({"batch_size": 0}, "batch_size"),
+                                         ({"lr": -0.1}, "lr"), ({"iterations_per_epoch": 0}, "iterations")])
 def test_wrong_settings_are_named(block, said):
     with pytest.raises(UserError, match=said):
         make_trainer(pretraining=block)
