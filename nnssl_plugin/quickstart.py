@@ -79,7 +79,7 @@ def walk(folder: Path, *, device: str, trainers: str, say: Callable[[str], None]
     folder = Path(folder).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty.", "Choose another folder with -o, or remove this one.")
-    environment = _environment(folder, trainers)
+    environment = environment_for(folder, trainers)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         say(f"$ export {name}={shlex.quote(environment[name])}")
     say(f'$ eval "$(nnssl_plugin env)"   # nnUNet_extTrainer={trainers}')
@@ -210,7 +210,7 @@ def run(step: Step, logs: Path, *, number: int, environment: dict[str, str], say
     say(f"  done in {time.monotonic() - start:.0f} s")
 
 
-def _environment(folder, trainers):
+def environment_for(folder, trainers):
     """The user's environment with nnU-Net's folders inside ``folder`` and without settings that break planning."""
     environment = {name: value for name, value in os.environ.items() if name != "nnUNet_n_proc_DA"}
     environment |= {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}

@@ -30,7 +30,7 @@ def walked(tmp_path_factory):
 
 def nnunet(folder, *command):
     """Run one of nnU-Net's commands on the quickstart's folders."""
-    environment = quickstart._environment(folder, search_path())
+    environment = quickstart.environment_for(folder, search_path())
     finished = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True,
                               stdin=subprocess.DEVNULL)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]

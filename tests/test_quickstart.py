@@ -72,7 +72,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 
 def environment():
-    return quickstart._environment(quickstart.Path("quick"), "shelf")
+    return quickstart.environment_for(quickstart.Path("quick"), "shelf")
 
 
 def test_a_step_is_shown_before_it_runs_and_its_output_kept(tmp_path):

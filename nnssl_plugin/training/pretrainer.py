@@ -178,7 +178,7 @@ class Pretrainer(nnUNetTrainer):
         self._epoch_started, self.dataloader_train.waited = time.perf_counter(), 0.0
 
     def train_step(self, batch: Batch) -> dict:
-        """One step: views, forward, backward, update. Nothing here waits for the device."""
+        """One step: views, forward, backward, update. The pretrainer itself never waits for the device here."""
         progress = self.step / self.total_steps
         self.lr_scheduler.step(self.step)
         self.optimizer.zero_grad(set_to_none=True)

@@ -102,7 +102,7 @@ class Med3DInsight(PretextTask):
 
     @torch.no_grad()
     def after_step(self, progress: float, applied: Tensor) -> None:
-        """M = Proj(M), the last line of Algorithm 1."""
+        """M = Proj(M), the last line of Algorithm 1 (on CUDA the eigendecomposition waits for the device)."""
         self.metric.copy_(torch.where(applied, project_psd(self.metric), self.metric))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
