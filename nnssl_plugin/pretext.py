@@ -6,7 +6,8 @@ A method is an ``nn.Module`` that owns a backbone and whatever else it trains. T
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         counts = ("epochs", "iterations_per_epoch", "figure_every", "max_skipped_in_a_row")
         fine = {name: getattr(self, name) >= 1 for name in counts}
-        fine |= {"batch_size": self.batch_size is None or self.batch_size >= 1}
+        fine |= {"batch_size": self.batch_size is None or (type(self.batch_size) is int and self.batch_size >= 1)}
         fine |= {"validation_iterations": self.validation_iterations >= 0}
         fine |= {name: getattr(self, name) > 0 for name in ("lr", "gradient_clip")}
         fine |= {name: getattr(self, name) >= 0 for name in ("weight_decay", "warmup_epochs", "seed")}
@@ -161,21 +162,22 @@ def settings_from(block: dict[str, Any], default: Any, where: str) -> Any:
     for key, value in block.items():
         if key not in known:
             raise UserError(f"Unknown setting '{key}' in {where}.", f"Known settings: {', '.join(known)}.")
-        current = getattr(default, key)
-        if current is not None and not _same_kind(value, current):
-            raise UserError(f"Setting '{key}' in {where} is {value!r}; expected {type(current).__name__}.")
+        # a field whose default is None says itself what it takes, in its dataclass
+        if getattr(default, key) is not None and not _fits(value, known[key].type):
+            expected = getattr(known[key].type, "__name__", known[key].type)
+            raise UserError(f"Setting '{key}' in {where} is {value!r}; expected {expected}.")
     values = {f: getattr(default, f) for f in known} | block
     return type(default)(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _same_kind(value: Any, current: Any) -> bool:
-    if isinstance(current, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(current, bool)
-    if isinstance(current, float):
-        return isinstance(value, (int, float))
-    if isinstance(current, tuple):
-        return isinstance(value, (list, tuple))
-    return isinstance(value, type(current))
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value read from JSON is of a field's declared type; whole numbers serve as float, lists as tuple."""
+    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    kinds = tuple(get_origin(option) or option for option in options)
+    if isinstance(value, bool):  # bool is an int to isinstance
+        return bool in kinds
+    widened = {int: float, list: tuple}.get(type(value))
+    return isinstance(value, kinds) or widened in kinds
 
 
 def _identity(outputs: Views) -> Views:

@@ -11,6 +11,7 @@ from pretraining_harness import assert_same, make_trainer, run, state_of
 from toy_method import Settings, ToyPretrainer
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.pretext import TrainingSettings, settings_from
 from nnssl_plugin.training.interruption import DEADLINE, TO_BE_CONTINUED
 
 LATEST = "checkpoint_latest.pth"
@@ -237,6 +238,25 @@ def test_settings_come_from_the_plan():
 def test_wrong_settings_are_named(block, said):
     with pytest.raises(UserError, match=said):
         make_trainer(pretraining=block)
+
+
+def test_null_keeps_the_planned_batch_size_where_the_method_has_its_own():
+    class Larger(ToyPretrainer):
+        training_defaults = TrainingSettings(batch_size=5)
+
+    assert settings_from({"batch_size": None}, Larger.training_defaults, "plan").batch_size is None
+    trainer = make_trainer(trainer_class=Larger, pretraining={"batch_size": None})
+    trainer.initialize()
+    assert trainer.batch_size == trainer.configuration_manager.batch_size == 2
+
+
+@pytest.mark.parametrize("block", [{"batch_size": "four"}, {"batch_size": True}, {"lr": None}, {"epochs": 1.5}])
+@pytest.mark.parametrize("default", [None, 4])
+def test_values_of_another_type_are_named(block, default):
+    """Also where the default is None, whose own type says nothing."""
+    (name,) = block
+    with pytest.raises(UserError, match=f"'{name}'"):
+        settings_from(block, TrainingSettings(batch_size=default), "plan")
 
 
 def test_resuming_with_other_settings_is_refused_with_the_reason():
