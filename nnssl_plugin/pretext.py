@@ -56,6 +56,9 @@ class TrainingSettings:
     validation_iterations: int = 10
     batch_size: int | None = None
     """Samples per rank and step; ``None`` keeps the plan's batch size."""
+    chunk_size: int | None = None
+    """Samples encoded at a time; fewer than ``batch_size`` make a virtual batch: its gradients at the memory of a chunk
+    and the cost of one more forward. ``None`` encodes the batch at once."""
     lr: float = 1e-3
     weight_decay: float = 0.0
     warmup_epochs: float = 0.0
@@ -71,7 +74,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         counts = ("epochs", "iterations_per_epoch", "figure_every", "max_skipped_in_a_row")
         fine = {name: getattr(self, name) >= 1 for name in counts}
-        fine |= {"batch_size": self.batch_size is None or (type(self.batch_size) is int and self.batch_size >= 1)}
+        sizes = {name: getattr(self, name) for name in ("batch_size", "chunk_size")}
+        fine |= {name: size is None or (type(size) is int and size >= 1) for name, size in sizes.items()}
         fine |= {"validation_iterations": self.validation_iterations >= 0}
         fine |= {name: getattr(self, name) > 0 for name in ("lr", "gradient_clip")}
         fine |= {name: getattr(self, name) >= 0 for name in ("weight_decay", "warmup_epochs", "seed")}
@@ -107,7 +111,10 @@ class PretextTask(nn.Module):
         raise _missing(self, "views")
 
     def encode(self, views: Views) -> tuple[Views, Terms]:
-        """Per-sample outputs (B, ...), and losses (B,) that each sample has alone. Samples must not interact here."""
+        """Per-sample outputs (B, ...), and losses (B,) that each sample has alone.
+
+        Samples must not interact here, nor may the task's state change: a virtual batch encodes each sample twice.
+        """
         raise _missing(self, "encode")
 
     def loss(self, outputs: Views, progress: float) -> Terms:
@@ -119,8 +126,11 @@ class PretextTask(nn.Module):
         return {}
 
     def forward(self, views: Views, progress: float) -> Terms:
-        """``encode`` then ``loss`` over the gathered outputs: every term by its name, and their sum as ``total``."""
-        outputs, own = self.encode(views)
+        """``encode``, then ``terms``."""
+        return self.terms(*self.encode(views), progress)
+
+    def terms(self, outputs: Views, own: Terms, progress: float) -> Terms:
+        """Means of the samples' own losses, ``loss`` over the gathered outputs, and their weighted sum as ``total``."""
         terms = {name: value.mean() for name, value in own.items()}
         terms |= self.loss(self.gather(outputs), progress)
         weights = self.weights(progress)

@@ -1,7 +1,7 @@
 """Several ranks: devices, wrapping, and gathering with gradients."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -67,6 +67,14 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     values = values.clone()
     dist.all_reduce(values)
     return values / dist.get_world_size()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the ranks, as DDP does for a backward pass that goes through it."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -25,14 +25,15 @@ from nnssl_plugin.data.batches import BatchStream, StepBatches
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.pretext import Batch, PretextTask, TrainingSettings, settings_from
+from nnssl_plugin.pretext import Batch, PretextTask, Terms, TrainingSettings, settings_from
 from nnssl_plugin.training.batches import open_batches
-from nnssl_plugin.training.distributed import any_rank, device_of_rank, gather_samples, wrapping_for
+from nnssl_plugin.training.distributed import any_rank, average_gradients, device_of_rank, gather_samples, wrapping_for
 from nnssl_plugin.training.epoch_log import EpochLog
 from nnssl_plugin.training.epoch_sums import EpochSums
 from nnssl_plugin.training.figures import draw_pictures, draw_progress
 from nnssl_plugin.training.interruption import TO_BE_CONTINUED, Interruption
 from nnssl_plugin.training.schedules import CosineSchedule
+from nnssl_plugin.training.virtual_batch import backward_in_chunks, encode_in_chunks
 
 TRAIN, VALIDATE = 0, 1
 """Streams of randomness: the same step draws different numbers for training and for validation."""
@@ -183,8 +184,7 @@ class Pretrainer(nnUNetTrainer):
         self.lr_scheduler.step(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         views = self._views(batch, TRAIN, self.step)
-        with self._precision():
-            terms = self.network(views, progress)
+        terms = self._backward(views, progress)
         applied = self._update(terms["total"])
         self.task.after_step(progress, applied)
         self.sums.add(terms, applied)
@@ -195,24 +195,49 @@ class Pretrainer(nnUNetTrainer):
 
     def _views(self, batch: Batch, purpose: int, step: int) -> dict[str, Tensor]:
         """Views of a batch; seeds everything that draws numbers in this step, dropout included."""
-        entropy = [self.training_settings.seed, purpose, self.local_rank, step]
-        seed, dropout_seed = np.random.SeedSequence(entropy).generate_state(2, np.uint64)
-        torch.manual_seed(int(dropout_seed >> np.uint64(1)))
-        self.generator.manual_seed(int(seed >> np.uint64(1)))
+        seed, dropout_seed = self._seeds(purpose, step)
+        torch.manual_seed(dropout_seed)
+        self.generator.manual_seed(seed)
         moved = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         with torch.no_grad():
             return self.task.views(moved, self.generator)
+
+    def _seeds(self, purpose: int, step: int) -> tuple[int, int]:
+        """Seeds of the views and of dropout."""
+        entropy = [self.training_settings.seed, purpose, self.local_rank, step]
+        seed, dropout_seed = np.random.SeedSequence(entropy).generate_state(2, np.uint64) >> np.uint64(1)
+        return int(seed), int(dropout_seed)
+
+    @property
+    def _in_chunks(self) -> dict[str, Any] | None:
+        """How the batch is encoded in chunks, or ``None`` where it is encoded at once."""
+        size = self.training_settings.chunk_size
+        if size is None or size >= self.batch_size:
+            return None
+        return {"chunk_size": size, "seed": self._seeds(TRAIN, self.step)[1], "precision": self._precision}
+
+    def _backward(self, views: dict[str, Tensor], progress: float) -> Terms:
+        """Forward and backward of the batch; the terms of the loss."""
+        scale = _unscaled if self.grad_scaler is None else self.grad_scaler.scale
+        chunks = self._in_chunks
+        if chunks is None:
+            with self._precision():
+                terms = self.network(views, progress)
+            scale(terms["total"]).backward()
+            return terms
+        terms = backward_in_chunks(self.task, views, progress, scale=scale, **chunks)
+        if self.is_ddp:  # the chunks went around its wrapper
+            average_gradients(self.task.parameters())
+        return terms
 
     def _precision(self):
         """nnU-Net's rule: mixed precision on CUDA only."""
         return autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
     def _update(self, total: Tensor) -> Tensor:
-        """Backward, clipping and the optimiser's step; () bool on the device: False if a value was not finite."""
-        scaler = self.grad_scaler
-        (total if scaler is None else scaler.scale(total)).backward()
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
+        """Clipping and the optimiser's step; () bool on the device: False if a value was not finite."""
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
         clipped = [p for g in self.optimizer.param_groups if g.get("clip", True) for p in g["params"]]
         norm = torch.nn.utils.clip_grad_norm_(clipped, self.training_settings.gradient_clip)
         broken = (~torch.isfinite(norm + total.detach())).float()
@@ -265,9 +290,9 @@ class Pretrainer(nnUNetTrainer):
         """Loss terms and diagnostics of one of the fixed validation batches."""
         index = len(self._features)
         views = self._views(batch, VALIDATE, index)
+        terms = self._forward(views)
         with self._precision():
-            terms = self.network(views, self.step / self.total_steps)
-            diagnostics = self.task.diagnostics(views)
+            diagnostics = self.task.diagnostics(self._first_chunk(views))
         self._features.append(diagnostics.pop("features", torch.zeros(0, device=self.device)))
         numbers = {f"diagnostics/{name}": value for name, value in diagnostics.items()}
         always = torch.ones((), dtype=torch.bool, device=self.device)
@@ -275,6 +300,20 @@ class Pretrainer(nnUNetTrainer):
         if index == 0 and self._figures_are_due():
             self._draw(views)
         return {}
+
+    def _forward(self, views: dict[str, Tensor]) -> Terms:
+        """The terms of a validation batch."""
+        progress, chunks = self.step / self.total_steps, self._in_chunks
+        if chunks is None:
+            with self._precision():
+                return self.network(views, progress)
+        encoded = encode_in_chunks(self.task, views, **chunks)
+        with self._precision():
+            return self.task.terms(*encoded, progress)
+
+    def _first_chunk(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As many samples as are ever encoded at once."""
+        return {name: value[: self.training_settings.chunk_size] for name, value in views.items()}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         means = self.validation_sums.means()
@@ -439,3 +478,7 @@ class Pretrainer(nnUNetTrainer):
         planned = self.configuration_manager.batch_size
         if self.batch_size != planned:
             self.print_to_log_file(f"Batch size: {planned} (planned) → {self.batch_size} per rank (pretraining block)")
+
+
+def _unscaled(total: Tensor) -> Tensor:
+    return total

@@ -1,5 +1,6 @@
 """Fine-tuning of pretrained weights for segmentation, as the plan's ``finetuning`` block says."""
 
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,6 +42,9 @@ class FinetuningSettings:
     ELECTRA, appendix A; Bao et al. 2022, BEiT)."""
     frozen_encoder_epochs: int = 0
     """First epochs in which the encoder stays as it was loaded."""
+    seed: int | None = None
+    """Seed of the initialisation and, without worker processes (``nnUNet_n_proc_DA=0``), of the augmentation, so that
+    arms differ in their weights alone; ``null`` draws anew in every run."""
     epochs: int | None = None
     iterations_per_epoch: int | None = None
     validation_iterations: int | None = None
@@ -53,10 +57,10 @@ class FinetuningSettings:
             self._require(name, "a positive number or null", fits)
         self._require("layer_decay", "a number in (0, 1]", 0 < self.layer_decay <= 1)
         self._require("frozen_encoder_epochs", "a number of epochs", self.frozen_encoder_epochs >= 0)
-        for name in ("epochs", "iterations_per_epoch", "validation_iterations"):
+        for name, least in (("epochs", 1), ("iterations_per_epoch", 1), ("validation_iterations", 1), ("seed", 0)):
             value = getattr(self, name)
-            fits = value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
-            self._require(name, "a positive whole number or null", fits)
+            fits = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
+            self._require(name, f"a whole number from {least} or null", fits)
 
     def _require(self, name: str, expected: str, fits: bool) -> None:
         if not fits:
@@ -103,6 +107,13 @@ class PretrainedSegmentationTrainer(nnUNetTrainer):
         self.num_iterations_per_epoch = self.settings.iterations_per_epoch or self.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.settings.validation_iterations or self.num_val_iterations_per_epoch
         self._log_settings()
+
+    def initialize(self):
+        if self.settings.seed is not None:
+            random.seed(self.settings.seed)
+            np.random.seed(self.settings.seed)
+            torch.manual_seed(self.settings.seed)
+        super().initialize()
 
     def configure_optimizers(self):
         optimizer, _ = super().configure_optimizers()

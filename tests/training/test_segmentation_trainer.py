@@ -104,6 +104,19 @@ def test_the_twin_trains_from_its_own_initialisation(folder):
     assert all(torch.equal(value, before[key]) for key, value in subject.network.state_dict().items())
 
 
+def test_arms_of_one_seed_start_from_the_same_network_and_see_the_same_batches(folder):
+    def start(seed):
+        subject = trainer(folder, weights=None, seed=seed)
+        subject.initialize()
+        initial = copy_of(subject.network)
+        loader, _ = subject.get_dataloaders()
+        return initial, next(loader)["data"]
+
+    (first, batch), (second, same), (third, other) = start(3), start(3), start(4)
+    assert all(torch.equal(first[key], second[key]) for key in first) and torch.equal(batch, same)
+    assert not all(torch.equal(first[key], third[key]) for key in first) and not torch.equal(batch, other)
+
+
 def test_without_any_setting_a_step_is_nnunets(folder):
     ours, theirs = (trainer(folder, kind=kind, warmup_epochs=0)
                     for kind in (PretrainedSegmentationTrainer, nnUNetTrainer))
@@ -192,8 +205,9 @@ def test_learning_rate_and_schedule_come_from_the_plan(folder):
     ({"weights": None, "epoch": 3}, "Unknown setting 'epoch'"),
     ({"weights": None, "layer_decay": "0.5"}, "expected float"),
     ({"weights": None, "layer_decay": 1.5}, r"expected a number in \(0, 1\]"),
-    ({"weights": None, "epochs": "50"}, "positive whole number"),
-    ({"weights": None, "epochs": True}, "positive whole number"),
+    ({"weights": None, "epochs": "50"}, "whole number from 1"),
+    ({"weights": None, "epochs": True}, "whole number from 1"),
+    ({"weights": None, "seed": -1}, "whole number from 0"),
     ({"weights": None, "lr": 0}, "positive number"),
     ({"weights": 3}, "a file name"),
     ({"weights": "a.pth", "configuration": "2d"}, "adapted to 2d, not to 3d_fullres"),
