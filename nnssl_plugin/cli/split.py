@@ -1,0 +1,30 @@
+"""Append folds with fewer labels to a preprocessed dataset.
+
+    nnssl_plugin split -d 7 -f 0 --fractions 20 40 60 80 100
+
+One fold per percentage: nested subsets of the training cases of fold 0, with the same validation cases. Folds that
+are there stay as they are, and asking again adds nothing. Any trainer, nnU-Net's own included, then takes the printed
+fold numbers. Cases are what is drawn, not subjects.
+"""
+
+
+def add_arguments(parser):
+    parser.add_argument("-d", required=True, metavar="ID", help="dataset ID or full name")
+    parser.add_argument("-f", type=int, default=0, metavar="FOLD", help="fold to cut down (default: 0)")
+    parser.add_argument("--fractions", required=True, nargs="+", type=float, metavar="PERCENT",
+                        help="of the fold's training cases, for example 20 40 60 80 100")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the cases (default: 0)")
+
+
+def run(args):
+    from nnssl_plugin.evaluation.label_fractions import SPLITS_FILE, read_fraction_folds, write_fraction_folds
+    from nnssl_plugin.plan_files import dataset_folder
+
+    folds = write_fraction_folds(args.d, fold=args.f, fractions=[p / 100 for p in args.fractions], seed=args.seed)
+    folder = dataset_folder(args.d)
+    entries = {entry.fold: entry for entry in read_fraction_folds(folder)}
+    print(f"{folder / SPLITS_FILE}, from fold {args.f}:\n\nfold  labels  training  validation")
+    for number in folds.values():
+        entry = entries[number]
+        print(f"{number:>4}  {entry.fraction:>6.0%}  {entry.training_cases:>8}  {entry.validation_cases:>10}")
+    print(f"\nTrain one of them, with any trainer and plan:\nnnUNetv2_train {args.d} 3d_fullres {min(folds.values())}")

@@ -1,0 +1,1 @@
+"""Is everything in order, and what will nnU-Net find? Nothing here imports torch or nnU-Net: they may be broken."""
