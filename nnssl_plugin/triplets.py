@@ -44,6 +44,12 @@ class Embeddings:
     image: np.ndarray
     text: np.ndarray
     weights: str  # which model made them
+    place: np.ndarray | None = None  # (N,) str, see :func:`place_of`; None in files of before there was one
+
+
+def place_of(triplet: Triplet) -> str:
+    """Which slice a triplet shows, for example ``axial 61/120``."""
+    return f"{triplet.plane} {triplet.slice}/{triplet.n_slices}"
 
 
 def text_sha256(text: str) -> str:
@@ -97,7 +103,7 @@ def read_embeddings(raw_folder: Path, triplets: dict[str, Triplet]) -> dict[str,
         case name to (image (E,), text (E,)), float32, each of length 1.
 
     Raises:
-        UserError: the file is absent or unreadable, a case has no row, or a text has changed since it was embedded.
+        UserError: the file is absent or unreadable, a case has no row, or its text or slice has changed since.
     """
     path = Path(raw_folder) / EMBEDDINGS_FILE
     if not path.is_file():
@@ -110,6 +116,10 @@ def read_embeddings(raw_folder: Path, triplets: dict[str, Triplet]) -> dict[str,
     stale = [c for c, t in triplets.items() if str(stored.text_sha256[row_of[c]]) != text_sha256(t.text)]
     if stale:
         raise UserError(f"The text of {_some(stale)} has changed since {path} was written.", _remedy(raw_folder))
+    if stored.place is not None:
+        moved = [case for case, triplet in triplets.items() if str(stored.place[row_of[case]]) != place_of(triplet)]
+        if moved:
+            raise UserError(f"{path} was written for another slice of {_some(moved)}.", _remedy(raw_folder))
     return {case: (stored.image[row_of[case]], stored.text[row_of[case]]) for case in triplets}
 
 
@@ -122,7 +132,8 @@ def load_embeddings(raw_folder: Path) -> Embeddings:
     path = Path(raw_folder) / EMBEDDINGS_FILE
     try:
         with np.load(path, allow_pickle=False) as archive:
-            rows = {name: archive[name] for name in ("case", "text_sha256", "key", "image", "text")}
+            names = ("case", "text_sha256", "key", "image", "text")
+            rows = {name: archive[name] for name in (*names, *({"place"} & set(archive.files)))}
             weights = str(archive["weights"])
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise _unreadable(raw_folder, error) from error
@@ -135,6 +146,7 @@ def load_embeddings(raw_folder: Path) -> Embeddings:
 def write_embeddings(raw_folder: Path, embeddings: Embeddings) -> Path:
     """Write ``clip_embeddings.npz`` atomically and return its path."""
     path = Path(raw_folder) / EMBEDDINGS_FILE
+    place = {} if embeddings.place is None else {"place": np.asarray(embeddings.place, dtype=str)}
     with atomic_path(path) as temporary:
         np.savez(
             temporary,
@@ -144,6 +156,7 @@ def write_embeddings(raw_folder: Path, embeddings: Embeddings) -> Path:
             image=np.asarray(embeddings.image, dtype=np.float32),
             text=np.asarray(embeddings.text, dtype=np.float32),
             weights=np.asarray(embeddings.weights, dtype=str),
+            **place,
         )
     return path
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from nnssl_plugin.triplets import (
     Embeddings,
     Triplet,
     load_embeddings,
+    place_of,
     read_embeddings,
     read_triplets,
     text_sha256,
@@ -113,6 +115,18 @@ def test_missing_and_stale_rows_name_case_and_command(folder):
         read_embeddings(folder, many)
 
 
+def test_rows_of_another_slice_or_plane_are_stale(folder):
+    write_embeddings(folder, replace(rows(ONE), place=np.array([place_of(ONE)])))
+    assert load_embeddings(folder).place.tolist() == ["axial 3/9"]
+    assert list(read_embeddings(folder, {"a": ONE})) == ["a"]
+    for change in ({"slice": 4}, {"plane": "coronal"}, {"n_slices": 10}):
+        with pytest.raises(UserError, match="another slice of a") as caught:
+            read_embeddings(folder, {"a": replace(ONE, **change)})
+        assert "caption -d 042" in caught.value.remedy
+    write_embeddings(folder, rows(ONE))  # as files of before there was a place
+    assert list(read_embeddings(folder, {"a": replace(ONE, slice=4)})) == ["a"]
+
+
 def test_damaged_archive_is_refused_and_pickles_are_never_read(folder):
     path = folder / "clip_embeddings.npz"
     for content in (b"", b"no archive"):
@@ -123,7 +137,7 @@ def test_damaged_archive_is_refused_and_pickles_are_never_read(folder):
     np.savez(path, case=objects, text_sha256=objects, key=objects, image=objects, text=objects, weights="w")
     with pytest.raises(UserError, match="cannot be read"):
         load_embeddings(folder)
-    table = vars(rows(ONE, TWO))
+    table = {name: value for name, value in vars(rows(ONE, TWO)).items() if value is not None}
     np.savez(path, **{**table, "image": table["image"][:1]})
     with pytest.raises(UserError, match="differ in length"):
         load_embeddings(folder)

@@ -1,5 +1,6 @@
-"""Frozen image and text encoders that belong together, from a local file, a local folder, an open_clip tag, or random.
+"""Image and text encoders that belong together, from a local file, a local folder, an open_clip tag, or random.
 
+They are frozen, unless ``clip_training`` trains them first; :func:`save_pair` writes what :func:`load_pair` reads.
 open_clip is imported when a pair is made, not before. Only a tag reads the network. Pickles are read with
 ``torch.load(weights_only=True)``: a file that needs more is refused.
 """
@@ -17,14 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.files import atomic_path, write_json
 
 log = logging.getLogger(__name__)
 
 RANDOM_PAIR = "random-small"
 """Beginning of the weights' name where no weights were given."""
 
+PAIR_FOLDER = "clip_pair"
+"""Folder in a raw dataset that holds the pair which was fine-tuned on its slices and texts."""
+
 WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
 
 _LOCAL_REMEDY = f"Give the model's folder ({CONFIG_FILE}, weights and tokenizer files): --weights FOLDER"
 
@@ -42,16 +48,18 @@ class ClipPair:
     tokenise: Callable[[list[str]], Tensor]
     transform: Callable  # PIL image → (3, H, W) tensor
     weights: str  # human-readable name and hash
+    config: dict  # model_cfg and preprocess_cfg, as in open_clip_config.json
 
     @torch.no_grad()
     def embed(self, pictures: list[np.ndarray], texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Embed N pictures ((H, W, 3) uint8 each) and N texts: two (N, E) float32 arrays with rows of length 1."""
         from PIL import Image
 
+        device = next(self.model.parameters()).device
         batch = torch.stack([self.transform(Image.fromarray(picture)) for picture in pictures])
-        image = self.model.encode_image(batch, normalize=True)
-        text = self.model.encode_text(self.tokenise(texts), normalize=True)
-        return image.float().numpy(), text.float().numpy()
+        image = self.model.encode_image(batch.to(device), normalize=True)
+        text = self.model.encode_text(self.tokenise(texts).to(device), normalize=True)
+        return image.float().cpu().numpy(), text.float().cpu().numpy()
 
 
 def load_pair(*, weights: str | None = None, model: str | None = None) -> ClipPair:
@@ -68,7 +76,11 @@ def load_pair(*, weights: str | None = None, model: str | None = None) -> ClipPa
     if weights is None:
         if model is not None:
             raise UserError(f"--model {model} without weights.", "Give them too: --weights FILE, FOLDER or TAG")
-        return _random_pair()
+        log.warning(
+            "No --weights given: slices and texts are embedded by small random encoders. Random projections only tell "
+            "slices apart, they carry no medical meaning. Give --weights for encoders that have been trained."
+        )
+        return random_pair()
     if Path(weights).is_dir():
         return _folder_pair(Path(weights), model)
     if Path(weights).is_file():
@@ -76,18 +88,42 @@ def load_pair(*, weights: str | None = None, model: str | None = None) -> ClipPa
     return _tag_pair(weights, model)
 
 
-def _random_pair() -> ClipPair:
+def save_pair(pair: ClipPair, folder: Path) -> None:
+    """Write a pair as a folder that :func:`load_pair` reads, and open_clip itself under the name ``local-dir:FOLDER``.
+
+    Raises:
+        UserError: see :func:`check_can_be_saved`.
+    """
+    from safetensors.torch import save_file
+
+    check_can_be_saved(pair)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in pair.model.state_dict().items()}
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary)
+    if pair.config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+        pair.tokenise.save_pretrained(folder)
+    write_json(folder / CONFIG_FILE, pair.config)
+
+
+def check_can_be_saved(pair: ClipPair) -> None:
+    """Refuse a pair that could not be loaded again without the network.
+
+    Raises:
+        UserError: its text encoder is described on the Hugging Face hub only.
+    """
+    _check_is_local(pair.config["model_cfg"]["text_cfg"], pair.weights)
+
+
+def random_pair() -> ClipPair:
+    """A small pair with random weights, the same to the last bit on every machine."""
     import open_clip
 
     with torch.random.fork_rng(devices=[]):
         network = open_clip.CLIP(_EMBEDDING_SIZE, vision_cfg=_SMALL_VISION, text_cfg=_SMALL_TEXT)
     _set_reproducible_weights(network)
-    log.warning(
-        "No --weights given: slices and texts are embedded by small random encoders. Random projections only tell "
-        "slices apart, they carry no medical meaning. Give --weights for encoders that have been trained."
-    )
     tokeniser = open_clip.SimpleTokenizer(context_length=_SMALL_TEXT["context_length"])
-    return _pair(network, tokeniser, RANDOM_PAIR, preprocessing={"size": _SMALL_VISION["image_size"]})
+    config = {"embed_dim": _EMBEDDING_SIZE, "vision_cfg": dict(_SMALL_VISION), "text_cfg": dict(_SMALL_TEXT)}
+    return _pair(network, tokeniser, RANDOM_PAIR, config, preprocessing={"size": _SMALL_VISION["image_size"]})
 
 
 def _set_reproducible_weights(network: nn.Module) -> None:
@@ -164,23 +200,26 @@ def _create(name: str, title: str, **source) -> ClipPair:
     try:
         network = open_clip.create_model(name, weights_only=True, **source)
         tokeniser = open_clip.get_tokenizer(name)
+        config = open_clip.get_model_config(name)
     except errors as error:
         remedy = "Does --model fit the weights? For a tag, is the network reachable? Else give --weights FILE."
         raise UserError(f"The encoders {title} could not be loaded: {_one_line(error)}", remedy) from error
-    return _pair(network, tokeniser, title, preprocessing=dict(network.visual.preprocess_cfg))
+    return _pair(network, tokeniser, title, config, preprocessing=dict(network.visual.preprocess_cfg))
 
 
-def _pair(network: nn.Module, tokeniser: Callable, title: str, *, preprocessing: dict) -> ClipPair:
+def _pair(network: nn.Module, tokeniser: Callable, title: str, model_cfg: dict, *, preprocessing: dict) -> ClipPair:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     # "longest" pads to a square; open_clip's default would crop the ends of a long slice away
-    config = PreprocessCfg(**{**preprocessing, "resize_mode": "longest"})
+    preprocessing = {**preprocessing, "resize_mode": "longest"}
+    config = PreprocessCfg(**preprocessing)
     network = network.eval().requires_grad_(False)
     return ClipPair(
         model=network,
         tokenise=tokeniser,
         transform=image_transform_v2(config, is_train=False),
         weights=f"{title} sha256:{_network_sha256(network, repr(config))[:16]}",
+        config={"model_cfg": model_cfg, "preprocess_cfg": preprocessing},
     )
 
 
@@ -202,7 +241,7 @@ def _known_config(model: str | None, *, owner: str) -> dict:
     return config
 
 
-def _check_is_local(text_config: dict, source: Path) -> None:
+def _check_is_local(text_config: dict, source: Path | str) -> None:
     if text_config.get("hf_model_name"):
         raise UserError(
             f"{source}: its text encoder {text_config['hf_model_name']} is described on the Hugging Face hub only, "

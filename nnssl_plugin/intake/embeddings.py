@@ -10,13 +10,14 @@ import numpy as np
 from tqdm import tqdm
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.intake.clip_pairs import RANDOM_PAIR, ClipPair, load_pair
+from nnssl_plugin.intake.clip_pairs import PAIR_FOLDER, RANDOM_PAIR, ClipPair, load_pair
 from nnssl_plugin.intake.triplets import triplet_pictures
 from nnssl_plugin.triplets import (
     EMBEDDINGS_FILE,
     Embeddings,
     Triplet,
     load_embeddings,
+    place_of,
     read_triplets,
     text_sha256,
     write_embeddings,
@@ -43,7 +44,9 @@ class _Row:
     text: np.ndarray  # (E,)
 
 
-def store_embeddings(raw_folder: Path, *, model: str | None = None, weights: str | None = None) -> EmbeddingSummary:
+def store_embeddings(
+    raw_folder: Path, *, model: str | None = None, weights: str | None = None, device: str = "cpu"
+) -> EmbeddingSummary:
     """Embed every triplet of a raw dataset into ``clip_embeddings.npz``.
 
     A row is reused where the weights, the pixels of the slice and the text are those it was made of.
@@ -52,6 +55,7 @@ def store_embeddings(raw_folder: Path, *, model: str | None = None, weights: str
         raw_folder: raw dataset with ``triplets.jsonl``.
         model: open_clip's name of the architecture, where ``weights`` needs one.
         weights: file, folder or tag (see ``clip_pairs.load_pair``); None takes a small random pair.
+        device: where the encoders run.
 
     Raises:
         UserError: no triplets, no such weights, or rows made with given weights would be replaced by random ones.
@@ -59,11 +63,14 @@ def store_embeddings(raw_folder: Path, *, model: str | None = None, weights: str
     triplets = read_triplets(raw_folder)
     present = load_embeddings(raw_folder) if (raw_folder / EMBEDDINGS_FILE).is_file() else None
     if weights is None and present is not None and not present.weights.startswith(RANDOM_PAIR):
+        tuned = raw_folder / PAIR_FOLDER
+        again = tuned if present.weights.startswith(f"{PAIR_FOLDER} ") and tuned.is_dir() else "FILE, FOLDER or TAG"
         raise UserError(
             f"{raw_folder / EMBEDDINGS_FILE} was made with {present.weights}, and no weights are given now.",
-            "Give them again: --weights FILE, FOLDER or TAG (or delete the file to go back to random encoders).",
+            f"Give them again: --weights {again} (or delete the file to go back to random encoders).",
         )
     pair = load_pair(weights=weights, model=model)
+    pair.model.to(device)
     known = _known_rows(present)
     pictures = tqdm(triplet_pictures(raw_folder, triplets), total=len(triplets), desc="embed", unit="slice")
     rows = [row for batch in _batches(pictures) for row in _embed(batch, pair, known)]
@@ -114,4 +121,5 @@ def _table(rows: list[_Row], weights: str) -> Embeddings:
         image=np.stack([row.image for row in rows]),
         text=np.stack([row.text for row in rows]),
         weights=weights,
+        place=np.array([place_of(row.triplet) for row in rows]),
     )
