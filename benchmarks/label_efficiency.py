@@ -1,0 +1,123 @@
+"""Pretrain on unlabelled scans, fine-tune on fractions of the labels, and compare with twins from scratch.
+
+    python benchmarks/label_efficiency.py benchmarks/studies/hippocampus-med3dinsight.json -o hippocampus --jobs 2
+
+Everything runs through the package's and nnU-Net's own commands inside the folder given by -o. An interrupted study
+goes on with the same command. At the end the folder holds result.json, table.md, study.md and two figures; what they
+mean: docs/how-to/measure-label-efficiency.md.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from study_figures import draw_label_efficiency, draw_learning
+from study_file import Study, choose_cases, read_study
+from study_results import collect, page, summarise, table, versions
+from study_runner import Runner, StoppedEarly, cost
+from study_steps import adaptation_steps, finetuning_steps, lay_out, planning_steps, pretraining_steps
+
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.files import atomic_path, read_json, write_json
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+STUDY_COPY = "study.json"
+
+
+def carry_out(study_file: Path, folder: Path, *, data: Path, jobs: int, device: str) -> dict:
+    """Run a study, or what is left of it, and write its results.
+
+    Args:
+        study_file: what the study is.
+        folder: receives everything.
+        data: what the study's folders of images and labels are relative to.
+        jobs: trainings side by side.
+        device: nnU-Net's ``-device``.
+
+    Returns:
+        the content of ``result.json``.
+
+    Raises:
+        UserError: for a study that cannot be run, another study in the folder, or a command that fails.
+    """
+    study = read_study(study_file)
+    selection = choose_cases(study, data)
+    _claim(folder, study_file)
+    lay_out(study, selection, data=data, folder=folder)
+    planning, pretraining = planning_steps(study, folder), pretraining_steps(study, folder, device=device)
+    adaptation, finetuning = adaptation_steps(study, folder), finetuning_steps(study, folder, device=device)
+    total = len([*planning, *pretraining, *adaptation, *finetuning])
+    runner = Runner(folder, device=device, total=total)
+    runner.run(planning)
+    runner.run(pretraining, jobs=jobs)
+    runner.run(adaptation)
+    runner.run(finetuning, jobs=jobs)
+    runner.bar.close()
+    return write_results(study, folder, state=runner.state, jobs=jobs, device=device, study_file=study_file)
+
+
+def write_results(study: Study, folder: Path, *, state: dict, jobs: int, device: str, study_file: Path) -> dict:
+    """Read nnU-Net's summaries and write numbers, table, page and figures."""
+    runs = collect(study, folder)
+    result = {
+        "setting": {"study": asdict(study), "jobs": jobs, "device": device},
+        "versions": versions(),
+        "cost": cost(state),
+        "statistics": summarise(study, runs),
+        "runs": [run.as_json() for run in runs],
+    }
+    write_json(folder / "result.json", result)
+    lines = table(study, result["statistics"])
+    _write(folder / "table.md", lines)
+    _write(folder / "study.md", page(study, result, lines, study_file=study_file))
+    draw_label_efficiency(study, runs, result["statistics"], folder / "label_efficiency.png")
+    draw_learning(study, runs, folder / "learning.png")
+    return result
+
+
+def _claim(folder: Path, study_file: Path) -> None:
+    """Keep a copy of the study in its folder, and refuse the folder of another one."""
+    copy, content = folder / STUDY_COPY, read_json(study_file)
+    if copy.exists() and read_json(copy) != content:
+        raise UserError(f"{folder} holds another study than {study_file}, or this one before it was changed.",
+                        "Choose another folder with -o.")
+    write_json(copy, content)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _stop(number, frame) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="a file as in benchmarks/studies")
+    parser.add_argument("-o", required=True, type=Path, metavar="DIR", help="folder of the study")
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("NNSSL_PLUGIN_TEST_DATA", DATA)),
+                        help="folder of the data (default: $NNSSL_PLUGIN_TEST_DATA, else ../shared/data)")
+    parser.add_argument("--jobs", type=int, default=2,
+                        help="trainings side by side, on a CPU with one thread each; 1 uses every core (default: 2)")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        carry_out(args.study, args.o.resolve(), data=args.data.resolve(), jobs=max(1, args.jobs), device=args.device)
+    except UserError as error:
+        print(f"label_efficiency: {error}", file=sys.stderr)
+        return 75 if isinstance(error, StoppedEarly) else 2
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on.", file=sys.stderr)
+        return 75
+    print((args.o / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""A study of label efficiency as one JSON file: what it says, and which cases it takes."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.evaluation.label_fractions import nested_subsets
+from nnssl_plugin.files import read_json
+
+ENDING = ".nii.gz"
+CAPTION_FLAGS = ("captioner", "body-part", "seed", "weights", "model")
+"""Flags of ``nnssl_plugin caption`` that a study may set."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The scans and labels; folders are relative to the folder of data."""
+
+    title: str
+    licence: str
+    label_kind: str
+    """Who made the labels: expert, model output, phantom."""
+    images: str
+    labels: str
+    label_names: tuple[str, ...]
+    """Names of the values 1, 2, …"""
+    modality: str = "MR"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of cases."""
+
+    unlabelled: int
+    """Scans for pretraining; the labelled pool is among them."""
+    pool: int
+    """Cases with labels; a fraction of 1 trains on all of them."""
+    evaluation: int
+    """Cases that are segmented in the end; neither pretraining nor fine-tuning sees them."""
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """One way to pretrain."""
+
+    trainer: str
+    preset: str | None = None
+    edits: dict[str, Any] = field(default_factory=dict)
+    """Keys and values for ``nnssl_plugin plan --set``."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the comparison."""
+
+    name: str
+    pretraining: str | None
+    """A name among the study's pretrainings; ``null`` is from scratch."""
+    finetuning: dict[str, Any] = field(default_factory=dict)
+    """Settings of the fine-tuning that this arm alone has."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that a study file says."""
+
+    name: str
+    question: str
+    data: Data
+    cases: Counts
+    fractions: tuple[float, ...]
+    seeds: tuple[int, ...]
+    pretrainings: dict[str, Pretraining]
+    arms: tuple[Arm, ...]
+    plan: dict[str, Any] = field(default_factory=dict)
+    """Keys under ``configurations`` and values, for the plan that both datasets share."""
+    finetuning: dict[str, Any] = field(default_factory=dict)
+    """Settings of the plan's ``finetuning`` block, for every arm."""
+    captions: dict[str, Any] | None = None
+    """Flags of ``nnssl_plugin caption``, for methods that need triplets."""
+    configuration: str = "3d_fullres"
+
+    @property
+    def baseline(self) -> Arm:
+        """The arm that the others are compared with: the first from scratch."""
+        return next(arm for arm in self.arms if arm.pretraining is None)
+
+    @property
+    def folds(self) -> list[tuple[int, float]]:
+        """Seed and fraction of each fold of ``splits_final.json``, in order."""
+        return [(seed, fraction) for seed in self.seeds for fraction in self.fractions]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Names of the cases, sorted; the pool is a part of the unlabelled ones."""
+
+    unlabelled: tuple[str, ...]
+    pool: tuple[str, ...]
+    evaluation: tuple[str, ...]
+
+
+def read_study(path: str | Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        UserError: for a missing or unknown key, or values that do not hold together.
+    """
+    content = read_json(path)
+    study = _build(Study, content, where=f"{path}")
+    study = dataclasses.replace(
+        study,
+        data=_build(Data, study.data, where=f"{path}, data"),
+        cases=_build(Counts, study.cases, where=f"{path}, cases"),
+        pretrainings={name: _build(Pretraining, block, where=f"{path}, pretrainings, {name}")
+                      for name, block in study.pretrainings.items()},
+        arms=tuple(_build(Arm, arm, where=f"{path}, arms") for arm in study.arms),
+        fractions=tuple(sorted(study.fractions)),
+        seeds=tuple(study.seeds),
+    )
+    for fits, problem in _requirements(study):
+        if not fits:
+            raise UserError(f"{path}: {problem}.", "docs/how-to/measure-label-efficiency.md describes the file.")
+    return study
+
+
+def choose_cases(study: Study, data: Path) -> Selection:
+    """Choose the cases of a study evenly over their sorted names, so that the choice is always the same.
+
+    Args:
+        study: the study.
+        data: the folder that the study's folders of images and labels are relative to.
+
+    Raises:
+        UserError: when there are fewer cases with image and label than the study needs.
+    """
+    images, labels = (data / folder for folder in (study.data.images, study.data.labels))
+    names = sorted(path.name.removesuffix(ENDING) for path in images.glob(f"*{ENDING}")
+                   if (labels / path.name).is_file())
+    counts = study.cases
+    if len(names) < counts.unlabelled + counts.evaluation:
+        raise UserError(f"{images} and {labels} hold {len(names)} cases; the study needs {counts.unlabelled} unlabelled"
+                        f" and {counts.evaluation} others for evaluation.", "Name the folder of data with --data.")
+    evaluation = _evenly(names, counts.evaluation)
+    kept = set(evaluation)
+    unlabelled = _evenly([name for name in names if name not in kept], counts.unlabelled)
+    return Selection(unlabelled, _evenly(unlabelled, counts.pool), evaluation)
+
+
+def split_folds(study: Study, selection: Selection) -> list[dict[str, list[str]]]:
+    """nnU-Net's ``splits_final.json``: a fold for each seed and fraction, all with the same validation cases."""
+    subsets = {seed: nested_subsets(selection.pool, study.fractions, seed=seed) for seed in study.seeds}
+    return [{"train": list(subsets[seed][fraction]), "val": list(selection.evaluation)}
+            for seed, fraction in study.folds]
+
+
+def _evenly(names, count: int) -> tuple[str, ...]:
+    return tuple(names[index * len(names) // count] for index in range(count))
+
+
+def _build(kind: type, content: Any, *, where: str) -> Any:
+    """An instance of a dataclass from JSON, lists as tuples where the field is one."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{where} is {content!r}, not a block of values.", "See benchmarks/studies for examples.")
+    known = {entry.name: entry for entry in dataclasses.fields(kind)}
+    unknown = [key for key in content if key not in known]
+    missing = [name for name, entry in known.items() if name not in content
+               and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING]
+    if unknown or missing:
+        wrong = f"the unknown key '{unknown[0]}'" if unknown else f"no '{missing[0]}'"
+        raise UserError(f"{where} has {wrong}.", f"Its keys are: {', '.join(known)}.")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+
+
+def _requirements(study: Study) -> list[tuple[bool, str]]:
+    """What must hold, and what to say where it does not."""
+    names = [*study.pretrainings, *(arm.name for arm in study.arms), study.name]
+    bad_name = next((name for name in names if not re.fullmatch(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*", name)), None)
+    lost = next((arm for arm in study.arms if arm.pretraining not in (None, *study.pretrainings)), None)
+    counts = study.cases
+    return [
+        (bad_name is None, f"the name '{bad_name}' may hold letters, digits and single '-' only"),
+        (lost is None, f"the pretraining of an arm, '{lost and lost.pretraining}', is not among pretrainings"),
+        (any(arm.pretraining is None for arm in study.arms), "no arm is from scratch (\"pretraining\": null)"),
+        (len({arm.name for arm in study.arms}) == len(study.arms), "two arms have one name"),
+        (1 <= counts.pool <= counts.unlabelled and counts.evaluation >= 1,
+         "cases must have 1 <= pool <= unlabelled and evaluation >= 1"),
+        (len(study.fractions) > 0 and all(0 < fraction <= 1 for fraction in study.fractions),
+         "fractions must lie in (0, 1]"),
+        (len(study.seeds) > 0 and len(set(study.seeds)) == len(study.seeds), "seeds must be given, each once"),
+        (all(key.startswith("configurations.") for key in study.plan),
+         "keys of plan must begin with 'configurations.'"),
+        ("seed" not in {*study.finetuning, *(key for arm in study.arms for key in arm.finetuning)},
+         "the seed of the fine-tuning comes from seeds"),
+        (study.captions is None or set(study.captions) <= set(CAPTION_FLAGS),
+         f"captions may hold {', '.join(CAPTION_FLAGS)}"),
+    ]

@@ -1,0 +1,297 @@
+"""The label-efficiency study: which cases it takes, which commands it runs and resumes, and its statistics."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.files import read_json, write_json
+from nnssl_plugin.phantoms import write_phantoms
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
+study_figures, study_file, study_results, study_runner, study_steps = (
+    __import__(f"study_{name}") for name in ("figures", "file", "results", "runner", "steps")
+)
+
+STUDY = {
+    "name": "small",
+    "question": "Does it run?",
+    "data": {"title": "phantoms", "licence": "none", "label_kind": "phantom", "images": "images", "labels": "labels",
+             "label_names": ["first", "second"]},
+    "cases": {"unlabelled": 12, "pool": 4, "evaluation": 2},
+    "fractions": [1.0, 0.5],
+    "seeds": [0, 3],
+    "captions": {"captioner": "template"},
+    "plan": {"configurations.3d_fullres.batch_size": 2},
+    "pretrainings": {"med3d": {"trainer": "Med3DInsightPretrainer", "edits": {"epochs": 1}}},
+    "finetuning": {"epochs": 2},
+    "arms": [{"name": "pretrained", "pretraining": "med3d"}, {"name": "scratch", "pretraining": None}],
+}
+
+
+def read(tmp_path, **changes):
+    write_json(tmp_path / "study.json", STUDY | changes)
+    return study_file.read_study(tmp_path / "study.json")
+
+
+@pytest.fixture
+def data(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for number in range(20):
+            (tmp_path / "data" / folder / f"case_{number:02d}.nii.gz").touch()
+    return tmp_path / "data"
+
+
+def test_evaluation_cases_are_never_trained_on(tmp_path, data):
+    study = read(tmp_path)
+    chosen = study_file.choose_cases(study, data)
+    assert (len(chosen.unlabelled), len(chosen.pool), len(chosen.evaluation)) == (12, 4, 2)
+    assert not set(chosen.evaluation) & {*chosen.unlabelled, *chosen.pool}
+    assert set(chosen.pool) <= set(chosen.unlabelled)
+    for fold in study_file.split_folds(study, chosen):
+        assert fold["val"] == list(chosen.evaluation)
+        assert set(fold["train"]) <= set(chosen.pool)
+
+
+def test_folds_grow_with_the_fraction_and_differ_by_seed(tmp_path, data):
+    study = read(tmp_path, cases={"unlabelled": 16, "pool": 10, "evaluation": 2})
+    folds = study_file.split_folds(study, study_file.choose_cases(study, data))
+    assert study.folds == [(0, 0.5), (0, 1.0), (3, 0.5), (3, 1.0)]
+    assert [len(fold["train"]) for fold in folds] == [5, 10, 5, 10]
+    assert set(folds[0]["train"]) < set(folds[1]["train"]) and folds[0]["train"] != folds[2]["train"]
+
+
+def test_a_study_that_needs_more_cases_than_there_are_is_refused(tmp_path, data):
+    study = read(tmp_path, cases={"unlabelled": 19, "pool": 4, "evaluation": 2})
+    with pytest.raises(UserError, match="hold 20 cases"):
+        study_file.choose_cases(study, data)
+
+
+@pytest.mark.parametrize(("changes", "complaint"), [
+    ({"epochs": 3}, "unknown key 'epochs'"),
+    ({"cases": {"unlabelled": 4, "pool": 2}}, "no 'evaluation'"),
+    ({"arms": [{"name": "a", "pretraining": "med3d"}]}, "no arm is from scratch"),
+    ({"arms": [{"name": "a", "pretraining": "other"}, {"name": "b", "pretraining": None}]}, "'other'"),
+    ({"arms": [{"name": "a__b", "pretraining": None}]}, "'a__b'"),
+    ({"fractions": [0.0]}, "fractions"),
+    ({"cases": {"unlabelled": 4, "pool": 5, "evaluation": 1}}, "pool <= unlabelled"),
+    ({"plan": {"epochs": 3}}, "keys of plan"),
+    ({"finetuning": {"seed": 3}}, "seed"),
+    ({"seeds": [1, 1]}, "seeds"),
+    ({"data": []}, "not a block"),
+])
+def test_a_study_that_does_not_hold_together_is_refused(tmp_path, changes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        read(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "studies").glob("*.json")), ids=lambda path: path.stem)
+def test_the_studies_of_the_repository_can_be_read(path):
+    assert study_file.read_study(path).name == path.stem
+
+
+def all_steps(study, folder):
+    return [*study_steps.planning_steps(study, folder), *study_steps.pretraining_steps(study, folder, device="cpu"),
+            *study_steps.adaptation_steps(study, folder), *study_steps.finetuning_steps(study, folder, device="cpu")]
+
+
+def test_a_study_runs_the_packages_and_nnunets_commands(tmp_path):
+    steps = all_steps(read(tmp_path), tmp_path)
+    assert len({step.title for step in steps}) == len(steps)
+    assert all(step.command[0] == "nnssl_plugin" or step.command[0].startswith("nnUNetv2_") for step in steps)
+    assert sum(step.results is not None for step in steps) == 1 + 2 * 2 * 2  # pretraining; arms, seeds, fractions
+
+
+def test_twins_differ_in_their_weights_alone(tmp_path):
+    study = read(tmp_path)
+    for seed in study.seeds:
+        plans = [step.command for step in study_steps.adaptation_steps(study, tmp_path)
+                 if step.title.startswith("settings") and step.title.endswith(f"seed{seed}")]
+        settings = [command[command.index("--set"):] for command in plans]
+        assert len(settings) == 2 and settings[0] == settings[1]
+        assert f"finetuning.seed={seed}" in settings[0]
+    adapt = [step.command for step in study_steps.adaptation_steps(study, tmp_path) if step.title.startswith("adapt")]
+    assert [("-w" in command, "--from-scratch" in command) for command in adapt] == [(True, False)] * 2 + [
+        (False, True)] * 2
+
+
+def test_each_fold_is_trained_under_the_plan_of_its_seed(tmp_path):
+    study = read(tmp_path)
+    for step in study_steps.finetuning_steps(study, tmp_path, device="cpu"):
+        fold, plan = int(step.command[3]), step.command[step.command.index("-p") + 1]
+        assert f"-seed{study.folds[fold][0]}-" in plan and "__" not in plan
+        assert step.results.name == f"fold_{fold}" and plan in step.results.parent.name
+
+
+def test_an_arm_may_have_settings_of_its_own(tmp_path):
+    arms = [{"name": "frozen", "pretraining": "med3d", "finetuning": {"frozen_encoder_epochs": 1, "epochs": 3}},
+            {"name": "scratch", "pretraining": None}]
+    settings = {step.title: step.command for step in study_steps.adaptation_steps(read(tmp_path, arms=arms), tmp_path)}
+    assert {"finetuning.frozen_encoder_epochs=1", "finetuning.epochs=3"} <= set(settings["settings-frozen-seed0"])
+    assert "finetuning.epochs=2" in settings["settings-scratch-seed0"]
+
+
+@pytest.mark.parametrize(("checkpoint", "goes_on"), [("final", True), ("latest", True), ("best", False)])
+def test_a_training_goes_on_only_from_a_state_of_itself(tmp_path, checkpoint, goes_on):
+    (tmp_path / f"checkpoint_{checkpoint}.pth").touch()
+    step = study_steps.Step("t", "fine-tuning", ("nnUNetv2_train", "502"), results=tmp_path)
+    assert ("--c" in study_steps.executable(step, one_thread=False)) == goes_on
+    alone = study_steps.executable(step, one_thread=True)
+    assert alone[:3] == [sys.executable, str(study_steps.ONE_THREAD), "502"]
+
+
+def test_planning_is_never_given_the_value_that_breaks_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    assert "nnUNet_n_proc_DA" not in study_steps.environment(tmp_path, one_thread=True)
+    assert study_steps.training_environment(one_thread=False) == {"nnUNet_n_proc_DA": "0"}
+
+
+def python_step(title, code):
+    return study_steps.Step(title, "planning", (sys.executable, "-c", code))
+
+
+def runner(folder):
+    return study_runner.Runner(folder, device="cpu", total=4)
+
+
+def test_a_finished_step_is_not_run_again(tmp_path):
+    step = python_step("once", "open('runs', 'a').write('x')")
+    runner(tmp_path).run([step])
+    runner(tmp_path).run([step])
+    assert (tmp_path / "runs").read_text() == "x"
+    with pytest.raises(UserError, match="another command"):
+        runner(tmp_path).run([dataclasses.replace(step, command=(sys.executable, "-c", "pass"))])
+
+
+def test_cpu_time_of_a_command_and_its_children_is_counted(tmp_path):
+    burn = "import time; start = time.process_time()\nwhile time.process_time() - start < 0.4: pass"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}], check=True)"
+    runner(tmp_path).run([python_step("parent", child), python_step("idle", "import time; time.sleep(0.3)")], jobs=2)
+    state = read_json(tmp_path / "state.json")
+    assert state["parent"]["cpu_seconds"] >= 0.4
+    assert state["idle"]["cpu_seconds"] < 0.3 <= state["idle"]["seconds"]
+    cost = study_runner.cost(state)
+    assert cost["cpu_minutes"] == pytest.approx(sum(step["cpu_seconds"] for step in state.values()) / 60)
+
+
+def test_a_failing_step_is_named_with_its_log_and_runs_again(tmp_path):
+    step = python_step("broken", "raise SystemExit('it is broken')")
+    with pytest.raises(UserError, match="it is broken") as error:
+        runner(tmp_path).run([step])
+    assert str(tmp_path / "logs" / "broken.log") in error.value.remedy
+    spent = read_json(tmp_path / "state.json")["broken"]["cpu_seconds"]
+    with pytest.raises(UserError):
+        runner(tmp_path).run([step])
+    assert read_json(tmp_path / "state.json")["broken"]["cpu_seconds"] > spent  # what failed attempts cost counts too
+
+
+def test_an_early_stop_is_no_failure_and_ends_the_others(tmp_path):
+    steps = [python_step("stops", "raise SystemExit(75)"), python_step("long", "import time; time.sleep(60)")]
+    with pytest.raises(study_runner.StoppedEarly):
+        runner(tmp_path).run(steps, jobs=2)
+    ended = read_json(tmp_path / "state.json")["long"]
+    assert not ended["done"] and 0 < ended["seconds"] < 50
+
+
+def runs_of(study, scores):
+    """Runs with given scores: (arm, seed, fraction) → Dice of the cases."""
+    return [study_results.Run(arm.name, seed, fraction,
+                              {label: {f"case_{i}": value for i, value in enumerate(scores[arm.name, seed, fraction])}
+                               for label in ("mean", "first", "second")}, [0.1, 0.5])
+            for seed, fraction in study.folds for arm in study.arms]
+
+
+@pytest.fixture
+def small(tmp_path):
+    study = read(tmp_path, fractions=[0.5, 1.0])
+    rng = np.random.default_rng(0)
+    scores = {(arm.name, seed, fraction): rng.random(6) for seed, fraction in study.folds for arm in study.arms}
+    return study, scores, runs_of(study, scores)
+
+
+def test_statistics_agree_with_a_direct_calculation(small):
+    study, scores, runs = small
+    rows = study_results.summarise(study, runs)
+    row = next(r for r in rows if (r["fraction"], r["arm"], r["label"]) == (0.5, "pretrained", "second"))
+    own = [scores["pretrained", seed, 0.5] for seed in (0, 3)]
+    other = [scores["scratch", seed, 0.5] for seed in (0, 3)]
+    assert row["mean"] == pytest.approx(np.mean(own))
+    assert row["sd_over_seeds"] == pytest.approx(np.std([own[0].mean(), own[1].mean()], ddof=1))
+    assert row["labelled_cases"] == 2
+    difference = row["difference_to_scratch"]
+    assert difference["mean"] == pytest.approx(np.mean(own) - np.mean(other))
+    assert difference["low"] < difference["mean"] < difference["high"] and difference["pairs"] == 6
+
+
+def test_the_table_has_a_row_for_each_fraction_and_label(small):
+    study, _, runs = small
+    lines = study_results.table(study, study_results.summarise(study, runs)).splitlines()
+    assert len(lines) == 2 + 2 * 3
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[0].count("−") == 1  # the arm from scratch is not compared with itself
+
+
+def test_one_seed_has_no_spread(tmp_path):
+    study = read(tmp_path, seeds=[0])
+    runs = runs_of(study, {(arm.name, 0, f): [0.5, 0.7] for arm in study.arms for f in study.fractions})
+    rows = study_results.summarise(study, runs)
+    assert {row["sd_over_seeds"] for row in rows} == {None}
+    assert "±" not in study_results.table(study, rows)
+
+
+def test_a_label_that_is_nowhere_is_left_out(tmp_path):
+    case = {"reference_file": "/x/case_1.nii.gz", "metrics": {"1": {"Dice": 0.5}, "2": {"Dice": float("nan")}}}
+    (tmp_path / "summary.json").write_text(json.dumps({"metric_per_case": [case]}))
+    dice = study_results.read_dice(tmp_path / "summary.json", ("first", "second"))
+    assert dice["mean"] == {"case_1": 0.5} and np.isnan(dice["second"]["case_1"])
+    run = study_results.Run("a", 0, 1.0, dice, [])
+    assert run.as_json()["dice"]["second"] == {"case_1": None} and run.as_json()["mean_dice"] == 0.5
+
+
+def test_figures_are_drawn(small, tmp_path):
+    study, _, runs = small
+    study_figures.draw_label_efficiency(study, runs, study_results.summarise(study, runs), tmp_path / "a.png")
+    study_figures.draw_learning(study, runs, tmp_path / "b.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("a.png", "b.png"))
+
+
+@pytest.mark.slow
+def test_a_miniature_study_from_scans_to_its_page(tmp_path):
+    data = tmp_path / "data"
+    write_phantoms(data / "images", 14, seed=1, labels_folder=data / "labels", shape=(24, 32, 24),
+                   spacing_mm=(2.5, 2.5, 2.5))
+    for image in (data / "images").glob("*_0000.nii.gz"):
+        image.rename(image.with_name(image.name.replace("_0000", "")))
+    network = "configurations.3d_fullres.architecture.arch_kwargs"
+    study = STUDY | {
+        "fractions": [1.0], "seeds": [0],
+        "plan": {"configurations.3d_fullres.batch_size": 2, f"{network}.features_per_stage": [4, 8, 16]},
+        "pretrainings": {"med3d": {"trainer": "Med3DInsightPretrainer", "edits": {
+            "epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1, "batch_size": 2,
+            "method.queries": 8, "method.dim": 16, "method.heads": 2}}},
+        "finetuning": {"epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1},
+    }
+    write_json(tmp_path / "small.json", study)
+    command = [sys.executable, str(BENCHMARKS / "label_efficiency.py"), str(tmp_path / "small.json"),
+               "-o", str(tmp_path / "run"), "--data", str(data)]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-4000:]
+    result = read_json(tmp_path / "run" / "result.json")
+    assert {(run["arm"], len(run["dice"]["mean"])) for run in result["runs"]} == {("pretrained", 2), ("scratch", 2)}
+    assert result["cost"]["cpu_minutes"] > 0
+    for run, folder in zip(result["runs"], ("pretrained", "scratch"), strict=True):
+        results = tmp_path / "run" / "nnUNet_results" / study_steps.LABELLED
+        summary = read_json(next(results.glob(f"*__{folder}-seed0-tuned__*/fold_0/validation/summary.json")))
+        assert run["mean_dice"] == pytest.approx(summary["foreground_mean"]["Dice"])
+    page = (tmp_path / "run" / "study.md").read_text()
+    assert (tmp_path / "run" / "table.md").read_text() in page
+    write_json(tmp_path / "small.json", study | {"finetuning": {"epochs": 9}})
+    changed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert changed.returncode == 2 and "another study" in changed.stderr
