@@ -1,7 +1,9 @@
 """Generated scans that look like anatomy, for the quickstart and the tests: no download, no patient.
 
-A subject is an ellipsoidal body with nested organs, all bent by one smooth displacement, seen through one or several
-contrasts with a bias field and noise. Two small structures are labelled (1 and 2) and present in every subject.
+A subject is a trunk from abdomen to lungs: skin and fat, muscle, spine with its canal, vessels, lungs, liver, stomach,
+spleen and kidneys. Every organ has a place, size, tilt and outline of its own; all are bent by one smooth displacement,
+seen through one or several contrasts with a bias field and noise. The liver is labelled 1, one kidney 2; both are
+present in every subject.
 """
 
 from collections.abc import Sequence
@@ -25,24 +27,32 @@ class Organ(NamedTuple):
     label: int = 0
 
 
-BODY = Organ(1, (0, 0, 0), (1, 1, 1))
+BODY = Organ(1, (0, 0, 0), (1.8, 1, 1))
+"""A trunk: the field of view cuts it at both ends."""
 ORGANS = (
-    Organ(2, (0.05, 0.02, 0.0), (0.85, 0.84, 0.86)),
-    Organ(3, (0.45, 0.10, -0.42), (0.38, 0.46, 0.30)),
-    Organ(3, (0.45, 0.10, 0.42), (0.38, 0.46, 0.30)),
-    Organ(4, (-0.25, 0.20, 0.30), (0.52, 0.54, 0.50)),
-    Organ(5, (-0.05, 0.48, -0.36), (0.22, 0.22, 0.22)),
-    Organ(6, (0.0, -0.62, 0.0), (0.80, 0.17, 0.15)),
-    Organ(8, (-0.32, -0.16, -0.40), (0.46, 0.42, 0.36), label=1),
-    Organ(7, (-0.26, 0.20, 0.32), (0.36, 0.38, 0.36), label=2),
+    Organ(2, (0.0, 0.0, 0.0), (1.9, 0.86, 0.88)),  # muscle
+    Organ(4, (0.0, 0.12, 0.0), (1.9, 0.64, 0.74)),  # cavity
+    Organ(3, (0.80, 0.08, -0.42), (0.52, 0.56, 0.33)),  # lungs
+    Organ(3, (0.80, 0.08, 0.42), (0.52, 0.56, 0.33)),
+    Organ(7, (0.86, 0.22, -0.08), (0.38, 0.30, 0.26)),  # heart
+    Organ(5, (0.02, 0.34, -0.38), (0.40, 0.26, 0.26)),  # stomach and what it holds
+    Organ(10, (0.02, 0.36, -0.38), (0.26, 0.14, 0.14)),
+    Organ(11, (-0.02, -0.20, -0.54), (0.34, 0.22, 0.15)),  # spleen
+    Organ(6, (0.0, -0.54, 0.0), (1.9, 0.19, 0.19)),  # spine and canal
+    Organ(10, (0.0, -0.66, 0.0), (1.9, 0.06, 0.07)),
+    Organ(9, (0.0, -0.26, -0.10), (1.9, 0.09, 0.08)),  # vessels
+    Organ(9, (0.0, -0.26, 0.10), (1.9, 0.08, 0.09)),
+    Organ(8, (0.10, 0.14, 0.40), (0.50, 0.46, 0.38), label=1),  # liver
+    Organ(12, (-0.60, -0.24, 0.44), (0.40, 0.26, 0.24)),  # kidneys, each with its sinus
+    Organ(12, (-0.46, -0.24, -0.44), (0.46, 0.28, 0.26), label=2),
 )
-"""Painted in this order, so the labelled ones lie on top."""
+"""Painted in this order, so what is labelled lies on top."""
 
 CONTRASTS = np.array([
-    [0, 0.75, 0.40, 0.10, 0.55, 0.65, 0.85, 0.22, 1.20],
-    [0, 0.70, 0.35, 0.08, 0.28, 0.60, 0.45, 1.10, 0.80],
-    [0, 0.30, 0.55, 0.05, 0.65, 0.40, 0.70, 0.90, 1.15],
-    [0, 0.60, 0.70, 0.12, 0.50, 0.85, 0.30, 0.40, 1.05],
+    [0, 0.80, 0.45, 0.08, 0.60, 0.36, 0.55, 0.42, 0.98, 1.15, 0.16, 0.74, 0.26],
+    [0, 0.70, 0.30, 0.06, 0.60, 0.38, 0.42, 0.50, 0.40, 0.10, 1.15, 0.80, 0.95],
+    [0, 0.30, 0.55, 0.05, 0.42, 0.60, 0.40, 0.75, 1.00, 1.15, 0.20, 0.85, 0.70],
+    [0, 0.60, 0.50, 0.10, 0.75, 0.40, 0.85, 0.30, 1.05, 0.20, 0.90, 0.65, 0.36],
 ])
 """Intensity of each tissue (0 is air) in each channel, as different sequences show the same anatomy."""
 
@@ -115,26 +125,28 @@ def write_phantoms(
 def _anatomy(rng, shape, spacing_mm):
     """Tissue and label of each voxel."""
     axes = [np.linspace(-1, 1, n) for n in shape]
-    body = np.array(BODY.radii) * rng.uniform(0.80, 0.92, 3)
+    body = np.array([1, *rng.uniform(0.80, 0.94, 2)])
     grid = np.stack(np.meshgrid(*axes, indexing="ij")) / body[:, None, None, None]
     grid += np.stack([0.05 * _smooth_noise(rng, shape, spacing_mm, length=0.2) for _ in range(3)])
 
     tissue = np.zeros(shape, np.uint8)
     labels = np.zeros(shape, np.uint8)
-    tissue[_inside(BODY, grid)] = BODY.tissue
-    for organ in ORGANS:
-        moved = organ._replace(
-            centre=tuple(organ.centre + rng.normal(0, 0.03, 3)), radii=tuple(organ.radii * rng.uniform(0.85, 1.15, 3))
-        )
-        where = _inside(moved, grid)
+    for organ in (BODY, *ORGANS):
+        where = _individual(rng, organ, grid)
         tissue[where] = organ.tissue
         labels[where] = organ.label
     return tissue, labels
 
 
-def _inside(organ, grid):
-    offset = [(grid[axis] - organ.centre[axis]) / organ.radii[axis] for axis in range(3)]
-    return sum(o * o for o in offset) <= 1
+def _individual(rng, organ, grid):
+    """Where one subject's organ lies: moved, resized, leaning, bent and tapered at random."""
+    centre = organ.centre + rng.normal(0, 0.035, 3)
+    radii = organ.radii * rng.uniform(0.84, 1.16, 3)
+    lean, bend, taper = rng.normal(0, 0.18, 3)
+    z, y, x = (grid - centre[:, None, None, None]) / radii[:, None, None, None]
+    y = y + lean * z + bend * (z * z - 0.3)
+    x = x * (1 + taper * z)
+    return x * x + y * y + z * z <= 1
 
 
 def _seen(rng, ideal, spacing_mm):

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "registry": LEAVES | {"methods"},
     "intake": LEAVES,
     "evaluation": LEAVES | {"objectives"},
-    "quickstart": LEAVES,
+    "quickstart": LEAVES | {"checkpoints", "evaluation", "intake", "training"},
+    "doctor": LEAVES | {"registry", "pretrain_trainers"},
     "pretrain_trainers": {"training", "methods"},
     "plans": set(),
 }

@@ -41,6 +41,12 @@ def test_subjects_differ_in_shape_and_intensity():
     assert not np.allclose(one.mean(), two.mean(), rtol=1e-3)
 
 
+def test_volumes_vary_between_subjects():
+    volumes = np.array([[(make(seed)[1] == structure).sum() for structure in (1, 2)] for seed in range(12)])
+    variation = volumes.std(0) / volumes.mean(0)
+    assert (variation > 0.1).all() and (variation < 0.5).all()
+
+
 def test_channels_show_the_same_anatomy_in_another_contrast():
     image, labels = make(channels=3)
     alone, alone_labels = make(channels=1)

@@ -8,13 +8,17 @@ from nnssl_plugin import __version__
 from nnssl_plugin.errors import UserError
 
 VERBS = {
+    "doctor": "is everything in order, and what will nnU-Net find?",
     "env": "print the line that lets nnU-Net find the trainers of this package",
     "prepare": "make an nnU-Net dataset from a folder of unlabelled scans",
     "caption": "choose a slice per case, describe it, and store the frozen embeddings",
+    "clip": "fine-tune image and text encoders on slices and texts, then embed",
     "plan": "write a plan of a new name with other settings",
     "train": "nnU-Net's training command with the environment set",
     "adapt": "write a fine-tuning plan and its weights from a pretraining checkpoint",
-    "quickstart": "walk the whole road on generated phantoms",
+    "evaluate": "score segmentations, and compare runs case by case",
+    "split": "append folds with fewer labels to a dataset",
+    "quickstart": "walk the whole road in minutes, on phantoms or your scans, with a report",
 }
 """Verb → one line of help. Each verb is a module of this package with ``add_arguments(parser)`` and ``run(args)``."""
 

@@ -1,29 +1,46 @@
-"""Walk the whole road on generated phantoms: pretrain, fine-tune, predict. Needs no data and no network.
+"""Walk the whole road in about ten minutes: pretrain, fine-tune beside a twin from scratch, predict, report.
 
-    nnssl_plugin quickstart
-    nnssl_plugin quickstart -o my_first_run -device cuda
+    nnssl_plugin quickstart                                                # generated phantoms: no data, no network
+    nnssl_plugin quickstart --images my_scans -o first_run                 # ends with pretraining
+    nnssl_plugin quickstart --images my_scans --labels my_labels -o both   # labels/CASE.nii.gz for images/CASE.nii.gz
 
-Every command is printed before it runs, so that you can repeat it on your own data.
+Every command is printed before it runs, so that you can repeat it. Interrupted, the same command goes on where it was
+(exit code 75). Large scans are made coarser and few are used, so that minutes suffice; the output says what was cut.
+report.html in the folder shows what came out.
 """
 
+import shlex
+import sys
 from pathlib import Path
 
 from nnssl_plugin.cli.env import search_path
-from nnssl_plugin.quickstart import walk
 
 
 def add_arguments(parser):
-    parser.add_argument("-o", metavar="DIR", type=Path, default=Path("nnssl_quickstart"),
+    parser.add_argument("--images", metavar="DIR", type=Path, help="your scans (default: generated phantoms)")
+    parser.add_argument("--labels", metavar="DIR", type=Path,
+                        help="segmentations of some of them, of the same name; the others stay unlabelled")
+    parser.add_argument("--modality", choices=("MR", "CT"), help="of your scans (default: guessed; MR for PET, US, …)")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("nnssl_quickstart"), dest="o",
                         help="an empty or new folder that receives everything (default: ./nnssl_quickstart)")
-    parser.add_argument("-device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("-device", "--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
 
 
 def run(args):
-    dice = walk(args.o, device=args.device, trainers=search_path(), say=_say)
-    print("\nMean foreground Dice on the test phantoms (it shows that the road works, not what pretraining brings):")
-    for arm, value in dice.items():
-        print(f"  {arm:<10} {value:.3f}")
-    print(f"Figures, checkpoints and predictions: {args.o}")
+    from nnssl_plugin.quickstart.commands import Stopped
+    from nnssl_plugin.quickstart.scans import Setting
+    from nnssl_plugin.quickstart.walk import walk
+    from nnssl_plugin.training.interruption import TO_BE_CONTINUED
+
+    images, labels = (str(path.resolve()) if path else None for path in (args.images, args.labels))
+    try:
+        report = walk(args.o, Setting(images, labels, args.modality), device=args.device, trainers=search_path(),
+                      say=_say)
+    except Stopped:
+        _say(f"Stopped. To go on from here: {shlex.join(['nnssl_plugin', *sys.argv[1:]])}")
+        return TO_BE_CONTINUED
+    _say(f"\nReport: {report}\nOpen it in a browser.")
+    return 0
 
 
 def _say(line):
