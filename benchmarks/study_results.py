@@ -138,7 +138,7 @@ def page(study: Study, result: dict[str, Any], lines: str, *, study_file: Path) 
 **Data.** {data.title}; {data.licence}; labels: {data.label_kind} ({", ".join(data.label_names)}). {counts.unlabelled} scans for pretraining, of which up to {counts.pool} come with labels; {counts.evaluation} other cases for evaluation, which neither pretraining nor fine-tuning sees.
 
 {lines}
-Mean Dice over the evaluation cases and {len(study.seeds)} seeds ± standard deviation over the seeds. A seed draws the labelled cases, the initialisation and the augmentation, alike in every arm. Differences are paired by case, each case averaged over the seeds; the interval is a percentile bootstrap over cases, so it does not hold the spread between pretrainings. The final checkpoint is evaluated, nothing is selected on the evaluation cases.
+Mean Dice over the evaluation cases and {len(study.seeds)} seeds ± standard deviation over the seeds. A seed draws the labelled cases, the initialisation and the augmentation, alike in every arm. Differences are paired by case, each case averaged over the seeds; the interval is a percentile bootstrap over cases, so it does not hold the spread between pretrainings. The final checkpoint is evaluated, no checkpoint is selected on the evaluation cases.
 
 ![Dice against the number of labelled cases](label_efficiency.png)
 
