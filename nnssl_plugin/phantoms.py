@@ -2,7 +2,7 @@
 
 A subject is a trunk from abdomen to lungs: skin and fat, muscle, spine with its canal, vessels, lungs, liver, stomach,
 spleen and kidneys. Every organ has a place, size, tilt and outline of its own; all are bent by one smooth displacement,
-seen through one or several contrasts with a bias field and noise. The liver is labelled 1, one kidney 2; both are
+seen through one or several contrasts with a bias field and noise. The liver is labelled 1, both kidneys 2; they are
 present in every subject.
 """
 
@@ -43,18 +43,19 @@ ORGANS = (
     Organ(9, (0.0, -0.26, -0.10), (1.9, 0.09, 0.08)),  # vessels
     Organ(9, (0.0, -0.26, 0.10), (1.9, 0.08, 0.09)),
     Organ(8, (0.10, 0.14, 0.40), (0.50, 0.46, 0.38), label=1),  # liver
-    Organ(12, (-0.60, -0.24, 0.44), (0.40, 0.26, 0.24)),  # kidneys, each with its sinus
+    Organ(12, (-0.56, -0.24, 0.44), (0.42, 0.27, 0.25), label=2),  # kidneys
     Organ(12, (-0.46, -0.24, -0.44), (0.46, 0.28, 0.26), label=2),
 )
 """Painted in this order, so what is labelled lies on top."""
 
 CONTRASTS = np.array([
-    [0, 0.80, 0.45, 0.08, 0.60, 0.36, 0.55, 0.42, 0.98, 1.15, 0.16, 0.74, 0.26],
-    [0, 0.70, 0.30, 0.06, 0.60, 0.38, 0.42, 0.50, 0.40, 0.10, 1.15, 0.80, 0.95],
+    [0, 0.42, 0.34, 0.06, 0.48, 0.30, 0.40, 0.52, 0.88, 1.00, 0.16, 0.62, 1.25],
+    [0, 0.70, 0.30, 0.06, 0.60, 0.38, 0.42, 0.50, 0.95, 0.10, 1.15, 0.80, 0.40],
     [0, 0.30, 0.55, 0.05, 0.42, 0.60, 0.40, 0.75, 1.00, 1.15, 0.20, 0.85, 0.70],
     [0, 0.60, 0.50, 0.10, 0.75, 0.40, 0.85, 0.30, 1.05, 0.20, 0.90, 0.65, 0.36],
 ])
-"""Intensity of each tissue (0 is air) in each channel, as different sequences show the same anatomy."""
+"""Intensity of each tissue (0 is air) in each channel, as different sequences show the same anatomy; the first is like
+T1 with contrast agent and suppressed fat."""
 
 
 def phantom(

@@ -143,7 +143,8 @@ def project_psd(matrix: Tensor) -> Tensor:
     """The positive semi-definite matrix nearest to ``matrix`` in the Frobenius norm (Algorithm 1: ``Proj``).
 
     Symmetrises and clamps the eigenvalues at 0, by taking the negative part away: a symmetric matrix without negative
-    eigenvalues comes back bit for bit, so that repeated projection does not drift.
+    eigenvalues comes back bit for bit, so that repeated projection does not drift. A Cholesky factorisation tells
+    whether there is anything to clamp, several times faster than the eigenvalues; on CUDA both wait for the device.
 
     Args:
         matrix: (..., d, d), float32 or float64.
@@ -152,6 +153,8 @@ def project_psd(matrix: Tensor) -> Tensor:
         (..., d, d), symmetric.
     """
     symmetric = (matrix + matrix.mT) / 2
+    if not torch.linalg.cholesky_ex(symmetric).info.any():  # positive definite
+        return symmetric
     eigenvalues, vectors = torch.linalg.eigh(symmetric)
     negative = (vectors * eigenvalues.clamp(max=0)[..., None, :]) @ vectors.mT
     return symmetric - (negative + negative.mT) / 2

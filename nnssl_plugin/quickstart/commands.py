@@ -126,7 +126,8 @@ def _wait(process: subprocess.Popen, say: Callable[[str], None]) -> int:
         return process.wait()
     except KeyboardInterrupt:
         say("  stopping: a training first writes its state (Ctrl-C again stops at once)")
-        _signal_all(process, signal.SIGINT)
+        # not SIGINT, which commands ignore where a shell script started us in the background
+        _signal_all(process, signal.SIGTERM)
     try:
         process.wait(timeout=SECONDS_TO_STOP)
     except (KeyboardInterrupt, subprocess.TimeoutExpired):

@@ -21,7 +21,7 @@ td { font-variant-numeric: tabular-nums; }
 figure { margin: .8rem 0; }
 figcaption { color: #444; font-size: .95rem; }
 img { max-width: 100%; height: auto; }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; }
+.row { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem; }
 .row figure { flex: 1 1 22rem; margin: 0; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; line-height: 1.45; }
 summary { cursor: pointer; font-weight: 600; }
@@ -29,7 +29,11 @@ footer { margin-top: 3rem; color: #555; font-size: .9rem; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10.5pt; }
   figure, tr, p { break-inside: avoid; }
-  h2, caption { break-after: avoid; }
+  h2, caption, section > p { break-after: avoid; }
+  table { display: table; width: 100%; font-size: 8.5pt; }
+  th, td { padding: .15rem .3rem; }
+  .row { display: block; }
+  .row figure { display: inline-block; width: 48%; margin: 0 0 .6rem; vertical-align: top; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 }
 """

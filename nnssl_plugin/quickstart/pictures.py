@@ -71,7 +71,7 @@ def draw_dice(scores: Scores, path: Path) -> None:
 def draw_contours(
     image: Path, truth: Path, predictions: Mapping[str, Path], path: Path, *, labels: Mapping[str, int]
 ) -> str:
-    """True and predicted contours on the slice with the most true foreground, one panel per arm.
+    """True and predicted contours on the slice with the most labels, then the most foreground; one panel per arm.
 
     The slice lies across the axis with the widest voxels (axial where all are equal), in RAS, with its aspect in mm;
     the patient's right is on the left, as radiologists see it.
@@ -84,10 +84,9 @@ def draw_contours(
     volume, spacing = _oriented(image)
     true, _ = _oriented(truth)
     axis = 2 - int(np.argmax(spacing[::-1]))
-    sizes = (true > 0).sum(axis=tuple(a for a in range(3) if a != axis))
-    index = int(sizes.argmax()) if sizes.max() else true.shape[axis] // 2
+    index = _fullest_slice(true, axis)
     plane = f"{PLANE_OF_AXIS[axis]} slice {index + 1} of {true.shape[axis]}"
-    figure, panels = _axes(1, len(predictions), width=4 * len(predictions), height=4.6, grid=False)
+    figure, panels = _axes(1, len(predictions), width=3 * len(predictions), height=3.7, grid=False)
     background = np.take(volume, index, axis)
     low, high = np.percentile(volume, (0.5, 99.5))
     across, up = (spacing[a] for a in range(3) if a != axis)
@@ -148,6 +147,12 @@ def draw_times(seconds: Mapping[str, float], path: Path) -> None:
 def _curve(axis, series, style, **look):
     if len(series):
         axis.plot(range(1, len(series) + 1), np.asarray(series, float), style, marker=".", **look)
+
+
+def _fullest_slice(labels, axis):
+    slices = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
+    fullness = [(len(np.unique(values[values > 0])), (values > 0).sum()) for values in slices]
+    return max(range(len(slices)), key=fullness.__getitem__) if labels.any() else len(slices) // 2
 
 
 def _contour(panel, mask, colour, style):

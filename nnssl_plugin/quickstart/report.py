@@ -24,7 +24,8 @@ PICTURES = "report"
 CAPTIONS_SHOWN = 4
 HONEST = (
     "This shows that the road works. It does not show what pretraining brings: that needs a large pretraining set, "
-    "a full-sized network, full schedules, several seeds and many test cases."
+    "a full-sized network, full schedules, several seeds and many test cases. The interval covers the choice of the "
+    "test cases, not the luck of one training."
 )
 
 
@@ -111,7 +112,7 @@ def _contours(folder: Path, journal: Journal, scores: Scores, drawn: Path) -> st
         dice = ", ".join(f"{arm} {_number(scores.of(arm, ALL_LABELS)[i])}" for arm in ARMS)
         alt = f"{case}, {plane}: true contours (solid) and predicted ones (dashed) of both arms. Mean Dice: {dice}."
         shown.append(figure(path, alt, f"{case}. Mean Dice: {dice}."))
-    intro = "Each test case on the slice with the most true foreground. Solid: true contour, dashed: predicted."
+    intro = "Each test case on its slice with the most labels. Solid: true contour, dashed: predicted."
     return section("Predicted against true contours", paragraph(intro), pages.side_by_side(shown))
 
 

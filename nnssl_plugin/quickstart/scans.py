@@ -26,7 +26,7 @@ SHAPE = (24, 40, 32)
 SPACING_MM = (2.5, 2.5, 2.5)
 UNLABELLED, LABELLED, TEST = 8, 8, 6
 """Number of phantoms of each kind."""
-PHANTOM_LABELS = {"liver": 1, "kidney": 2}
+PHANTOM_LABELS = {"liver": 1, "kidneys": 2}
 
 
 @dataclass(frozen=True)

@@ -406,3 +406,10 @@ def test_property_7_projection_leaves_a_semi_definite_matrix_alone():
 def test_projection_is_batched():
     matrices = normal(3, 5, 5)
     torch.testing.assert_close(project_psd(matrices)[2], project_psd(matrices[2]))
+
+
+def test_a_positive_definite_matrix_costs_no_eigenvalues(monkeypatch):
+    factor = normal(6, 6)
+    matrix = factor @ factor.mT + torch.eye(6)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: pytest.fail("eigenvalues were computed"))
+    torch.testing.assert_close(project_psd(matrix), matrix, rtol=0, atol=1e-15)

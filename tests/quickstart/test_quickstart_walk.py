@@ -218,7 +218,7 @@ def test_interrupting_stops_the_command_and_says_how_to_go_on(tmp_path):
     """As a terminal does it: Ctrl-C to the process, whose child is then told once and given time to write."""
     child = ("import pathlib, signal, sys, time\n"
              "def stop(*_): pathlib.Path('told').open('a').write('x'); sys.exit(75)\n"
-             "signal.signal(signal.SIGINT, stop); pathlib.Path('ready').touch(); time.sleep(60)")
+             "signal.signal(signal.SIGTERM, stop); pathlib.Path('ready').touch(); time.sleep(60)")
     parent = ("import sys; from pathlib import Path\n"
               "from nnssl_plugin.quickstart import commands; from nnssl_plugin.quickstart.road import Step\n"
               f"step = Step('x', '', (sys.executable, '-c', {child!r}))\n"
