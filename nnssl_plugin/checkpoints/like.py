@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from nnssl_plugin.checkpoints.source import Source
 from nnssl_plugin.errors import UserError
@@ -210,24 +213,32 @@ def _memory(before: Mapping[str, Any], after: Mapping[str, Any], configuration: 
 
 def training_bytes(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> int:
     """About what a training step holds in float32: what the backward pass needs of each sample, and three copies of
-    the parameters (weights, gradients, momentum). Computed without memory of its own, on the meta device."""
+    the parameters (weights, gradients, momentum). Computed without memory of its own, on the meta device; attention
+    counts as its fused kernels keep it, without the matrix of all pairs of tokens."""
     resolved = resolve_configuration(plans, configuration)
     network = build_network(plans, configuration, dataset_json, device="meta")
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
     kept: dict[int, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
     image = torch.empty(1, input_channels(plans, configuration, dataset_json), *resolved["patch_size"], device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (mock.patch.object(F, "scaled_dot_product_attention", _attention_without_matrix),
+          torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)):
         outputs = network(image)  # held until all is counted, so that no storage's number is given twice
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())
     del outputs
     return resolved["batch_size"] * sum(kept.values()) + 3 * parameters
+
+
+def _attention_without_matrix(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Of the shape of attention among the tokens of one image, and keeps query, key, value and one more of their size,
+    as the fused kernels do (Dao et al. 2022, FlashAttention)."""
+    return query * key * value
 
 
 def _by(sizes: Any) -> str:
