@@ -1,6 +1,6 @@
 """Edits of a plan: ``key=value`` assignments and presets on a plan's dictionary, and checks of the result.
 
-Only :func:`write_edited_plan` reads and writes the files of a dataset; everything else works on dictionaries.
+Only the functions that begin with ``write`` touch the files of a dataset; everything else works on dictionaries.
 """
 
 import difflib
@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ PREPROCESSING = ("preprocessor_name", "spacing", "normalization_schemes", "use_m
                  "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs")
 """Fields of a configuration that its preprocessed cases were made with."""
 ABSENT = "not set"
+Assignment = tuple[tuple[str, ...], Any]
+"""Path from the top of the plan, and value."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class EditedPlan:
     changes: list[Change]
     to_preprocess: list[str]
     """Configurations whose data must be preprocessed before training."""
+    notes: list[str] = field(default_factory=list)
+    """What else there is to know about the choices that were made."""
 
 
 def write_edited_plan(
@@ -59,32 +63,56 @@ def write_edited_plan(
     name: str,
     *,
     source: str = "nnUNetPlans",
-    preset: str | None = None,
+    presets: Sequence[str] = (),
     assignments: Sequence[str] = (),
     overwrite: bool = False,
 ) -> EditedPlan:
-    """Write the plan ``name`` of a preprocessed dataset: ``source`` with a preset and assignments.
+    """Write the plan ``name`` of a preprocessed dataset: ``source`` with presets and assignments.
 
     Args:
         dataset: ID or full name.
         name: ``plans_name`` and file name of the new plan.
         source: the plan to start from.
-        preset: fragment of a plan in ``nnssl_plugin.plans`` that is merged in before the assignments.
+        presets: fragments of a plan in ``nnssl_plugin.plans`` that are merged in before the assignments.
         assignments: ``key=value`` texts, see :func:`parse_assignment`.
         overwrite: replace an existing plan of this name that says something else.
 
     Raises:
         UserError: for a bad name, an unknown key, a plan that does not hold together, or an existing plan.
     """
+    check_new_name(name, source)
+    folder = dataset_folder(dataset)
+    plans = read_plan(folder, source)
+    return write_changed_plan(folder, plans, name, asked_for(plans, presets, assignments), overwrite=overwrite)
+
+
+def asked_for(plans: Mapping[str, Any], presets: Sequence[str], assignments: Sequence[str]) -> list[Assignment]:
+    """Presets in their order, then ``key=value`` texts, as assignments to a plan."""
+    values = [value for preset in presets for value in preset_assignments(read_preset(preset), plans)]
+    return [*values, *map(parse_assignment, assignments)]
+
+
+def check_new_name(name: str, source: str) -> None:
+    """Refuse a name that cannot be a plan's, or is that of the plan it starts from.
+
+    Raises:
+        UserError: for such a name.
+    """
     check_name(name)
     if name == source:
         raise UserError(f"The new plan has the name of its source, {name}; plans are never edited in place.",
                         f"For example: -n {name}-edited")
-    folder = dataset_folder(dataset)
-    plans, dataset_json = read_plan(folder, source), read_dataset_json(folder)
-    block = list(leaves(read_preset(preset), ())) if preset else []
-    edited, changes = edit_plan(plans, name, [*block, *map(parse_assignment, assignments)])
-    to_preprocess = check_plan(edited, plans, dataset_json)
+
+
+def write_changed_plan(folder: Path, plans: Mapping[str, Any], name: str, assignments: Sequence[Assignment],
+                       *, overwrite: bool = False) -> EditedPlan:
+    """Write ``plans`` with assignments as the plan ``name`` into the folder of its preprocessed dataset.
+
+    Raises:
+        UserError: for an unknown key, a plan that does not hold together, or an existing plan that says something else.
+    """
+    edited, changes = edit_plan(plans, name, assignments)
+    to_preprocess = check_plan(edited, plans, read_dataset_json(folder))
     path = folder / f"{name}.json"
     if path.exists() and not overwrite and read_plan(folder, name) != edited:
         raise UserError(f"{path} exists and says something else.", "Choose another name, or add --overwrite.")
@@ -92,7 +120,7 @@ def write_edited_plan(
     return EditedPlan(path, changes, to_preprocess)
 
 
-def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
+def parse_assignment(text: str) -> Assignment:
     """``key=value`` as a path from the top of the plan, and a value (JSON where it parses, else the string).
 
     Raises:
@@ -111,7 +139,7 @@ def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The preset ``name`` of the package: a fragment of a plan, ``{"pretraining": {...}}``.
+    """The preset ``name`` of the package: a fragment of a plan, with ``pretraining``, ``architecture`` or both.
 
     Raises:
         UserError: for a name that is none, naming those that there are.
@@ -123,8 +151,51 @@ def read_preset(name: str) -> dict[str, Any]:
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def preset_assignments(fragment: Mapping[str, Any], plans: Mapping[str, Any]) -> list[Assignment]:
+    """What a preset sets in a plan: its values one by one, and its ``architecture`` in every 3D configuration.
+
+    Raises:
+        UserError: for a preset with a network and a plan without a 3D configuration.
+    """
+    values = list(leaves({key: value for key, value in fragment.items() if key != "architecture"}))
+    if "architecture" not in fragment:
+        return values
+    patches = {name: resolve_configuration(plans, name)["patch_size"] for name in plans["configurations"]}
+    patches = {name: patch for name, patch in patches.items() if len(patch) == 3}
+    if not patches:
+        raise UserError(f"Plan {plans['plans_name']} has no 3D configuration for the network of the preset.",
+                        "Plan one: nnUNetv2_plan_and_preprocess -d ID -c 3d_fullres")
+    divisors = patch_divisors(fragment["architecture"]["arch_kwargs"], 3)
+    for name, patch in patches.items():
+        values += network_assignments(name, fragment["architecture"], fitting_patch(patch, divisors))
+    return values
+
+
+def network_assignments(configuration: str, architecture: Mapping[str, Any], patch: Sequence[int]) -> list[Assignment]:
+    """A network and its patch size (voxels) for one configuration; a network that is told its input size gets it."""
+    architecture = deepcopy(dict(architecture))
+    if "input_shape" in architecture["arch_kwargs"]:
+        architecture["arch_kwargs"]["input_shape"] = list(patch)
+    under = ("configurations", configuration)
+    return [((*under, "architecture"), architecture), ((*under, "patch_size"), list(patch))]
+
+
+def patch_divisors(arch_kwargs: Mapping[str, Any], dimensions: int) -> list[int]:
+    """What the patch must be divisible by, per axis: the product of a U-Net's strides, a transformer's patch size."""
+    strides = arch_kwargs.get("strides")
+    if strides is None:
+        return list(arch_kwargs.get("patch_embed_size", [1] * dimensions))
+    stages = [[stride] * dimensions if isinstance(stride, int) else stride for stride in strides]
+    return [math.prod(axis) for axis in zip(*stages, strict=True)]
+
+
+def fitting_patch(wanted: Sequence[int], divisors: Sequence[int]) -> list[int]:
+    """The nearest size that is divisible, per axis; the smaller of two that are equally near."""
+    return [max(1, math.ceil(size / divisor - 0.5)) * divisor for size, divisor in zip(wanted, divisors, strict=True)]
+
+
 def edit_plan(
-    plans: Mapping[str, Any], name: str, assignments: Sequence[tuple[tuple[str, ...], Any]]
+    plans: Mapping[str, Any], name: str, assignments: Sequence[Assignment]
 ) -> tuple[dict[str, Any], list[Change]]:
     """A copy of ``plans`` under a new name with values assigned in order.
 
@@ -176,7 +247,7 @@ def check_plan(edited: Mapping[str, Any], source: Mapping[str, Any], dataset_jso
             continue
         if (before["architecture"], before["patch_size"]) != (after["architecture"], after["patch_size"]):
             build_network(edited, configuration, dataset_json, device="meta")
-            _check_strides(after, configuration)
+            _check_patch(after, configuration)
         if _check_preprocessing(before, after, configuration, edited["plans_name"]):
             to_preprocess.append(configuration)
     return to_preprocess
@@ -219,32 +290,35 @@ def _compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change
             if old.get(path, ABSENT) != new.get(path, ABSENT)]
 
 
-def _check_strides(configuration: Mapping[str, Any], name: str) -> None:
-    strides = configuration["architecture"]["arch_kwargs"].get("strides")
-    if strides is None:
-        return
-    patch = configuration["patch_size"]
-    stages = [[stride] * len(patch) if isinstance(stride, int) else stride for stride in strides]
-    divisors = [math.prod(axis) for axis in zip(*stages, strict=True)]
+def _check_patch(configuration: Mapping[str, Any], name: str) -> None:
+    arch_kwargs, patch = configuration["architecture"]["arch_kwargs"], list(configuration["patch_size"])
+    divisors = patch_divisors(arch_kwargs, len(patch))
+    place = f"configurations.{name}"
     if len(divisors) != len(patch) or any(size % divisor for size, divisor in zip(patch, divisors, strict=True)):
         fitting = [max(divisor, size // divisor * divisor) for size, divisor in zip(patch, divisors, strict=False)]
+        raise UserError(f"The patch size {patch} of {name} is not divisible by the network's strides {divisors}.",
+                        f"For example: --set {place}.patch_size={_compact(fitting)}")
+    if list(arch_kwargs.get("input_shape", patch)) != patch:
         raise UserError(
-            f"The patch size {patch} of {name} is not divisible by the network's strides {divisors}.",
-            f"For example: --set configurations.{name}.patch_size={json.dumps(fitting, separators=(',', ':'))}",
+            f"The network of {name} is built for patches of {arch_kwargs['input_shape']}, the patch size is {patch}.",
+            f"--set {place}.patch_size={_compact(patch)} {place}.architecture.arch_kwargs.input_shape="
+            f"{_compact(patch)}",
         )
 
 
 def _check_preprocessing(before: Mapping[str, Any], after: Mapping[str, Any], name: str, plans_name: str) -> bool:
     changed = [field for field in PREPROCESSING if before.get(field) != after.get(field)]
-    if not changed:
-        return False
-    if before["data_identifier"] == after["data_identifier"]:
+    if changed and before["data_identifier"] == after["data_identifier"]:
         raise UserError(
             f"{', '.join(changed)} of {name} changed, but '{after['data_identifier']}' was preprocessed otherwise.",
             f"Give it data of its own: --set configurations.{name}.data_identifier={plans_name}_{name}, "
             "and preprocess it with the command that is then printed.",
         )
-    return True
+    return before["data_identifier"] != after["data_identifier"]
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _shown(value: Any) -> str:

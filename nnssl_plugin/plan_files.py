@@ -1,7 +1,9 @@
 """Plan files of a preprocessed dataset: finding, reading and naming them, and the network that a plan describes."""
 
+import inspect
 import json
 import os
+import pydoc
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,15 +125,21 @@ def build_network(plans: Mapping[str, Any], configuration: str, dataset_json: Ma
     channels, classes = input_channels(plans, configuration, dataset_json), _classes(plans, dataset_json)
     try:
         with torch.device(device):
-            return get_network_from_plans(architecture["network_class_name"], architecture["arch_kwargs"],
-                                          architecture["_kw_requires_import"], channels, classes,
-                                          deep_supervision=True)
+            return get_network_from_plans(
+                architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"],
+                channels, classes, deep_supervision=takes_deep_supervision(architecture["network_class_name"]) or None)
     except UNBUILDABLE as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
             f"The network of {plans['plans_name']}, {configuration}, cannot be built: {reason}",
             f"Mend configurations.{configuration}.architecture of the plan; its lists need one entry per stage.",
         ) from error
+
+
+def takes_deep_supervision(network_class: str) -> bool:
+    """Whether a network class (dotted name) takes ``deep_supervision``: nnU-Net's U-Nets do, Primus does not."""
+    located = pydoc.locate(network_class)
+    return located is None or "deep_supervision" in inspect.signature(located).parameters
 
 
 def input_channels(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> int:

@@ -92,8 +92,8 @@ def test_a_class_on_the_shelf_would_be_noticed():
     assert not_a_re_export(source) == ["class Z(Y):\n    lr = 1"]
 
 
-def test_presets_are_json_with_a_pretraining_block(repository):
+def test_presets_are_json_with_settings_or_a_network(repository):
     presets = sorted((repository / "plans").glob("*.json"))
     assert presets
     for path in presets:
-        assert "pretraining" in json.loads(path.read_text()), path.name
+        assert {"pretraining", "architecture"} & set(json.loads(path.read_text())), path.name

@@ -1,6 +1,7 @@
 """Where pretrained weights come from: what a checkpoint says about itself, in plain types."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from datetime import datetime, timezone
@@ -19,6 +20,14 @@ REORIENTING_READERS = ("NibabelIOWithReorient",)
 """nnU-Net's readers that bring every image into RAS; the others keep the axes as stored."""
 OWN_BLOCKS = ("pretraining", "finetuning")
 """Blocks that this package adds to a plan and nnU-Net ignores."""
+NNSSL_CLASSES = ("ResidualEncoderUNet", "PlainConvUNet")
+"""Networks that nnssl and nnU-Net's fine-tuning know by their bare name; others keep their dotted name."""
+NNSSL_PLAN = ("dataset_name", "plans_name", "original_median_spacing_after_transp", "image_reader_writer",
+              "transpose_forward", "transpose_backward", "experiment_planner_used")
+"""Fields of nnssl's ``Plan`` besides its configurations; it refuses any other."""
+NNSSL_CONFIGURATION = ("data_identifier", "preprocessor_name", "normalization_schemes", "use_mask_for_norm",
+                       "resampling_fn_data", "resampling_fn_data_kwargs", "spacing", "patch_size")
+"""Fields of nnssl's ``ConfigurationPlan`` that nnU-Net's configurations have under the same name."""
 
 
 def describe_pretraining(
@@ -53,10 +62,11 @@ def describe_pretraining(
         weights: the state dict of the network, for its hash.
 
     Returns:
-        plain types; ``spacing_mm`` and ``patch_size`` (voxels) follow the plan's axes, after ``transpose_forward``.
+        what JSON holds, so that it survives a file of it; ``spacing_mm`` and ``patch_size`` (voxels) follow the
+        plan's axes, after ``transpose_forward``.
     """
     resolved = resolve_configuration(plans, configuration)
-    return {
+    return _as_json_holds_it({
         "format": FORMAT,
         "method": method,
         "settings": dict(settings),
@@ -74,7 +84,7 @@ def describe_pretraining(
         "citations": list(citations),
         "licence": licence,
         "weights_sha256": weights_hash(weights) if weights is not None else None,
-    }
+    })
 
 
 def describe_input(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,8 +113,9 @@ def nnssl_adaptation_plan(
 ) -> dict[str, Any]:
     """The block by which nnssl and nnU-Net's own fine-tuning commands find their way in a checkpoint.
 
-    The layout is that of ``nnssl.adaptation_planning.adaptation_plan.AdaptationPlan`` (MIC-DKFZ/nnssl), which
-    ``nnUNetv2_preprocess_like_nnssl`` reads: the first configuration of ``pretrain_plan`` is the one that was used.
+    The layout is that of ``AdaptationPlan.serialize`` (MIC-DKFZ/nnssl, ``nnssl/adaptation_planning/
+    adaptation_plan.py``), whose ``from_dict`` refuses fields that it does not know; ``nnUNetv2_preprocess_like_nnssl``
+    (MIC-DKFZ/nnUNet, ``experiment_planning/like_nnssl.py``) reads the first configuration of ``pretrain_plan``.
 
     Args:
         plans: nnU-Net's plan of the pretraining.
@@ -114,11 +125,12 @@ def nnssl_adaptation_plan(
     """
     resolved = resolve_configuration(plans, configuration)
     architecture = resolved["architecture"]
-    pretrain_plan = {key: deepcopy(value) for key, value in plans.items() if key not in OWN_BLOCKS}
-    pretrain_plan["configurations"] = {configuration: resolved}
+    name = architecture["network_class_name"].rpartition(".")[2]
+    pretrain_plan = {key: deepcopy(plans[key]) for key in NNSSL_PLAN if key in plans}
+    pretrain_plan["configurations"] = {configuration: _nnssl_configuration(resolved)}
     return {
         "architecture_plans": {
-            "arch_class_name": architecture["network_class_name"],
+            "arch_class_name": name if name in NNSSL_CLASSES else architecture["network_class_name"],
             "arch_kwargs": deepcopy(architecture["arch_kwargs"]),
             "arch_kwargs_requiring_import": list(architecture["_kw_requires_import"]),
         },
@@ -129,6 +141,22 @@ def nnssl_adaptation_plan(
         "key_to_stem": network.key_to_stem,
         "keys_to_in_proj": list(network.keys_to_in_proj),
         "key_to_lpe": getattr(network, "key_to_lpe", None),
+    }
+
+
+def nnssl_citations(method: str, citations: Sequence[str]) -> list[dict[str, Any]]:
+    """``citations`` of a checkpoint as nnU-Net's fine-tuning prints them (``PretrainedTrainer.print_citations``)."""
+    return [{"type": "Pretraining", "name": method, "apa_citations": list(citations)}]
+
+
+def _nnssl_configuration(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """nnU-Net's configuration in the fields of nnssl's, which resamples masks where nnU-Net resamples labels."""
+    isotropic = all(float(spacing) == 1.0 for spacing in resolved["spacing"])
+    return {
+        **{key: deepcopy(resolved.get(key)) for key in NNSSL_CONFIGURATION},
+        "spacing_style": "onemmiso" if isotropic else "median",
+        "resampling_fn_mask": resolved.get("resampling_fn_seg"),
+        "resampling_fn_mask_kwargs": deepcopy(resolved.get("resampling_fn_seg_kwargs")),
     }
 
 
@@ -147,3 +175,8 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _as_json_holds_it(value: dict[str, Any]) -> dict[str, Any]:
+    """Tuples become lists, and keys strings."""
+    return json.loads(json.dumps(value))

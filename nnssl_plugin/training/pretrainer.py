@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, autocast
 
 from nnssl_plugin.checkpoints.files import read_checkpoint, save_checkpoint
-from nnssl_plugin.checkpoints.provenance import describe_pretraining, nnssl_adaptation_plan
+from nnssl_plugin.checkpoints.provenance import describe_pretraining, nnssl_adaptation_plan, nnssl_citations
 from nnssl_plugin.data.batches import BatchStream, StepBatches
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.files import write_json
@@ -31,7 +30,9 @@ from nnssl_plugin.training.distributed import any_rank, average_gradients, devic
 from nnssl_plugin.training.epoch_log import EpochLog
 from nnssl_plugin.training.epoch_sums import EpochSums
 from nnssl_plugin.training.figures import draw_pictures, draw_progress
+from nnssl_plugin.training.initial_weights import start_from, take_weights_entry
 from nnssl_plugin.training.interruption import TO_BE_CONTINUED, Interruption
+from nnssl_plugin.training.planned_network import PlannedNetworkTrainer
 from nnssl_plugin.training.schedules import CosineSchedule
 from nnssl_plugin.training.virtual_batch import backward_in_chunks, encode_in_chunks
 
@@ -46,7 +47,7 @@ SECONDS_BETWEEN_PICTURES = 30
 DEFAULT_DEVICE = torch.device("cuda")
 
 
-class Pretrainer(nnUNetTrainer):
+class Pretrainer(PlannedNetworkTrainer):
     """Base of the pretraining trainers; a method gives its settings, its citation, and :meth:`build_task`.
 
     Settings come from the plan's ``pretraining`` block: the fields of ``TrainingSettings``, and ``method`` with the
@@ -68,6 +69,8 @@ class Pretrainer(nnUNetTrainer):
     ):
         self.step = 0
         block = dict(plans.get("pretraining", {}))
+        self.initial_weights = take_weights_entry(block)
+        self.continued_from: dict[str, Any] | None = None
         self.method_settings = settings_from(
             block.pop("method", {}), self.method_defaults, "pretraining.method of the plan"
         )
@@ -141,8 +144,7 @@ class Pretrainer(nnUNetTrainer):
         """The task holds the losses."""
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Pretraining reads the decoder before its segmentation layers."""
-        self.task.backbone.network.decoder.deep_supervision = enabled
+        """The network is built without it: pretraining reads the decoder before its segmentation layers."""
 
     def plot_network_architecture(self) -> None:
         """nnU-Net's plot feeds one image, which a task does not take."""
@@ -171,6 +173,8 @@ class Pretrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.step == 0 and self.initial_weights is not None:
+            self.continued_from = start_from(self, self.initial_weights)
         self.interruption.watch()
 
     def on_train_epoch_start(self) -> None:
@@ -410,7 +414,7 @@ class Pretrainer(nnUNetTrainer):
                     network=self.task.backbone.network,
                     input_channels=self.num_input_channels,
                 ),
-                "citations": list(self.citations),
+                "citations": nnssl_citations(self.method, self.citations),
             },
             filename,
         )
@@ -422,14 +426,16 @@ class Pretrainer(nnUNetTrainer):
         checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = read_checkpoint(filename_or_checkpoint, device=self.device)
-        if "ssl_state" not in checkpoint:
-            raise UserError("The checkpoint holds no pretraining to continue.", "Start without --c.")
+        if not {"ssl_state", "optimizer_state"} <= checkpoint.keys():
+            raise UserError("The checkpoint holds no pretraining to continue (ssl_state and optimizer_state; a shared "
+                            "folder leaves the optimiser out).", "Start without --c.")
         state = checkpoint["ssl_state"]
         self._load_task(state["task"] | {BARE + key: value for key, value in checkpoint["network_weights"].items()})
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self.step = state["step"]
+        self.continued_from = checkpoint.get("provenance", {}).get("continued_from")
         self.sums.load(state["epoch_sums"])
         self.current_epoch = checkpoint["current_epoch"]
         self.logger.load_checkpoint(checkpoint["logging"])
@@ -448,20 +454,22 @@ class Pretrainer(nnUNetTrainer):
         return {key: value for key, value in self.task.state_dict().items() if not key.startswith(BARE)}
 
     def _provenance(self) -> dict:
-        return describe_pretraining(
+        origin, trained = self.continued_from or {}, self.task.backbone.trained_prefixes()
+        described = describe_pretraining(
             method=self.method,
             settings=asdict(self.method_settings),
             training=asdict(self.training_settings),
             plans=self.plans_manager.plans,
             configuration=self.configuration_name,
             dataset_json=self.dataset_json,
-            trained=self.task.backbone.trained_prefixes(),
+            trained=list(dict.fromkeys([*trained, *origin.get("trained", ())])),
             steps=self.step,
             cases=self.training_cases,
             citations=list(self.citations),
             licence=self.dataset_json.get("licence", "not stated"),
             weights=self.task.backbone.network.state_dict(),
         )
+        return described | ({"continued_from": origin} if origin else {})
 
     # ------------------------------------------------------------------ logging
 

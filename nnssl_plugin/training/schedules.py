@@ -13,29 +13,34 @@ from nnssl_plugin.errors import UserError
 
 
 class Schedule:
-    """Linear warm-up, then a decay from ``lr`` to 0.
+    """Linear warm-up, then a decay from ``lr`` to 0; before both, where asked for, a short cycle of its own.
 
     The rate at step k is ``lr * (k + 1) / (warmup + 1)`` before ``warmup``, and ``lr * decay(p)`` from there on, with
     ``p = (k - warmup) / (total - warmup)``, from 0 to 1. At k = warmup it is ``lr``, from k = total on it is 0.
+    With ``first_cycle`` n, the first n steps are such a run by themselves, half of it warm-up, and the rest is another
+    one: two teeth of a saw, one for what trains alone at first and one for everything.
 
     Args:
         optimizer: its groups' rates are set, first for step 0.
         lr: the largest rate (of a group whose ``lr_scale`` is 1).
         total: steps of the whole run (epochs, where it is stepped once per epoch).
         warmup: steps of warm-up; a fraction is allowed.
+        first_cycle: steps of the cycle before.
 
     Raises:
         UserError: when the warm-up is negative or leaves nothing of the run.
     """
 
-    def __init__(self, optimizer: Optimizer, *, lr: float, total: int, warmup: float = 0):
-        if not 0 <= warmup < total:
-            raise UserError(f"A warm-up of {warmup:g} does not fit into a training of {total:g} steps.",
+    def __init__(self, optimizer: Optimizer, *, lr: float, total: int, warmup: float = 0, first_cycle: int = 0):
+        if not 0 <= warmup < total - first_cycle:
+            before = f" after {first_cycle} in which the decoder trains alone" if first_cycle else ""
+            raise UserError(f"A warm-up of {warmup:g}{before} does not fit into a training of {total:g} steps.",
                             "Make the warm-up shorter or the training longer.")
         self.optimizer = optimizer
         self.lr = lr
         self.total = total
         self.warmup = warmup
+        self.first_cycle = first_cycle
         self.step(0)
 
     def decay(self, progress: float) -> float:
@@ -44,9 +49,14 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """The scheduled rate at ``step`` (from 0), before any group's factor."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / (self.warmup + 1)
-        return self.lr * self.decay(min(1.0, (step - self.warmup) / (self.total - self.warmup)))
+        if step < self.first_cycle:
+            return self._tooth(step, self.first_cycle, self.first_cycle / 2)
+        return self._tooth(step - self.first_cycle, self.total - self.first_cycle, self.warmup)
+
+    def _tooth(self, step: int, total: float, warmup: float) -> float:
+        if step < warmup:
+            return self.lr * (step + 1) / (warmup + 1)
+        return self.lr * self.decay(min(1.0, (step - warmup) / (total - warmup)))
 
     def step(self, current_step: int) -> None:
         """Set the rate of every group for ``current_step``."""

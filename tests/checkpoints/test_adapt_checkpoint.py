@@ -10,7 +10,7 @@ from fake_dataset import NAME, fake_plan, write_fake_dataset
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnssl_plugin.checkpoints.files import read_checkpoint, save_checkpoint
-from nnssl_plugin.checkpoints.finetuning import adapt_checkpoint
+from nnssl_plugin.checkpoints.finetuning import Changes, adapt_checkpoint
 from nnssl_plugin.checkpoints.provenance import describe_pretraining, nnssl_adaptation_plan, weights_hash
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.files import read_json, write_json
@@ -31,7 +31,7 @@ def checkpoint(tmp_path) -> Path:
     return write_checkpoint(tmp_path / "checkpoint_final.pth", fake_plan())
 
 
-def write_checkpoint(path: Path, plans: dict, dataset_json: dict = PRETRAINING, **changes) -> Path:
+def write_checkpoint(path: Path, plans: dict, dataset_json: dict = PRETRAINING, **more) -> Path:
     network = build_network(plans, "3d_fullres", dataset_json)
     weights = network.state_dict()
     provenance = describe_pretraining(
@@ -40,7 +40,7 @@ def write_checkpoint(path: Path, plans: dict, dataset_json: dict = PRETRAINING, 
         weights=weights,
     )
     save_checkpoint({
-        "network_weights": weights, "provenance": provenance | changes, "citations": ["a paper"],
+        "network_weights": weights, "provenance": provenance, "citations": ["a paper"], **more,
         "nnssl_adaptation_plan": nnssl_adaptation_plan(plans, "3d_fullres", network,
                                                        len(dataset_json["channel_names"])),
     }, path)
@@ -117,25 +117,75 @@ def test_a_difference_in_what_the_network_sees_is_a_warning(folder, tmp_path):
     two_channels = {**PRETRAINING, "channel_names": {"0": "CT", "1": "PET"}}
     adapted = adapt_checkpoint("901", name="ct", weights=write_checkpoint(tmp_path / "ct.pth", plans, two_channels))
     table = adapted.report.table()
-    for said in ("normalised differently", "spacing differs", "channels differ: ['CT', 'PET']", "read 2 channels"):
+    for said in ("normalised differently", "spacing differs", "channels differ: ['CT', 'PET']",
+                 "adapted: input channels 2 → 1 (1 tensor)"):
         assert said in table
-    assert "encoder.stages.0.0.convs.0.conv.weight" not in read_checkpoint(adapted.weights)["adaptation"]["loaded"]
+    assert "encoder.stages.0.0.convs.0.conv.weight" in read_checkpoint(adapted.weights)["adaptation"]["loaded"]
+
+
+def test_ct_windows_and_what_a_file_does_not_say_are_warned_of(folder, tmp_path):
+    plans = read_json(folder / "nnUNetPlans.json")
+    network = target_network(folder)
+    save_checkpoint({"network_weights": network.state_dict()}, tmp_path / "bare.pth")
+    said = adapt_checkpoint("901", name="bare", weights=tmp_path / "bare.pth").report.table()
+    assert "does not say its normalisation, voxel spacing, channels, orientation, axis order" in said
+
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+    window = {"mean": 50.0, "std": 100.0, "percentile_00_5": -200.0, "percentile_99_5": 300.0}
+    plans["foreground_intensity_properties_per_channel"] = {"0": window}
+    path = write_checkpoint(tmp_path / "ct.pth", plans, init_args={"plans": plans, "configuration": "3d_fullres"})
+    plans = read_json(folder / "nnUNetPlans.json") | {
+        "configurations": plans["configurations"],
+        "foreground_intensity_properties_per_channel": {"0": {**window, "mean": -600.0, "percentile_00_5": -1000.0}}}
+    write_json(folder / "nnUNetPlans.json", plans)
+    said = adapt_checkpoint("901", name="ct", weights=path).report.table()
+    assert "CT channel 0 is normalised by another window: [-200, 300] HU, mean 50" in said
 
 
 def test_a_changed_checkpoint_is_a_warning(folder, tmp_path):
-    path = write_checkpoint(tmp_path / "edited.pth", fake_plan(), weights_sha256="0" * 64)
+    path = write_checkpoint(tmp_path / "edited.pth", fake_plan())
+    content = read_checkpoint(path)
+    content["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"][0, 0, 0, 0, 0] += 1
+    save_checkpoint(content, path)
     assert "hash differs" in adapt_checkpoint("901", name="edited", weights=path).report.table()
 
 
 def test_another_architecture_is_refused_with_the_command_that_mends_it(folder, tmp_path):
     plans = fake_plan()
     plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [8, 16, 32]
-    path = write_checkpoint(tmp_path / "wide.pth", plans)
+    path = write_checkpoint(tmp_path / "a wide one.pth", plans)
     with pytest.raises(UserError, match=r"features_per_stage is \[8,16,32\] in pretraining") as error:
         adapt_checkpoint("901", name="wide", weights=path)
-    assert "nnssl_plugin plan -d 901 -p nnUNetPlans -n nnUNetPlans-like-pretraining --set" in error.value.remedy
-    assert not list(folder.glob("*wide*"))
+    assert (f"nnssl_plugin plan -d 901 -p nnUNetPlans --like '{path}' -n nnUNetPlans-like-pretraining"
+            in error.value.remedy)
+    assert "--resize-width" in error.value.problem and not list(folder.glob("*wide*"))
     assert adapt_checkpoint("901", name="wide", weights=path, min_coverage=0).report.coverage("encoder") == 0
+    asked = adapt_checkpoint("901", name="narrow", weights=path, changes=Changes(resize_width=True))
+    assert asked.report.coverage("encoder") == 1
+    assert read_json(asked.plan)["finetuning"]["source"]["resize_width"] is True
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_one_isotropic_channel_is_adapted_to_four_anisotropic_ones_and_loads_with_stock_nnunet(
+        nnunet_environment, tmp_path, residual):
+    plans = write_fake_dataset(cases=1, channels=4, residual=residual)
+    folder = Path(os.environ["nnUNet_preprocessed"], NAME)
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    architecture |= {"kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]}
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] *= 4
+    write_json(folder / "nnUNetPlans.json", plans)
+    labels = {"background": 0, "a": 1, "b": 2, "c": 3}
+    write_json(folder / "dataset.json", read_json(folder / "dataset.json") | {"labels": labels})
+    adapted = adapt_checkpoint(
+        "901", name="toy", weights=write_checkpoint(tmp_path / "one.pth", fake_plan(residual=residual)))
+    report = adapted.report
+    assert report.coverage("encoder") == 1.0 and report.coverage("head") == 0.0
+    assert {r.reason for r in report.adapted()} == {
+        "input channels 1 → 4; kernel 3×3×3 → 1×3×3", "kernel 3×3×3 → 1×3×3", "upsampling stride 2×2×2 → 1×2×2",
+    } - ({"kernel 3×3×3 → 1×3×3"} if not residual else set())
+    network = target_network(folder)
+    load_pretrained_weights(network, str(adapted.weights))
+    assert network(torch.randn(1, 4, 8, 16, 16))[0].shape == (1, 4, 8, 16, 16)
 
 
 @pytest.mark.parametrize("name", ["a__b", "a/b", "a\\b", "", "..", "-x", "a b", "_x"])
@@ -180,9 +230,9 @@ def test_a_checkpoint_is_needed_unless_from_scratch(folder):
 
 
 @pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"network_weights": {"a": 3}}])
-def test_files_without_network_weights_are_refused(folder, tmp_path, content):
+def test_files_without_weights_are_refused(folder, tmp_path, content):
     save_checkpoint(content, tmp_path / "bare.pth")
-    with pytest.raises(UserError, match="holds no 'network_weights'"):
+    with pytest.raises(UserError, match="holds no weights"):
         adapt_checkpoint("901", name="toy", weights=tmp_path / "bare.pth")
 
 

@@ -9,7 +9,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from nnssl_plugin.checkpoints.adaptation import adapt_weights, architecture_differences, check_coverage
-from nnssl_plugin.checkpoints.report import compare_inputs
+from nnssl_plugin.checkpoints.report import LoadReport, TensorRecord
 from nnssl_plugin.errors import UserError
 
 ENCODER = ["encoder.", "decoder.encoder."]
@@ -83,25 +83,25 @@ def test_an_encoder_alone_fills_every_alias():
         assert torch.equal(state[f"encoder.{key}"], value) and torch.equal(state[f"decoder.encoder.{key}"], value)
 
 
-def test_other_input_channels_leave_only_the_first_layer_fresh():
-    source, target = unet(channels=1), unet(channels=3)
-    state, report = adapt_weights(source.state_dict(), target, trained=None)
+def test_layers_of_another_width_stay_fresh_and_say_so():
+    state, report = adapt_weights(unet(features=(4, 8, 24)).state_dict(), unet(), trained=None)
     fresh = [r for r in report.initialised() if r.part == "encoder"]
-    assert [r.reason for r in fresh] == ["shape (4, 1, 3, 3, 3) in the checkpoint, (4, 3, 3, 3, 3) here"]
-    target.load_state_dict(state)
-    check_coverage(report)
+    assert {r.keys[0].split(".")[2] for r in fresh} == {"2"} and len(fresh) == 8
+    assert fresh[0].reason == ("width 24×8 in the checkpoint, 16×8 here (--resize-width takes the first channels)")
+    assert report.parameters("encoder")[0] == sum(r.parameters for r in report.tensors
+                                                  if r.part == "encoder" and r.status == "copied")
+    assert all(torch.isfinite(value).all() for value in state.values())
 
 
 def test_too_little_coverage_is_an_error_that_names_the_difference_and_the_command():
     _, report = adapt_weights(unet(features=(8, 16, 32)).state_dict(), unet(), trained=None)
     differences = architecture_differences(
         {"class": "a.PlainConvUNet", "kwargs": {"features_per_stage": [8, 16, 32], "n_stages": 3}},
-        {"class": "a.PlainConvUNet", "kwargs": {"features_per_stage": [4, 8, 16], "n_stages": 3}}, "3d_fullres")
+        {"class": "a.PlainConvUNet", "kwargs": {"features_per_stage": [4, 8, 16], "n_stages": 3}})
     with pytest.raises(UserError, match=r"Only 0\.0% of the encoder") as error:
-        check_coverage(report, differences=differences, mend="nnssl_plugin plan -d 7 -n NAME")
+        check_coverage(report, differences=differences, mend="nnssl_plugin plan -d 7 --like WEIGHTS -n NAME")
     assert "features_per_stage is [8,16,32] in pretraining, [4,8,16] here" in error.value.problem
-    assert ("nnssl_plugin plan -d 7 -n NAME --set "
-            "'configurations.3d_fullres.architecture.arch_kwargs.features_per_stage=[8,16,32]'") in error.value.remedy
+    assert error.value.remedy.endswith("  nnssl_plugin plan -d 7 --like WEIGHTS -n NAME")
     assert len(str(error.value).splitlines()) <= 10
     check_coverage(report, minimum=0.0)
 
@@ -116,11 +116,12 @@ def test_the_likeliest_cause_is_named(change, trained, cause):
         check_coverage(report)
 
 
-def test_another_class_of_network_is_named_with_the_whole_architecture():
+def test_differences_between_networks_are_named():
     residual, plain = {"class": "a.Residual", "kwargs": {"n": 1}}, {"class": "a.Plain", "kwargs": {}}
-    differences = architecture_differences(residual, plain, "2d")
-    assert list(differences) == ["configurations.2d.architecture.network_class_name=a.Residual",
-                                 'configurations.2d.architecture.arch_kwargs={"n":1}']
+    assert architecture_differences(residual, plain) == ["Residual in pretraining, Plain here"]
+    assert architecture_differences(residual, {"class": "a.Residual", "kwargs": {"n": 1, "m": [2]}}) == [
+        "m is null in pretraining, [2] here"]
+    assert architecture_differences(None, plain) == architecture_differences(plain, plain) == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -153,13 +154,15 @@ def test_the_report_is_a_short_table_and_a_whole_json(tmp_path):
     assert len(table) == 5 and "100.0%" in table[1] and table[-1] == "warning: voxel spacing differs"
 
 
-def test_differences_in_what_the_network_sees_are_warned_of():
-    source = {"normalisation": ["CTNormalization"], "spacing_mm": [1.0, 1.0, 1.0], "channels": ["CT"],
-              "orientation": "RAS", "transpose_forward": [0, 1, 2]}
-    assert compare_inputs(source, dict(source)) == []
-    assert compare_inputs({}, source) == []
-    assert compare_inputs(source, {**source, "spacing_mm": [1.2, 1.0, 1.0]}) == []
-    target = {"normalisation": ["ZScoreNormalization"], "spacing_mm": [3.0, 1.0, 1.0], "channels": ["T1", "T2"],
-              "orientation": "as stored", "transpose_forward": [2, 0, 1]}
-    warnings = compare_inputs(source, target)
-    assert len(warnings) == 5 and "voxel spacing differs: [1.0, 1.0, 1.0] in pretraining" in warnings[1]
+def test_a_tensor_that_is_loaded_in_part_counts_in_part():
+    record = TensorRecord(("encoder.a",), "encoder", "adapted", "width 2 → 4", (4,), 4, 2, "encoder.a")
+    report = LoadReport((record, TensorRecord(("encoder.b",), "encoder", "copied", "", (4,), 4, 4, "encoder.b")))
+    assert report.parameters("encoder") == (6, 8) and report.adapted() == (record,)
+    assert "adapted: width 2 → 4 (1 tensor)" in report.table()
+
+
+def test_an_exact_copy_shares_the_memory_of_the_checkpoint():
+    source = unet().state_dict()
+    state, _ = adapt_weights(source, unet(), trained=None)
+    shared = [key for key in state if state[key].data_ptr() == source[key].data_ptr()]
+    assert len(shared) == len([key for key in state if ".seg_layers." not in key])

@@ -1,5 +1,6 @@
 """``nnssl_plugin adapt``: what it prints and how it fails."""
 
+import json
 import os
 from pathlib import Path
 
@@ -42,3 +43,26 @@ def test_mistakes_are_a_few_lines_and_exit_code_2(folder, capsys, arguments):
     captured = capsys.readouterr()
     assert captured.err.startswith("nnssl_plugin adapt: ") and len(captured.err.splitlines()) <= 10
     assert not captured.out
+
+
+def test_wider_weights_are_taken_when_asked_for(folder, tmp_path, capsys):
+    plan = fake_plan()
+    plan["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [6, 10, 20]
+    network = build_network(plan, "3d_fullres", read_json(folder / "dataset.json"))
+    save_checkpoint({"network_weights": network.state_dict()}, tmp_path / "wide.pth")
+    arguments = ["adapt", "-d", "901", "-w", str(tmp_path / "wide.pth"), "-n", "wide"]
+    assert main(arguments) == 2 and "--resize-width" in capsys.readouterr().err
+    assert main([*arguments, "--resize-width"]) == 0 and "adapted: width " in capsys.readouterr().out
+
+
+def test_keys_are_renamed_by_a_table(folder, tmp_path, capsys):
+    network = build_network(fake_plan(), "3d_fullres", read_json(folder / "dataset.json"))
+    renamed = {key.replace("encoder.", "enc_"): value for key, value in network.encoder.state_dict(
+        prefix="encoder.").items()}
+    save_checkpoint({"state_dict": renamed}, tmp_path / "other.pth")
+    table = {"format": 1, "name": "mine", "rename": [["^enc_", "encoder."]]}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    arguments = ["adapt", "-d", "901", "-w", str(tmp_path / "other.pth"), "-n", "other"]
+    assert main(arguments) == 2 and "keys do not match" in capsys.readouterr().err
+    assert main([*arguments, "--mapping", str(tmp_path / "table.json")]) == 0
+    assert "100.0%" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from fake_dataset import NAME, fake_plan, write_fake_dataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from small_primus import with_primus
 
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.errors import UserError
@@ -62,12 +63,46 @@ def test_a_plan_of_the_new_name_is_written_and_every_change_printed(folder, caps
 
 def test_a_preset_is_merged_before_the_assignments(folder):
     preset = read_preset("med3dinsight")["pretraining"]
-    write_edited_plan("901", "recipe", preset="med3dinsight", assignments=["epochs=2"])
+    write_edited_plan("901", "recipe", presets=["med3dinsight"], assignments=["epochs=2"])
     block = read_json(folder / "recipe.json")["pretraining"]
     assert block == {**preset, "epochs": 2, "method": {**preset["method"]}}
     with pytest.raises(UserError, match="no preset 'gone'") as error:
-        write_edited_plan("901", "other", preset="gone")
+        write_edited_plan("901", "other", presets=["gone"])
     assert "med3dinsight" in error.value.remedy
+
+
+@pytest.mark.parametrize("size", ["s", "b", "m", "l"])
+def test_a_network_preset_fits_the_patch_and_goes_together_with_a_methods(folder, size):
+    from dynamic_network_architectures.architectures import primus
+
+    plan = fake_plan()
+    plan["configurations"]["3d_fullres"]["patch_size"] = [20, 30, 44]  # 20 is as near to 16 as to 24
+    write_json(folder / "nnUNetPlans.json", plan)
+    assert main(["plan", "-d", "901", "-n", "primus", "--preset", f"primus-{size}", "med3dinsight"]) == 0
+    written = read_json(folder / "primus.json")
+    configuration = written["configurations"]["3d_fullres"]
+    kwargs = configuration["architecture"]["arch_kwargs"]
+    assert configuration["patch_size"] == kwargs["input_shape"] == [16, 32, 40]
+    published = primus._PRIMUS_CONFIGS[size.upper()]
+    assert {key: kwargs[key] for key in published} == published
+    assert written["pretraining"]["method"] == read_preset("med3dinsight")["pretraining"]["method"]
+
+
+def test_a_network_preset_needs_a_3d_configuration(folder):
+    write_json(folder / "nnUNetPlans.json", fake_plan(dimensions=2))
+    with pytest.raises(UserError, match="no 3D configuration"):
+        write_edited_plan("901", "primus", presets=["primus-s"])
+
+
+def test_a_patch_that_the_network_was_not_built_for_is_refused(folder):
+    plan = with_primus(fake_plan())
+    write_json(folder / "nnUNetPlans.json", plan)
+    with pytest.raises(UserError, match=r"built for patches of \[16, 16, 16\], .* is \[16, 16, 32\]") as error:
+        write_edited_plan("901", "long", assignments=["configurations.3d_fullres.patch_size=[16,16,32]"])
+    assignments = error.value.remedy.removeprefix("--set ").split()
+    write_edited_plan("901", "long", assignments=assignments)
+    with pytest.raises(UserError, match=r"not divisible by the network's strides \[4, 4, 4\]|cannot be built"):
+        write_edited_plan("901", "odd", assignments=[text.replace("32]", "18]") for text in assignments])
 
 
 @pytest.mark.parametrize(("assignment", "remedy"), [

@@ -76,7 +76,7 @@ def test_checkpoint_keeps_metric_and_transformer_beside_the_network():
     assert any(key.startswith("psat.") for key in checkpoint["ssl_state"]["task"])
     trained = ["encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages."]
     assert checkpoint["provenance"]["trained"] == trained
-    assert "Med3DInsight" in checkpoint["citations"][0]
+    assert "Med3DInsight" in checkpoint["citations"][0]["apa_citations"][0]
 
 
 def test_draws_reconstructions():

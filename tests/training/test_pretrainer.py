@@ -168,7 +168,7 @@ def test_checkpoint_holds_the_bare_network_and_opens_without_unpickling():
     assert checkpoint["network_weights"].keys() == bare.state_dict().keys()
     assert checkpoint["provenance"]["trained"] == ["encoder.", "decoder.encoder."]
     assert checkpoint["provenance"]["steps"] == 20 and checkpoint["trainer_name"] == "ToyPretrainer"
-    assert checkpoint["citations"] == ["A toy."]
+    assert checkpoint["citations"] == [{"type": "Pretraining", "name": "toy", "apa_citations": ["A toy."]}]
     assert not any(key.startswith("backbone.network") for key in checkpoint["ssl_state"]["task"])
     assert "queue" in checkpoint["ssl_state"]["task"]
     assert not Path(trainer.output_folder, LATEST).exists()

@@ -10,14 +10,16 @@ from fake_dataset import NAME, fake_plan, write_fake_dataset
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from torch import nn
+from small_primus import with_primus
 
 from nnssl_plugin.checkpoints.files import read_checkpoint, save_checkpoint
 from nnssl_plugin.checkpoints.finetuning import adapt_checkpoint
+from nnssl_plugin.checkpoints.provenance import describe_network
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.files import read_json, write_json
 from nnssl_plugin.plan_files import build_network
-from nnssl_plugin.training.segmentation import PretrainedSegmentationTrainer, parameter_groups, read_settings
+from nnssl_plugin.training.finetuning_settings import read_settings
+from nnssl_plugin.training.segmentation import PretrainedSegmentationTrainer
 
 TRAINED = ["encoder.", "decoder.encoder."]
 DATASET_JSON = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "body": 1}}
@@ -29,7 +31,8 @@ def folder(nnunet_environment, monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     write_fake_dataset(cases=5)
     weights = build_network(fake_plan(), "3d_fullres", DATASET_JSON).state_dict()
-    save_checkpoint({"network_weights": weights, "provenance": {"trained": TRAINED}}, tmp_path / "source.pth")
+    provenance = {"trained": TRAINED, "network": describe_network(fake_plan(), "3d_fullres")}
+    save_checkpoint({"network_weights": weights, "provenance": provenance}, tmp_path / "source.pth")
     adapt_checkpoint("901", name="toy", weights=tmp_path / "source.pth")
     return Path(os.environ["nnUNet_preprocessed"], NAME)
 
@@ -147,9 +150,75 @@ def test_the_frozen_encoder_does_not_move_and_gathers_no_momentum(folder):
                if key.endswith("conv.weight"))
 
 
+def test_the_decoders_warm_up_comes_before_that_of_everything(folder):
+    subject = trainer(folder, decoder_warmup_epochs=2, warmup_epochs=1)
+    subject.initialize()
+    subject.load_pretrained_weights()
+    before, data = copy_of(subject.network), batches(8)
+    train_epochs(subject, range(2), data)
+    encoder = dict(subject.network.encoder.named_parameters())
+    assert all(torch.equal(value, before[f"encoder.{key}"]) for key, value in encoder.items())
+    assert not torch.equal(subject.network.decoder.stages[0].convs[0].conv.weight,
+                           before["decoder.stages.0.convs.0.conv.weight"])
+    rates = []
+    for epoch in (0, 1, 2, 3):
+        subject.lr_scheduler.step(epoch)
+        rates.append(tuple(group["lr"] for group in subject.optimizer.param_groups[:2]))
+    assert rates == [(0.005, 0), (0.01, 0), (0.005, 0.005), (0.01, 0.01)]
+    train_epochs(subject, [2], data)
+    assert not torch.equal(encoder["stages.0.0.convs.0.conv.weight"], before["encoder.stages.0.0.convs.0.conv.weight"])
+
+
+def test_a_linear_probe_trains_the_segmentation_layers_alone(folder):
+    subject = trainer(folder, trains="head", warmup_epochs=0)
+    subject.initialize()
+    subject.load_pretrained_weights()
+    before = copy_of(subject.network)
+    train_epochs(subject, range(2), batches(4))
+    moved = {key for key, value in subject.network.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {"decoder.seg_layers.1.weight", "decoder.seg_layers.1.bias"}  # the loss skips the coarsest
+    assert [group["name"] for group in subject.optimizer.param_groups] == ["head"]
+
+
+RECIPES = [{}, {"frozen_encoder_epochs": 2}, {"decoder_warmup_epochs": 1}, {"layer_decay": 0.5}, {"trains": "head"},
+           {"trains": "decoder", "lr": 0.003, "weight_decay": 0.0, "optimiser": "adamw"}]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_twin_shares_everything_but_the_weights(folder, recipe):
+    """What the plan asks for is kept by both; groups, rates, batches, fresh layers and optimiser are equal."""
+    plan = read_json(folder / "nnUNetPlans.json")
+    write_json(folder / "asked.json", plan | {"plans_name": "asked", "finetuning": {"seed": 3, "epochs": 4, **recipe}})
+    adapt_checkpoint("901", name="one", weights=folder / "nnUNetPlans-toy_3d_fullres.pth", plans_name="asked")
+    adapt_checkpoint("901", name="scratch", plans_name="asked", from_scratch=True)
+    arms = [trainer(folder, plan=f"asked-{name}") for name in ("one", "scratch")]
+    blocks = [read_json(folder / f"asked-{name}.json")["finetuning"] for name in ("one", "scratch")]
+    differing = {key for key in blocks[0] | blocks[1] if blocks[0].get(key) != blocks[1].get(key)}
+    assert differing <= {"weights", "source", "twin_of"}
+    states, drawn, described = [], [], []
+    for arm in arms:
+        arm.initialize()
+        drawn.append(next(arm.get_dataloaders()[0])["data"])
+        if arm.settings.weights is not None:
+            arm.load_pretrained_weights()
+        states.append(copy_of(arm.network))
+        names = {id(p): name for name, p in arm.network.named_parameters()}
+        rates = []
+        for epoch in range(4):
+            arm.lr_scheduler.step(epoch)
+            rates.append(arm.lr_scheduler.get_last_lr())
+        described.append((type(arm.optimizer), arm.optimizer.defaults, rates,
+                          [[names[id(p)] for p in group["params"]] for group in arm.optimizer.param_groups],
+                          [name for name, p in arm.network.named_parameters() if p.requires_grad]))
+    assert torch.equal(*drawn) and described[0] == described[1]
+    loaded, fresh = states
+    same = {key for key in loaded if torch.equal(loaded[key], fresh[key]) and "weight" in key and loaded[key].dim() > 1}
+    assert same == {key for key in same if not key.startswith(tuple(TRAINED))} and any(".seg_" in key for key in same)
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_resumed_run_is_exact(folder, stop):
-    settings = {"frozen_encoder_epochs": 2, "layer_decay": 0.5, "warmup_epochs": 1}
+    settings = {"decoder_warmup_epochs": 2, "layer_decay": 0.5, "warmup_epochs": 1}
     data, whole = batches(8), trainer(folder, **settings)
     whole.initialize()
     whole.load_pretrained_weights()
@@ -165,31 +234,6 @@ def test_a_resumed_run_is_exact(folder, stop):
     assert all(torch.equal(value, reference[key]) for key, value in resumed.network.state_dict().items())
     momenta = [[state["momentum_buffer"] for state in subject.optimizer.state.values()] for subject in (whole, resumed)]
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
-
-
-@pytest.mark.parametrize(("kind", "blocks"), [("PlainConvUNet", "n_conv_per_stage"),
-                                              ("ResidualEncoderUNet", "n_blocks_per_stage")])
-def test_groups_hold_every_parameter_once_with_rates_by_depth(kind, blocks):
-    plans = fake_plan()
-    architecture = plans["configurations"]["3d_fullres"]["architecture"]
-    architecture["network_class_name"] = f"dynamic_network_architectures.architectures.unet.{kind}"
-    architecture["arch_kwargs"][blocks] = architecture["arch_kwargs"].pop("n_conv_per_stage")
-    network = build_network(plans, "3d_fullres", DATASET_JSON)
-    groups = parameter_groups(network, layer_decay=0.5, frozen_until=3)
-    held = [id(p) for group in groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in network.parameters())
-    assert [(g["name"], g["lr_scale"], g["frozen_until"]) for g in groups] == [
-        ("decoder", 1.0, 0), ("encoder stage 0", 0.125, 3), ("encoder stage 1", 0.25, 3), ("encoder stage 2", 0.5, 3)]
-    encoder = {id(p) for p in network.encoder.parameters()}
-    assert all((id(p) in encoder) == (group["name"] != "decoder") for group in groups for p in group["params"])
-    if kind == "ResidualEncoderUNet":
-        assert {id(p) for p in network.encoder.stem.parameters()} <= {id(p) for p in groups[1]["params"]}
-
-
-def test_a_network_without_stages_needs_the_plain_settings():
-    assert len(parameter_groups(nn.Linear(2, 2), layer_decay=1.0, frozen_until=0)) == 1
-    with pytest.raises(UserError, match="no encoder stages"):
-        parameter_groups(nn.Linear(2, 2), layer_decay=0.9, frozen_until=0)
 
 
 def test_learning_rate_and_schedule_come_from_the_plan(folder):
@@ -250,3 +294,58 @@ def test_a_compiled_network_is_loaded_through_its_wrapper(folder, tmp_path):
     loaded = subject.network._orig_mod.encoder.state_dict()
     assert all(torch.equal(value, source[f"encoder.{key}"]) for key, value in loaded.items())
     assert [group["lr_scale"] for group in subject.configure_optimizers()[0].param_groups] == [1.0, 0.125, 0.25, 0.5]
+
+
+def primus_batches(count):
+    return [{"data": batch["data"], "target": batch["target"][0]} for batch in batches(count)]
+
+
+@pytest.fixture
+def primus_folder(folder, tmp_path) -> Path:
+    """The dataset with a plan whose network is a small Primus, adapted from another Primus of the same kind."""
+    plan = with_primus(fake_plan()) | {"plans_name": "primus"}
+    write_json(folder / "primus.json", plan)
+    weights = build_network(plan, "3d_fullres", DATASET_JSON).state_dict()
+    provenance = {"trained": ["eva.", "down_projection."], "network": describe_network(plan, "3d_fullres")}
+    save_checkpoint({"network_weights": weights, "provenance": provenance}, tmp_path / "primus.pth")
+    adapt_checkpoint("901", name="toy", weights=tmp_path / "primus.pth", plans_name="primus")
+    return folder
+
+
+def test_primus_trains_as_nnunets_own_trainer_would_and_predicts(primus_folder, tmp_path):
+    subject = trainer(primus_folder, plan="primus-toy", epochs=1)
+    subject.initialize()
+    assert not subject.enable_deep_supervision and type(subject.network).__name__ == "Primus"
+    assert isinstance(subject.optimizer, torch.optim.AdamW)
+    assert (subject.initial_lr, subject.weight_decay) == (3e-4, 5e-2)
+    initial = copy_of(subject.network)
+    subject.load_pretrained_weights()
+    source = read_checkpoint(tmp_path / "primus.pth")["network_weights"]
+    for key, value in subject.network.state_dict().items():
+        expected = source if key.startswith(("eva.", "down_projection.")) else initial
+        assert torch.equal(value, expected[key]), key
+    train_epochs(subject, [0], primus_batches(2))
+    assert all(torch.isfinite(value).all() for value in subject.network.state_dict().values())
+    again = trainer(primus_folder, plan="primus-toy", epochs=1)
+    again.run_training()
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False,
+                                use_mirroring=False)
+    predictor.initialize_from_trained_model_folder(again.output_folder_base, ("all",), "checkpoint_final.pth")
+    logits = predictor.predict_logits_from_preprocessed_data(torch.randn(1, 18, 20, 17))
+    assert logits.shape == (2, 18, 20, 17) and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("recipe", [{"layer_decay": 0.5}, {"decoder_warmup_epochs": 1}, {"trains": "head"}])
+def test_recipes_hold_for_primus(primus_folder, recipe):
+    subject = trainer(primus_folder, plan="primus-toy", warmup_epochs=0, **recipe)
+    subject.initialize()
+    subject.load_pretrained_weights()
+    before = copy_of(subject.network)
+    train_epochs(subject, [0], primus_batches(2))
+    after = subject.network.state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    if recipe == {"trains": "head"}:
+        assert moved == {"up_projection.decode.1.weight", "up_projection.decode.1.bias"}
+    else:
+        assert any(key.startswith("eva.") for key in moved) == ("layer_decay" in recipe)
+        assert "up_projection.decode.0.0.weight" in moved

@@ -1,0 +1,26 @@
+"""Say what a file with weights is, in one screen: method, network, input, data, health, licence, and how to use it.
+
+    nnssl_plugin inspect nnUNet_results/Dataset501_MR/…/fold_all/checkpoint_final.pth
+    nnssl_plugin inspect VoCo_B_SSL_head.pt --mapping voco-b --json report.json
+
+Reads checkpoints of this package, of nnU-Net and of nnssl, plain state dicts, safetensors, and folders that export
+wrote. No code in the file is run.
+"""
+
+
+def add_arguments(parser):
+    parser.add_argument("file", metavar="FILE", help="file with weights, or a folder that export wrote")
+    parser.add_argument("--mapping", metavar="TABLE", help="how the keys of foreign weights are renamed: the name of a "
+                                                           "table of this package, or a JSON file")
+    parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
+
+
+def run(args):
+    from nnssl_plugin.checkpoints.inspection import inspect_file, screen
+    from nnssl_plugin.files import write_json
+
+    report = inspect_file(args.file, mapping=args.mapping)
+    print(screen(report))
+    if args.json:
+        write_json(args.json, report)
+        print(f"wrote {args.json}")

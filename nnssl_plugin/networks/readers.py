@@ -1,0 +1,153 @@
+"""How each family of planned networks is read: where its features, its decoder and its trained parts are."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nnssl_plugin.errors import UserError
+
+
+class UNetReader:
+    """Encoder-decoder networks of dynamic_network_architectures (PlainConvUNet, ResidualEncoderUNet), 2D and 3D."""
+
+    prefixes = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
+    """Prefixes of the keys that a pretraining may train: everything but the segmentation layers."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self.channels = tuple(network.encoder.output_channels)
+        self.dimensions = {nn.Conv2d: 2, nn.Conv3d: 3}[network.encoder.conv_op]
+        strides = torch.tensor([[s] * self.dimensions if isinstance(s, int) else list(s)
+                                for s in network.encoder.strides])
+        self.strides = tuple(tuple(s) for s in strides.cumprod(0).tolist())
+
+    @staticmethod
+    def reads(network: nn.Module) -> bool:
+        """Whether a network is of this family."""
+        return hasattr(network, "encoder") and hasattr(getattr(network, "decoder", None), "transpconvs")
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Maps of all stages, fine to coarse."""
+        return self.network.encoder(x)
+
+    def decode(self, features: Sequence[Tensor], skips: bool) -> Tensor:
+        """The finest map (B, channels[0], *spatial), before the segmentation layer."""
+        decoder = self.network.decoder
+        x = features[-1]
+        for upsample, stage, skip in zip(decoder.transpconvs, decoder.stages, reversed(features[:-1]), strict=True):
+            x = stage(torch.cat((upsample(x), skip if skips else torch.zeros_like(skip)), 1))
+        return x
+
+    def image_layer(self, input_channels: int) -> nn.Module:
+        """A fresh layer from what ``decode`` gives to an image, in the place of the segmentation layer."""
+        return self.network.encoder.conv_op(self.channels[0], input_channels, 1)
+
+    def encoder_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the encoder."""
+        return self.network.encoder.parameters()
+
+    def decoder_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the decoder without its segmentation layers."""
+        for module in (self.network.decoder.transpconvs, self.network.decoder.stages):
+            yield from module.parameters()
+
+    def compiled(self) -> list[nn.Module]:
+        """Modules that are worth compiling one by one."""
+        return [self.network.encoder, *self.network.decoder.stages]
+
+
+class PrimusReader:
+    """Primus of dynamic_network_architectures (Wald et al. 2025): a patch embedding, a transformer, an up-projection.
+
+    Its tokens are the one stage of features, a map at the stride of the patch embedding. There are no skips.
+    """
+
+    dimensions = 3
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self.channels = (network.embed_dim,)
+        layers = [module.stride for module in network.up_projection.modules() if isinstance(module, nn.ConvTranspose3d)]
+        self.strides = (tuple(math.prod(axis) for axis in zip(*layers, strict=True)),)
+        stages = range(len(network.up_projection.decode) - 1)  # the last one gives the classes
+        self.prefixes = (f"{network.key_to_stem}.", f"{network.key_to_encoder}.", "register_tokens",
+                         *(f"up_projection.decode.{stage}." for stage in stages))
+
+    @staticmethod
+    def reads(network: nn.Module) -> bool:
+        """Whether a network is of this family."""
+        return all(hasattr(network, name) for name in ("down_projection", "eva", "up_projection"))
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The tokens as one map (B, embed_dim, *spatial / stride).
+
+        Raises:
+            UserError: for an image of another size than the network was built for.
+        """
+        embedded = self.network.down_projection(x)
+        grid = embedded.shape[2:]
+        tokens = embedded.flatten(2).transpose(1, 2)
+        registers = self.network.register_tokens
+        if registers is not None:
+            tokens = torch.cat((registers.expand(len(x), -1, -1), tokens), 1)
+        self._check(tokens, x)
+        tokens, kept = self.network.eva(tokens)
+        if registers is not None:
+            tokens = tokens[:, registers.shape[1]:]
+        tokens, _ = self.network.restore_full_sequence(tokens, kept, grid.numel())
+        return [tokens.transpose(1, 2).unflatten(2, grid)]
+
+    def decode(self, features: Sequence[Tensor], skips: bool) -> Tensor:
+        """The map before the last up-sampling, which in Primus is the segmentation layer at once."""
+        return self.network.up_projection.decode[:-1](features[-1])
+
+    def image_layer(self, input_channels: int) -> nn.Module:
+        """A fresh last up-sampling, to an image in place of classes."""
+        last = self.network.up_projection.decode[-1]
+        return nn.ConvTranspose3d(last.in_channels, input_channels, last.kernel_size, last.stride)
+
+    def encoder_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of patch embedding and transformer."""
+        yield from self.network.down_projection.parameters()
+        yield from self.network.eva.parameters()
+        if self.network.register_tokens is not None:
+            yield self.network.register_tokens
+
+    def decoder_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the up-projection without its last layer."""
+        return self.network.up_projection.decode[:-1].parameters()
+
+    def compiled(self) -> list[nn.Module]:
+        """Modules that are worth compiling one by one."""
+        return [self.network.eva, *self.network.up_projection.decode[:-1]]
+
+    def _check(self, tokens: Tensor, x: Tensor) -> None:
+        positions = self.network.eva.pos_embed
+        if positions is not None and positions.shape[1] != tokens.shape[1]:
+            raise UserError(
+                f"{type(self.network).__name__} was built for {positions.shape[1]} tokens; an image of "
+                f"{'x'.join(str(size) for size in x.shape[2:])} voxels gives {tokens.shape[1]}.",
+                "Give the method windows of the plan's patch size, or use a convolutional network.",
+            )
+
+
+READERS = (UNetReader, PrimusReader)
+"""Families of networks that pretraining can read."""
+
+
+def reader_of(network: nn.Module) -> UNetReader | PrimusReader:
+    """The reader of a bare network.
+
+    Raises:
+        UserError: for a network of no known family.
+    """
+    for reader in READERS:
+        if reader.reads(network):
+            return reader(network)
+    raise UserError(
+        f"{type(network).__name__} is not a network that pretraining can read.",
+        "Use a plan with PlainConvUNet or ResidualEncoderUNet (nnUNetPlans, nnUNetResEncUNet*Plans), or with Primus "
+        "(nnssl_plugin plan --preset primus-s).",
+    )
