@@ -7,6 +7,8 @@ predicted. The same file of weights serves stock nnU-Net, and a network that doe
 import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -22,6 +24,8 @@ from nnssl_plugin.methods.med3dinsight.trainer import Med3DInsightPretrainer
 from nnssl_plugin.phantoms import write_phantoms
 from nnssl_plugin.quickstart.commands import environment_for
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # scripts, not a package
+weight_routes = __import__("weight_routes")
 pytestmark = pytest.mark.slow
 
 KINDS = ("plain", "residual", "primus")
@@ -146,6 +150,19 @@ def test_stock_nnunet_takes_the_same_file(folder, kind):
     checkpoint, printed = train(folder, kind, STOCK, "-pretrained_weights", str(weights))
     assert str(weights) in printed
     assert checkpoint["trainer_name"] == STOCK and checkpoint["current_epoch"] == 1
+
+
+@pytest.mark.parametrize("kind", UNETS)
+def test_every_route_brings_the_same_weights_and_losses(folder, kind, monkeypatch):
+    environment = environment_for(folder, search_path())
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "PATH"):
+        monkeypatch.setenv(name, environment[name])
+    *loaded, scratch = weight_routes.main([
+        "-d", TARGET_ID, "-p", kind, "-w", str(pretrained(folder, kind)), "-o", str(folder / "routes" / kind),
+        "--iterations", "2", "--routes", "adapt", "import", "stock", "scratch"])
+    assert len({row["adapted_sha256"] for row in loaded if row["adapted_sha256"]}) == 1
+    assert len({(row["trained_sha256"], row["train_loss"], row["validation_loss"]) for row in loaded}) == 1
+    assert scratch["train_loss"] != loaded[0]["train_loss"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -132,8 +132,7 @@ def _read_untrusted(path: Path) -> dict[str, Any]:
     try:
         return read_checkpoint(path)
     except UserError as error:
-        # the NumPy values of nnU-Net's log are listed too, and never the reason
-        called = [name for name in unsafe_globals(path) if not name.startswith("numpy.")]
+        called = unsafe_globals(path)
         if not called:
             raise
         shown = ", ".join(called[:SHOWN]) + (f" and {len(called) - SHOWN} more" if len(called) > SHOWN else "")

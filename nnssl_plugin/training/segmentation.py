@@ -24,6 +24,9 @@ from nnssl_plugin.training.recipes import (
 )
 from nnssl_plugin.training.schedules import PolySchedule
 
+CHECKPOINTS_PER_RUN = 20
+"""Least number of times that ``checkpoint_latest.pth`` is written: every 50 of 1000 epochs, as in nnU-Net, and more
+often in short runs, so that ``--c`` never repeats more than a twentieth of them."""
 WARMUP = 0.05
 """Fraction of the epochs that warm up where the plan says nothing: 50 of nnU-Net's 1000."""
 
@@ -46,6 +49,7 @@ class PretrainedSegmentationTrainer(PlannedNetworkTrainer):
         self.num_epochs = self.settings.epochs or self.num_epochs
         self.num_iterations_per_epoch = self.settings.iterations_per_epoch or self.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.settings.validation_iterations or self.num_val_iterations_per_epoch
+        self.save_every = max(1, min(self.save_every, self.num_epochs // CHECKPOINTS_PER_RUN))
         self._log_settings()
 
     def initialize(self):

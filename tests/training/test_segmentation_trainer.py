@@ -236,6 +236,11 @@ def test_a_resumed_run_is_exact(folder, stop):
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
 
 
+@pytest.mark.parametrize(("epochs", "every"), [(1000, 50), (40, 2), (4, 1)])
+def test_short_runs_are_saved_often(folder, epochs, every):
+    assert trainer(folder, epochs=epochs).save_every == every
+
+
 def test_learning_rate_and_schedule_come_from_the_plan(folder):
     subject = trainer(folder, lr=0.004, epochs=100, warmup_epochs=None)
     subject.initialize()
