@@ -16,9 +16,16 @@ from pathlib import Path
 
 from study_figures import draw_label_efficiency, draw_learning
 from study_file import Study, choose_cases, read_study
-from study_results import collect, page, summarise, table, versions
+from study_results import collect, page, read_separation, summarise, table, versions
 from study_runner import Runner, StoppedEarly, cost
-from study_steps import adaptation_steps, finetuning_steps, lay_out, planning_steps, pretraining_steps
+from study_steps import (
+    adaptation_steps,
+    finetuning_steps,
+    lay_out,
+    planning_steps,
+    pretraining_steps,
+    separation_steps,
+)
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.files import atomic_path, read_json, write_json
@@ -33,7 +40,7 @@ def carry_out(study_file: Path, folder: Path, *, data: Path, jobs: int, device: 
     Args:
         study_file: what the study is.
         folder: receives everything.
-        data: what the study's folders of images and labels are relative to.
+        data: what the study's images and labels are relative to.
         jobs: trainings side by side.
         device: nnU-Net's ``-device``.
 
@@ -48,12 +55,13 @@ def carry_out(study_file: Path, folder: Path, *, data: Path, jobs: int, device: 
     _claim(folder, study_file)
     lay_out(study, selection, data=data, folder=folder)
     planning, pretraining = planning_steps(study, folder), pretraining_steps(study, folder, device=device)
+    separation = separation_steps(study, folder, device=device)
     adaptation, finetuning = adaptation_steps(study, folder), finetuning_steps(study, folder, device=device)
-    total = len([*planning, *pretraining, *adaptation, *finetuning])
+    total = len([*planning, *pretraining, *separation, *adaptation, *finetuning])
     runner = Runner(folder, device=device, total=total)
     runner.run(planning)
     runner.run(pretraining, jobs=jobs)
-    runner.run(adaptation)
+    runner.run([*separation, *adaptation])
     runner.run(finetuning, jobs=jobs)
     runner.bar.close()
     return write_results(study, folder, state=runner.state, jobs=jobs, device=device, study_file=study_file)
@@ -67,6 +75,7 @@ def write_results(study: Study, folder: Path, *, state: dict, jobs: int, device:
         "versions": versions(),
         "cost": cost(state),
         "statistics": summarise(study, runs),
+        "separation": read_separation(study, folder),
         "runs": [run.as_json() for run in runs],
     }
     write_json(folder / "result.json", result)

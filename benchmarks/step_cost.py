@@ -7,13 +7,15 @@ The trainer is the real one, on a dataset that is planned, preprocessed and capt
 folder. In every round these are timed one after the other on the same batch:
 
     step       data, views, forward, backward, clipping, update and after_step, as in training
-    floor      forward and backward of what the method encodes with, on the same views, with a trivial loss
-    backbone   forward and backward of the calls into the backbone alone (a teacher's calls: forward)
+    floor      forward and backward of every network that the method calls (backbone, heads), and forward of those that
+               are frozen (teachers), on the inputs that they get in encode, with a trivial loss
+    backbone   the same of the calls into backbones alone
     bare       forward and backward of the planned network on the same patches
 
 Ratios are medians of the ratios round by round, which holds where the machine's speed drifts. Parts are shares of the
-step: heads = floor - backbone; objective = forward and backward of the whole task - floor. Batches are made in this
-process (no workers), so the share of data is what training waits for at worst.
+step: heads = floor - backbone; objective = forward and backward of the whole task - floor (of S2DC: the
+correspondences and the losses). Batches are made in this process (no workers), so the share of data is what training
+waits for at worst.
 """
 
 import argparse
@@ -23,10 +25,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnssl_plugin.files import read_json, write_json
 from nnssl_plugin.networks.backbone import Backbone
@@ -52,50 +56,84 @@ def make_trainer(args: argparse.Namespace, plan_name: str):
     return trainer
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call into a network, to be made again."""
+
+    network: nn.Module
+    function: Callable
+    inputs: tuple
+    options: dict[str, Any]
+
+    @property
+    def trained(self) -> bool:
+        """Whether the network learns; a teacher does not."""
+        return any(parameter.requires_grad for parameter in self.network.parameters())
+
+    def again(self) -> Tensor:
+        """Make the call, and return a scalar that depends on everything that came out."""
+        with torch.set_grad_enabled(self.trained):
+            results = self.function(self.network, *self.inputs, **self.options)
+            return sum(result.float().mean() for result in _tensors(results))
+
+
 class RecordedCalls:
-    """The calls that a method makes into backbones during one ``encode``, to be made again on their own."""
+    """The calls that a method makes into networks during one ``encode``, to be made again on their own.
+
+    Calls within calls are not recorded: a head counts as one, and so does ``Backbone.features``, of a student as of a
+    teacher, whether through ``Teacher.module`` or ``Teacher.forward``.
+    """
 
     def __init__(self, task, views: dict[str, Tensor]):
-        self._calls: list[tuple[Callable, tuple, dict, bool]] = []
-        self._producer: dict[int, tuple[int, int]] = {}
-        self._kept = []  # what was produced stays alive, so that no id comes twice
-        with self._recording(), torch.no_grad():
+        self.calls: list[Call] = []
+        self._depth = 0
+        with self._recording():
             task.encode(views)
+
+    def replay(self, kind: type[nn.Module] = nn.Module) -> Tensor:
+        """Make the calls into networks of a kind again; a scalar that depends on everything that is trained."""
+        values = [(call.trained, call.again()) for call in self.calls if isinstance(call.network, kind)]
+        return sum(value for trained, value in values if trained)
 
     @contextmanager
     def _recording(self):
-        originals = {name: getattr(Backbone, name) for name in ("features", "decode")}
-        for name, original in originals.items():
-            setattr(Backbone, name, self._recorder(original))
+        entries = ((Backbone, "features"), (Backbone, "decode"), (nn.Module, "__call__"))
+        originals = [(owner, name, getattr(owner, name)) for owner, name in entries]
+        for owner, name, original in originals:
+            setattr(owner, name, self._recorder(original))
         try:
             yield
         finally:
-            for name, original in originals.items():
-                setattr(Backbone, name, original)
+            for owner, name, original in originals:
+                setattr(owner, name, original)
 
     def _recorder(self, original: Callable) -> Callable:
-        def call(backbone: Backbone, given, **options):
-            result = original(backbone, given, **options)
-            trained = any(p.requires_grad for p in backbone.parameters())
-            source = self._producer.get(id(given[0])) if isinstance(given, list) else None
-            self._calls.append((original, (backbone, given if source is None else source), options, trained))
-            first = result[0] if isinstance(result, list) else result
-            self._producer[id(first)] = len(self._calls) - 1
-            self._kept.append(result)
-            return result
+        def call(network: nn.Module, *inputs, **options):
+            if self._depth == 0:
+                self.calls.append(Call(network, original, _leaves(inputs), _leaves(options)))
+            self._depth += 1
+            try:
+                return original(network, *inputs, **options)
+            finally:
+                self._depth -= 1
 
         return call
 
-    def replay(self) -> Tensor:
-        """Make the calls again and return a scalar that depends on everything that is trained."""
-        results, total = [], 0.0
-        for original, (backbone, given), options, trained in self._calls:
-            with torch.set_grad_enabled(trained):
-                results.append(original(backbone, results[given] if isinstance(given, int) else given, **options))
-            if trained:
-                maps = results[-1] if isinstance(results[-1], list) else [results[-1]]
-                total = total + sum(m.float().mean() for m in maps)
-        return total
+
+def _leaves(value: Any) -> Any:
+    """Tensors cut off from what made them, which still ask for a gradient where they did."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {key: _leaves(each) for key, each in value.items()}
+    return type(value)(map(_leaves, value)) if isinstance(value, list | tuple) else value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 class Round:
@@ -114,9 +152,10 @@ class Round:
         self._time("step", lambda: trainer.train_step(self.batch))
         self.views = trainer._views(self.batch, TRAIN, trainer.step)
         self._time("views", lambda: trainer._views(self.batch, TRAIN, trainer.step))
-        self._time("floor", self._floor)
-        calls = RecordedCalls(task, self.views)
-        self._time("backbone", lambda: self._backward(calls.replay))
+        with trainer._precision():
+            calls = RecordedCalls(task, self.views)
+        self._time("floor", lambda: self._backward(calls.replay))
+        self._time("backbone", lambda: self._backward(lambda: calls.replay(Backbone)))
         self._time("whole", lambda: trainer._backward(self.views, 0.0))
         total = torch.zeros((), device=trainer.device)
         self._time("optimiser", lambda: task.after_step(0.0, trainer._update(total)))
@@ -139,13 +178,6 @@ class Round:
         with self.trainer._precision():
             total = forward()
         total.backward()
-
-    def _floor(self) -> None:
-        def forward() -> Tensor:
-            outputs, own = self.trainer.task.encode(self.views)
-            return sum(v.float().mean() for v in [*outputs.values(), *own.values()] if v.requires_grad)
-
-        self._backward(forward)
 
     def _bare(self) -> Tensor:
         patch = self.trainer.configuration_manager.patch_size

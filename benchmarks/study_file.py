@@ -1,6 +1,7 @@
 """A study of label efficiency as one JSON file: what it says, and which cases it takes."""
 
 import dataclasses
+import glob
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,20 +13,24 @@ from nnssl_plugin.evaluation.label_fractions import nested_subsets
 from nnssl_plugin.files import read_json
 
 ENDING = ".nii.gz"
+CASE = "{case}"
+"""Stands for the name of a case in a pattern of files."""
 CAPTION_FLAGS = ("captioner", "body-part", "seed", "weights", "model")
 """Flags of ``nnssl_plugin caption`` that a study may set."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """The scans and labels; folders are relative to the folder of data."""
+    """The scans and labels; folders and patterns are relative to the folder of data."""
 
     title: str
     licence: str
     label_kind: str
     """Who made the labels: expert, model output, phantom."""
     images: str
+    """A folder of ``CASE.nii.gz``, or a pattern of files such as ``scans/{case}/MR.nii.gz``."""
     labels: str
+    """The same of the labels."""
     label_names: tuple[str, ...]
     """Names of the values 1, 2, …"""
     modality: str = "MR"
@@ -65,6 +70,14 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Separation:
+    """How the features of each pretraining are probed: ``nnssl_plugin evaluate tokens`` on the evaluation cases."""
+
+    stride: int
+    """Size of a token in voxels of the plan's spacing."""
+
+
+@dataclass(frozen=True)
 class Study:
     """Everything that a study file says."""
 
@@ -82,6 +95,8 @@ class Study:
     """Settings of the plan's ``finetuning`` block, for every arm."""
     captions: dict[str, Any] | None = None
     """Flags of ``nnssl_plugin caption``, for methods that need triplets."""
+    separation: Separation | None = None
+    """With it, token separation by label is measured before and after each pretraining."""
     configuration: str = "3d_fullres"
 
     @property
@@ -119,6 +134,7 @@ def read_study(path: str | Path) -> Study:
         pretrainings={name: _build(Pretraining, block, where=f"{path}, pretrainings, {name}")
                       for name, block in study.pretrainings.items()},
         arms=tuple(_build(Arm, arm, where=f"{path}, arms") for arm in study.arms),
+        separation=study.separation and _build(Separation, study.separation, where=f"{path}, separation"),
         fractions=tuple(sorted(study.fractions)),
         seeds=tuple(study.seeds),
     )
@@ -133,22 +149,35 @@ def choose_cases(study: Study, data: Path) -> Selection:
 
     Args:
         study: the study.
-        data: the folder that the study's folders of images and labels are relative to.
+        data: the folder that the study's images and labels are relative to.
 
     Raises:
         UserError: when there are fewer cases with image and label than the study needs.
     """
-    images, labels = (data / folder for folder in (study.data.images, study.data.labels))
-    names = sorted(path.name.removesuffix(ENDING) for path in images.glob(f"*{ENDING}")
-                   if (labels / path.name).is_file())
+    images, labels = study.data.images, study.data.labels
+    names = sorted(files_by_case(data, images).keys() & files_by_case(data, labels).keys())
     counts = study.cases
     if len(names) < counts.unlabelled + counts.evaluation:
-        raise UserError(f"{images} and {labels} hold {len(names)} cases; the study needs {counts.unlabelled} unlabelled"
-                        f" and {counts.evaluation} others for evaluation.", "Name the folder of data with --data.")
+        raise UserError(f"{data / images} and {data / labels} hold {len(names)} cases; the study needs "
+                        f"{counts.unlabelled} unlabelled and {counts.evaluation} others for evaluation.",
+                        "Name the folder of data with --data.")
     evaluation = _evenly(names, counts.evaluation)
     kept = set(evaluation)
     unlabelled = _evenly([name for name in names if name not in kept], counts.unlabelled)
     return Selection(unlabelled, _evenly(unlabelled, counts.pool), evaluation)
+
+
+def files_by_case(data: Path, place: str) -> dict[str, Path]:
+    """The files of a study's images or labels by the names of their cases.
+
+    Args:
+        data: the folder that ``place`` is relative to.
+        place: a folder of ``CASE.nii.gz``, or a pattern with ``{case}``.
+    """
+    pattern = place if CASE in place else f"{place}/{CASE}{ENDING}"
+    before, _, after = str(data / pattern).partition(CASE)
+    found = glob.glob(f"{glob.escape(before)}*{glob.escape(after)}")
+    return {path[len(before):-len(after)]: Path(path) for path in found}
 
 
 def split_folds(study: Study, selection: Selection) -> list[dict[str, list[str]]]:
@@ -179,11 +208,11 @@ def _build(kind: type, content: Any, *, where: str) -> Any:
 def _requirements(study: Study) -> list[tuple[bool, str]]:
     """What must hold, and what to say where it does not."""
     names = [*study.pretrainings, *(arm.name for arm in study.arms), study.name]
-    bad_name = next((name for name in names if not re.fullmatch(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*", name)), None)
+    bad_name = next((name for name in names if not re.fullmatch(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*", name)), None)
     lost = next((arm for arm in study.arms if arm.pretraining not in (None, *study.pretrainings)), None)
     counts = study.cases
     return [
-        (bad_name is None, f"the name '{bad_name}' may hold letters, digits and single '-' only"),
+        (bad_name is None, f"the name '{bad_name}' may hold letters, digits and single '-' and '_' only"),
         (lost is None, f"the pretraining of an arm, '{lost and lost.pretraining}', is not among pretrainings"),
         (any(arm.pretraining is None for arm in study.arms), "no arm is from scratch (\"pretraining\": null)"),
         (len({arm.name for arm in study.arms}) == len(study.arms), "two arms have one name"),
@@ -196,6 +225,9 @@ def _requirements(study: Study) -> list[tuple[bool, str]]:
          "keys of plan must begin with 'configurations.'"),
         ("seed" not in {*study.finetuning, *(key for arm in study.arms for key in arm.finetuning)},
          "the seed of the fine-tuning comes from seeds"),
+        (all(place.count(CASE) <= 1 and (CASE not in place or place.endswith(ENDING))
+             for place in (study.data.images, study.data.labels)),
+         f"a pattern of files holds {CASE} once and ends in {ENDING}"),
         (study.captions is None or set(study.captions) <= set(CAPTION_FLAGS),
          f"captions may hold {', '.join(CAPTION_FLAGS)}"),
     ]

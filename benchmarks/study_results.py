@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from study_file import ENDING, Arm, Study
-from study_steps import fold_folder
+from study_steps import fold_folder, separation_file
 
 from nnssl_plugin.checkpoints.files import read_checkpoint
 from nnssl_plugin.evaluation.comparison import paired_bootstrap
 from nnssl_plugin.evaluation.label_fractions import nested_subsets
+from nnssl_plugin.evaluation.probes import table as separation_table
 from nnssl_plugin.files import read_json
 
 ALL_LABELS = "mean"
@@ -64,6 +65,13 @@ def read_dice(path: Path, label_names: tuple[str, ...]) -> dict[str, dict[str, f
         present = [value for value in values if not np.isnan(value)]
         dice[ALL_LABELS][case] = statistics.fmean(present) if present else float("nan")
     return dice
+
+
+def read_separation(study: Study, folder: Path) -> dict[str, Any]:
+    """Pretraining → token separation before and after it; empty where the study does not ask for it."""
+    if study.separation is None:
+        return {}
+    return {name: read_json(separation_file(folder, name)) for name in study.pretrainings}
 
 
 def summarise(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
@@ -131,6 +139,8 @@ def page(study: Study, result: dict[str, Any], lines: str, *, study_file: Path) 
     used = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if name in PACKAGES)
     pretrained = "\n".join(f"- `{name}`: {each.trainer}{f', preset {each.preset}' if each.preset else ''}, "
                            f"{_edits(each.edits)}" for name, each in study.pretrainings.items())
+    separation = "".join(_separation(name, found) for name, found in result["separation"].items())
+    captions = f" Captions: {_edits(study.captions)}." if study.captions is not None else ""
     return f"""# {study.name}
 
 **Question.** {study.question}
@@ -144,7 +154,7 @@ Mean Dice over the evaluation cases and {len(study.seeds)} seeds ± standard dev
 
 ![Pseudo Dice per epoch](learning.png)
 
-**Setting.** Fine-tuning: {epochs} epochs of {steps} steps ({_edits(study.finetuning)}). Plan: {_edits(study.plan)}. Captions: {_edits(study.captions or {})}. Pretraining:
+{separation}**Setting.** Fine-tuning: {epochs} epochs of {steps} steps ({_edits(study.finetuning)}). Plan: {_edits(study.plan)}.{captions} Pretraining:
 
 {pretrained or "- none"}
 
@@ -153,6 +163,16 @@ python benchmarks/label_efficiency.py benchmarks/studies/{study_file.name} -o {s
 ```
 
 **Cost.** {cost["cpu_minutes"]:.1f} CPU minutes in all ({stages}), with {used} on {result["versions"]["cores"]} cores.
+"""  # noqa: E501 (paragraphs of a page)
+
+
+def _separation(name: str, found: dict[str, Any]) -> str:
+    """The paragraph of the page on what the features of a pretraining tell apart."""
+    size = "×".join(str(tokens) for tokens in found["grid"])
+    return f"""**What the features tell apart** before (random initialisation) and after the pretraining `{name}`: tokens of the encoder at stride {found["stride"]} ({size} in a window around a labelled voxel of each evaluation case), by the label of most of their voxels.
+
+{separation_table(found)}
+
 """  # noqa: E501 (paragraphs of a page)
 
 

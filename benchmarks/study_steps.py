@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study_file import ENDING, Arm, Selection, Study, split_folds
+from study_file import ENDING, Arm, Selection, Study, files_by_case, split_folds
 
 from nnssl_plugin.cli.env import search_path
 from nnssl_plugin.files import write_json
@@ -29,7 +29,7 @@ class Step:
     title: str
     """Unique; names its log and its mark in the state."""
     stage: str
-    """planning, pretraining or fine-tuning: what its cost counts to."""
+    """planning, pretraining, separation or fine-tuning: what its cost counts to."""
     command: tuple[str, ...]
     results: Path | None = None
     """Folder of the fold, for trainings."""
@@ -44,16 +44,16 @@ def lay_out(study: Study, selection: Selection, *, data: Path, folder: Path) -> 
         data: the folder that the study's folders are relative to.
         folder: the study's own folder.
     """
-    images, labels = data / study.data.images, data / study.data.labels
+    images, labels = files_by_case(data, study.data.images), files_by_case(data, study.data.labels)
     scans, raw = folder / "scans", folder / "nnUNet_raw" / LABELLED
     for place in (scans, raw / "imagesTr", raw / "labelsTr"):
         place.mkdir(parents=True, exist_ok=True)
     for case in selection.unlabelled:
-        _link(images / f"{case}{ENDING}", scans / f"{case}{ENDING}")
+        _link(images[case], scans / f"{case}{ENDING}")
     labelled = (*selection.pool, *selection.evaluation)
     for case in labelled:
-        _link(images / f"{case}{ENDING}", raw / "imagesTr" / f"{case}_0000{ENDING}")
-        _link(labels / f"{case}{ENDING}", raw / "labelsTr" / f"{case}{ENDING}")
+        _link(images[case], raw / "imagesTr" / f"{case}_0000{ENDING}")
+        _link(labels[case], raw / "labelsTr" / f"{case}{ENDING}")
     write_json(raw / "dataset.json", {
         "channel_names": {"0": study.data.modality},
         "labels": {"background": 0} | {name: value for value, name in enumerate(study.data.label_names, 1)},
@@ -95,6 +95,19 @@ def pretraining_steps(study: Study, folder: Path, *, device: str) -> list[Step]:
              _train(UNLABELLED_ID, study.configuration, "all", pretraining.trainer, pretraining_plan(name), device),
              results=pretraining_folder(study, folder, name))
         for name, pretraining in study.pretrainings.items()
+    ]
+
+
+def separation_steps(study: Study, folder: Path, *, device: str) -> list[Step]:
+    """For each pretraining, where the study asks for it, token separation on the evaluation cases."""
+    if study.separation is None:
+        return []
+    return [
+        Step(f"separation-{name}", "separation",
+             ("nnssl_plugin", "evaluate", "tokens", "-d", str(LABELLED_ID), "-c", study.configuration, "-p", PLAN,
+              "-w", str(pretraining_folder(study, folder, name) / "checkpoint_final.pth"), "-f", "0",
+              "--stride", str(study.separation.stride), "-device", device, "-o", str(separation_file(folder, name))))
+        for name in study.pretrainings
     ]
 
 
@@ -141,6 +154,11 @@ def pretraining_folder(study: Study, folder: Path, name: str) -> Path:
     """Where nnU-Net writes a pretraining."""
     run = f"{study.pretrainings[name].trainer}__{pretraining_plan(name)}__{study.configuration}"
     return folder / "nnUNet_results" / UNLABELLED / run / "fold_all"
+
+
+def separation_file(folder: Path, name: str) -> Path:
+    """Where the token separation of a pretraining is written."""
+    return folder / "separation" / f"{name}.json"
 
 
 def fold_folder(study: Study, folder: Path, arm: Arm, fold: int) -> Path:

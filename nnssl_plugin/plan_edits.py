@@ -6,6 +6,7 @@ Only the functions that begin with ``write`` touch the files of a dataset; every
 import difflib
 import json
 import math
+import pydoc
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -165,9 +166,10 @@ def preset_assignments(fragment: Mapping[str, Any], plans: Mapping[str, Any]) ->
     if not patches:
         raise UserError(f"Plan {plans['plans_name']} has no 3D configuration for the network of the preset.",
                         "Plan one: nnUNetv2_plan_and_preprocess -d ID -c 3d_fullres")
-    divisors = patch_divisors(fragment["architecture"]["arch_kwargs"], 3)
+    divisors = patch_divisors(fragment["architecture"], 3)
     for name, patch in patches.items():
-        values += network_assignments(name, fragment["architecture"], fitting_patch(patch, divisors))
+        fitting = more_than_one_voxel(fitting_patch(patch, divisors), divisors, patch)
+        values += network_assignments(name, fragment["architecture"], fitting)
     return values
 
 
@@ -180,11 +182,15 @@ def network_assignments(configuration: str, architecture: Mapping[str, Any], pat
     return [((*under, "architecture"), architecture), ((*under, "patch_size"), list(patch))]
 
 
-def patch_divisors(arch_kwargs: Mapping[str, Any], dimensions: int) -> list[int]:
-    """What the patch must be divisible by, per axis: the product of a U-Net's strides, a transformer's patch size."""
-    strides = arch_kwargs.get("strides")
+def patch_divisors(architecture: Mapping[str, Any], dimensions: int) -> list[int]:
+    """What the patch must be divisible by, per axis: what the network's class says (``patch_divisor``), else the
+    product of a U-Net's strides, or the patch size of Primus."""
+    own = getattr(pydoc.locate(architecture["network_class_name"]), "patch_divisor", None)
+    if own is not None:
+        return [own] * dimensions
+    strides = architecture["arch_kwargs"].get("strides")
     if strides is None:
-        return list(arch_kwargs.get("patch_embed_size", [1] * dimensions))
+        return list(architecture["arch_kwargs"].get("patch_embed_size", [1] * dimensions))
     stages = [[stride] * dimensions if isinstance(stride, int) else stride for stride in strides]
     return [math.prod(axis) for axis in zip(*stages, strict=True)]
 
@@ -192,6 +198,15 @@ def patch_divisors(arch_kwargs: Mapping[str, Any], dimensions: int) -> list[int]
 def fitting_patch(wanted: Sequence[int], divisors: Sequence[int]) -> list[int]:
     """The nearest size that is divisible, per axis; the smaller of two that are equally near."""
     return [max(1, math.ceil(size / divisor - 0.5)) * divisor for size, divisor in zip(wanted, divisors, strict=True)]
+
+
+def more_than_one_voxel(patch: Sequence[int], divisors: Sequence[int], sizes: Sequence[float]) -> list[int]:
+    """The patch with its longest axis by ``sizes`` doubled, where the network would come down to a single voxel: one
+    cannot be normalised."""
+    if list(patch) != list(divisors):
+        return list(patch)
+    longest = max(range(len(patch)), key=lambda axis: sizes[axis])
+    return [size * 2 if axis == longest else size for axis, size in enumerate(patch)]
 
 
 def edit_plan(
@@ -292,12 +307,16 @@ def _compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change
 
 def _check_patch(configuration: Mapping[str, Any], name: str) -> None:
     arch_kwargs, patch = configuration["architecture"]["arch_kwargs"], list(configuration["patch_size"])
-    divisors = patch_divisors(arch_kwargs, len(patch))
+    divisors = patch_divisors(configuration["architecture"], len(patch))
     place = f"configurations.{name}"
     if len(divisors) != len(patch) or any(size % divisor for size, divisor in zip(patch, divisors, strict=True)):
         fitting = [max(divisor, size // divisor * divisor) for size, divisor in zip(patch, divisors, strict=False)]
         raise UserError(f"The patch size {patch} of {name} is not divisible by the network's strides {divisors}.",
                         f"For example: --set {place}.patch_size={_compact(fitting)}")
+    if patch == divisors and max(divisors) > 1:
+        larger = _compact(more_than_one_voxel(patch, divisors, patch))
+        raise UserError(f"The patch size {patch} of {name} leaves the coarsest stage of its network a single voxel, "
+                        "which cannot be normalised.", f"For example: --set {place}.patch_size={larger}")
     if list(arch_kwargs.get("input_shape", patch)) != patch:
         raise UserError(
             f"The network of {name} is built for patches of {arch_kwargs['input_shape']}, the patch size is {patch}.",

@@ -137,7 +137,7 @@ def build_network(plans: Mapping[str, Any], configuration: str, dataset_json: Ma
 
 
 def takes_deep_supervision(network_class: str) -> bool:
-    """Whether a network class (dotted name) takes ``deep_supervision``: nnU-Net's U-Nets do, Primus does not."""
+    """Whether a network class (dotted name) takes ``deep_supervision``: U-Nets do, Primus and SwinUNETR do not."""
     located = pydoc.locate(network_class)
     return located is None or "deep_supervision" in inspect.signature(located).parameters
 

@@ -24,7 +24,9 @@ Batch = dict[str, Any]
 ``extent`` (B, dims) float, size of the window in voxels of the case (differs from *window* where it was resized);
 with triplets also ``plane`` (B,) int (index into ``planes.PLANES``), ``slice_axis`` (B,) int (spatial axis of ``image``
 that the slice is normal to), ``slice_position`` (B,) float in [0, 1] (place of the slice along that axis of the
-window), ``image_embedding`` and ``text_embedding`` (B, E) float32.
+window), ``image_embedding`` and ``text_embedding`` (B, E) float32;
+with labels, in validation batches of datasets that label structures, also ``labels`` (B, *window) int16: the case's
+segmentation in the same window, -1 outside the case.
 """
 Views = dict[str, Tensor]
 Terms = dict[str, Tensor]
@@ -37,14 +39,37 @@ class Needs:
     window: Literal["crop", "whole", "slice"] = "crop"
     """``crop``: a random window (a third of them around foreground); ``whole``: the whole case resized to the
     window; ``slice``: a random window that contains the slice of the case's triplet."""
-    margin: float = 1.0
-    """Size of the window over the plan's patch size, for methods that move inside it."""
+    margin: float | tuple[float, ...] = 1.0
+    """Size of the window over the plan's patch size, for methods that move inside it; one number, or one per axis."""
     triplets: bool = False
     """The batch brings a slice, its place, and the frozen embeddings of slice and text."""
     modalities: int = 1
     """Channels that a case must really have to be used."""
     dimensions: tuple[int, ...] = (2, 3)
     """Spatial dimensions of the configurations that the method supports."""
+    labels: bool = False
+    """Validation batches bring ``labels`` for diagnostics, where the dataset labels structures; training batches
+    never do."""
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A grey image with something drawn over it, for :meth:`PretextTask.pictures`."""
+
+    image: Tensor
+    """(*spatial)."""
+    values: Tensor | None = None
+    """(*spatial) in [-1, 1], such as cosines: drawn as colours over the image, with a colour bar."""
+    mark: tuple[float, ...] | None = None
+    """A point to mark, in voxels of the image; all pictures of the file then show the slices through it."""
+
+
+@dataclass(frozen=True)
+class Colours:
+    """A coloured image, for :meth:`PretextTask.pictures`."""
+
+    image: Tensor
+    """(*spatial, 3) in [0, 1]: red, green, blue."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +163,10 @@ class PretextTask(nn.Module):
         return terms
 
     @torch.no_grad()
+    def on_weights_loaded(self) -> None:
+        """Starting weights were put into the backbone: copy them into whatever else must start from them (teachers)."""
+
+    @torch.no_grad()
     def after_step(self, progress: float, applied: Tensor) -> None:
         """Update teachers, queues and projections.
 
@@ -157,8 +186,8 @@ class PretextTask(nn.Module):
         return {}
 
     @torch.no_grad()
-    def pictures(self, views: Views) -> dict[str, list[tuple[str, Tensor]]]:
-        """Pictures to draw every few epochs: file name → titled images (*spatial) of the first sample."""
+    def pictures(self, views: Views) -> dict[str, list[tuple[str, Tensor | Overlay | Colours]]]:
+        """Pictures to draw every few epochs: file name → titled images of the first sample, grey where a tensor."""
         return {}
 
 

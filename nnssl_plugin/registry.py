@@ -49,5 +49,18 @@ METHODS = {
         docs="docs/methods/med3dinsight.md",
         presets=("med3dinsight", "med3dinsight-paper"),
     ),
+    "s2dc": Method(
+        trainer="nnssl_plugin.methods.s2dc.trainer.S2DCPretrainer",
+        settings="nnssl_plugin.methods.s2dc.settings.Settings",
+        training="nnssl_plugin.methods.s2dc.settings.TRAINING",
+        paper=Paper(
+            title="Structure-aware Semantic Discrepancy and Consistency for 3D Medical Image Self-supervised Learning",
+            authors=("Tan Pan", "Zhaorui Tan", "Kaiyu Guo", "Dongli Xu", "Weidi Xu", "Chen Jiang", "Xin Guo",
+                     "Yuan Qi", "Yuan Cheng"),
+        ),
+        licence="Apache-2.0",
+        docs="docs/methods/s2dc.md",
+        presets=("s2dc", "s2dc-paper", "s2dc-reference"),
+    ),
 }
 """Name (also that of the method's folder) → method."""

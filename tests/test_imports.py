@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "methods": LEAVES | {"objectives", "networks", "pretext", "data", "checkpoints", "training"},
     "registry": LEAVES | {"methods"},
     "intake": LEAVES,
-    "evaluation": LEAVES | {"objectives"},
+    "evaluation": LEAVES | {"objectives", "networks", "data", "checkpoints"},
     "quickstart": LEAVES | {"checkpoints", "evaluation", "intake", "training"},
     "doctor": LEAVES | {"registry", "pretrain_trainers"},
     "pretrain_trainers": {"training", "methods"},

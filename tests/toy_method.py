@@ -63,6 +63,10 @@ class Toy(PretextTask):
         return {"contrast": torch.where(broken, float("nan"), contrast) if self.training else contrast}
 
     @torch.no_grad()
+    def on_weights_loaded(self):
+        self.teacher.load_state_dict(self.backbone.state_dict())
+
+    @torch.no_grad()
     def after_step(self, progress, applied):
         rate = (1 - self.settings.momentum) * applied
         for teacher, student in zip(self.teacher.parameters(), self.backbone.parameters(), strict=True):

@@ -14,6 +14,7 @@ FAMILIES = {
     "ResidualEncoderUNet": "encoder.stages.0.blocks.0.",
     "Primus": "down_projection.proj.",
     "Primus with a convolutional stem": "down_projection.stem.",
+    "SwinUNETR": "swinViT.patch_embed.",
 }
 """Family of networks → part of a key that only it has."""
 MISSING = "not in the checkpoint"

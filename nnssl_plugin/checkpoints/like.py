@@ -20,6 +20,7 @@ from nnssl_plugin.plan_edits import (
     asked_for,
     check_new_name,
     fitting_patch,
+    more_than_one_voxel,
     network_assignments,
     patch_divisors,
     write_changed_plan,
@@ -95,7 +96,7 @@ def plan_like(
     shape = dict(taken).get(("configurations", configuration, "median_image_size_in_voxels"),
                             resolved["median_image_size_in_voxels"])
     architecture = _architecture(source)
-    patch, notes = _patch(source, architecture["arch_kwargs"], resolved["patch_size"], shape)
+    patch, notes = _patch(source, architecture, resolved["patch_size"], shape)
     taken += network_assignments(configuration, architecture, patch)
     written = write_changed_plan(folder, plans, name, [*taken, *asked_for(plans, presets, assignments)],
                                  overwrite=overwrite)
@@ -124,31 +125,30 @@ def _architecture(source: Source) -> dict[str, Any]:
             "_kw_requires_import": [key for key in IMPORTED if key in kwargs]}
 
 
-def _patch(source: Source, arch_kwargs: Mapping[str, Any], planned: Sequence[int],
+def _patch(source: Source, architecture: Mapping[str, Any], planned: Sequence[int],
            shape: Sequence[float]) -> tuple[list[int], list[str]]:
     """The patch in voxels, and what was changed of the checkpoint's.
 
     Args:
         source: the checkpoint.
-        arch_kwargs: of its network.
+        architecture: its network.
         planned: the target's planned patch, which counts where the checkpoint names none.
         shape: size of the target's median case, at the new spacing.
     """
     recommended = (source.content.get("nnssl_adaptation_plan") or {}).get("recommended_downstream_patchsize")
-    wanted = list(recommended or source.provenance.get("patch_size") or planned)
+    stated = recommended or source.provenance.get("patch_size")
+    wanted = list(stated or planned)
     if len(wanted) != len(planned):
         raise UserError(f"The network of {source.path.name} reads {len(wanted)}D patches, the configuration is "
                         f"{len(planned)}D.", "Name another configuration with -c.")
-    divisors = patch_divisors(arch_kwargs, len(wanted))
+    divisors = patch_divisors(architecture, len(wanted))
     covering = [max(1, math.ceil(size / divisor)) * divisor for size, divisor in zip(shape, divisors, strict=True)]
     patch = [min(sizes) for sizes in zip(fitting_patch(wanted, divisors), covering, strict=True)]
-    if patch == divisors:  # a single voxel at the bottom cannot be normalised
-        longest = max(range(len(patch)), key=lambda axis: shape[axis])
-        patch[longest] *= 2
+    patch = more_than_one_voxel(patch, divisors, shape)
     if patch == list(wanted):
         return patch, []
-    return patch, [f"patch size: {_by(wanted)} in the checkpoint → {_by(patch)} here (median case "
-                   f"{_by(round(size) for size in shape)} voxels, divisible by {_by(divisors)})"]
+    return patch, [f"patch size: {_by(wanted)} {'in the checkpoint' if stated else 'planned'} → {_by(patch)} here "
+                   f"(median case {_by(round(size) for size in shape)} voxels, divisible by {_by(divisors)})"]
 
 
 def _spacing(source: Source, plans: Mapping[str, Any], configuration: str) -> list[Assignment]:

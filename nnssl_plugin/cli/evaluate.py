@@ -1,4 +1,4 @@
-"""Score predictions, and compare runs case by case.
+"""Score predictions, compare runs case by case, and measure what features tell apart.
 
     nnssl_plugin evaluate segmentation -i scratch=RESULTS_1 med3d=RESULTS_2 -o comparison
     nnssl_plugin evaluate segmentation -i test=predictions -ref nnUNet_raw/Dataset007_X/labelsTs -o scores
@@ -6,6 +6,11 @@
 A run is a folder of predictions, a fold_X/validation folder, or a trainer's result folder, whose folds are pooled.
 Writes scores.csv, NAME/summary.json per run, and with two or more runs comparison.json and comparison.png: every run
 against the first, paired by case. Distances are in mm.
+
+    nnssl_plugin evaluate tokens -d 502 -p nnUNetPlans -w checkpoint_final.pth --stride 16 -o tokens.json
+
+compares the features of a pretrained network with those of its random initialisation: how alike are tokens of one
+label, how different those of different labels? The dataset needs labels of structures.
 """
 
 
@@ -23,9 +28,38 @@ def add_arguments(parser):
     kind.add_argument("--tolerance-mm", type=float, default=1.0, metavar="MM",
                       help="surface distance that counts as no error in NSD (default: 1.0)")
     kind.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
+    kind.set_defaults(evaluate=_segmentation)
+    kind = kinds.add_parser("tokens", help="do pretrained features tell the labels of a dataset apart?",
+                            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind.add_argument("-d", required=True, metavar="ID", help="labelled, preprocessed dataset")
+    kind.add_argument("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
+    kind.add_argument("-p", default="nnUNetPlans", metavar="PLAN", help="plan of the network (default: nnUNetPlans)")
+    kind.add_argument("-w", metavar="FILE", help="weights (default: the random initialisation alone)")
+    kind.add_argument("-f", type=int, metavar="FOLD", help="only the validation cases of this fold (default: all)")
+    kind.add_argument("--stride", type=int, default=16, metavar="VOXELS",
+                      help="size of a token: the finest stage with at least this stride (default: 16)")
+    kind.add_argument("--cases", type=int, metavar="N", help="how many cases (default: all)")
+    kind.add_argument("-o", metavar="FILE", help="JSON file for the numbers")
+    kind.add_argument("-device", default="cpu", choices=("cpu", "cuda", "mps"), help="default: cpu")
+    kind.set_defaults(evaluate=_tokens)
 
 
 def run(args):
+    return args.evaluate(args)
+
+
+def _tokens(args):
+    from nnssl_plugin.evaluation.probes import evaluate_tokens, table
+    from nnssl_plugin.files import write_json
+
+    result = evaluate_tokens(args.d, args.p, configuration=args.c, weights=args.w, fold=args.f, cases=args.cases,
+                             stride=args.stride, device=args.device)
+    if args.o:
+        write_json(args.o, result)
+    print(table(result))
+
+
+def _segmentation(args):
     from nnssl_plugin.evaluation.segmentation import evaluate_segmentation
     from nnssl_plugin.evaluation.summaries import table
 

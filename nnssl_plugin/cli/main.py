@@ -19,7 +19,7 @@ VERBS = {
     "export": "weights as a folder to share, or a model for nnU-Net without this package",
     "import": "take shared weights back as a checkpoint",
     "inspect": "what is in this file with weights?",
-    "evaluate": "score segmentations, and compare runs case by case",
+    "evaluate": "score segmentations, compare runs case by case, and probe features",
     "split": "append folds with fewer labels to a dataset",
     "quickstart": "walk the whole road in minutes, on phantoms or your scans, with a report",
 }

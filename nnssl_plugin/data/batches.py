@@ -3,14 +3,14 @@
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nnssl_plugin.data.cases import CaseFacts, Cases
-from nnssl_plugin.data.windows import random_origin, read_window, resize
+from nnssl_plugin.data.windows import random_origin, read_labels, read_window, resize, resize_labels
 from nnssl_plugin.planes import PLANES
 from nnssl_plugin.pretext import Batch, Needs
 
@@ -30,6 +30,8 @@ class StepBatches(Dataset):
         embeddings: case → (image (E,), text (E,)), with ``needs.triplets``.
         triplets: case → triplet, with ``needs.triplets``.
         stream: numbers that choose the stream of randomness: seed and purpose.
+        structures: values of the segmentation that name structures; with any, and with ``needs.labels``, batches
+            bring ``labels``, in which every value but these and 0 (background) becomes -1.
         rank, ranks: this process among all that train together.
     """
 
@@ -44,18 +46,21 @@ class StepBatches(Dataset):
         stream: tuple[int, int],
         embeddings: dict | None = None,
         triplets: dict | None = None,
+        structures: Collection[int] = (),
         rank: int = 0,
         ranks: int = 1,
     ):
         self.cases = cases
         self.needs = needs
         self.flat = len(patch_size) == 2
-        window = [math.ceil(s * needs.margin) for s in patch_size]
+        margins = np.broadcast_to(needs.margin, len(patch_size))
+        window = [math.ceil(size * margin) for size, margin in zip(patch_size, margins, strict=True)]
         self.window = [1, *window] if self.flat else window
         self.batch_size = batch_size
         self.available = available
         self.embeddings = embeddings
         self.triplets = triplets
+        self.known_labels = [0, *structures] if needs.labels and structures else None
         self.stream = stream
         self.rank = rank
         self.ranks = ranks
@@ -75,7 +80,7 @@ class StepBatches(Dataset):
         return [self.cases.identifiers[order[i % number]] for i in range(first, first + self.batch_size)]
 
     def _sample(self, case: str, rng: np.random.Generator) -> dict:
-        data, facts = self.cases.load(case)
+        data, segmentation, facts = self.cases.load_labelled(case)
         shape = np.array(data.shape[1:])
         if self.needs.window == "whole":
             origin, extent = np.zeros(3), shape.astype(float)
@@ -92,7 +97,18 @@ class StepBatches(Dataset):
             "origin": np.asarray(origin, dtype=np.float32)[dims],
             "extent": extent.astype(np.float32)[dims],
         }
+        if self.known_labels is not None:
+            labels = self._labels(segmentation, origin)
+            sample["labels"] = labels[0] if self.flat else labels
         return sample | (self._triplet(case, facts, origin, extent) if self.needs.triplets else {})
+
+    def _labels(self, segmentation, origin: np.ndarray) -> np.ndarray:
+        """The segmentation (*window) int16 in the window of the image."""
+        if self.needs.window == "whole":
+            labels = resize_labels(np.asarray(segmentation[:]), self.window)
+        else:
+            labels = read_labels(segmentation, origin, self.window)
+        return np.where(np.isin(labels, self.known_labels), labels, np.int16(-1))
 
     def _anchor(self, facts: CaseFacts, rng: np.random.Generator) -> list[float | None] | None:
         """What a window must contain: the slice and some body for ``slice``, now and then a foreground voxel else."""

@@ -55,10 +55,15 @@ class Cases:
 
     def load(self, case: str):
         """The lazily read image (C, z, y, x) of a case and its facts."""
-        data, _, _, properties = self._dataset.load_case(case)
+        data, _, facts = self.load_labelled(case)
+        return data, facts
+
+    def load_labelled(self, case: str):
+        """The lazily read image (C, z, y, x) and segmentation (1, z, y, x) of a case, and its facts."""
+        data, segmentation, _, properties = self._dataset.load_case(case)
         if case not in self._facts:
             self._facts[case] = self._remember(case, properties, data.shape[1:])
-        return data, self._facts[case]
+        return data, segmentation, self._facts[case]
 
     def _remember(self, case: str, properties: dict, case_shape: Sequence[int]) -> CaseFacts:
         locations = [np.asarray(v) for v in properties.get("class_locations", {}).values() if len(v)]

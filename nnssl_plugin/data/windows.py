@@ -42,6 +42,12 @@ def read_window(data, origin: Sequence[int], window: Sequence[int]) -> np.ndarra
     return np.asarray(crop_and_pad_nd(data, box, 0), dtype=np.float32)
 
 
+def read_labels(segmentation, origin: Sequence[int], window: Sequence[int]) -> np.ndarray:
+    """Read (*window) int16 from a segmentation (1, *spatial), array or blosc2 file; outside the case it is -1."""
+    box = [[int(o), int(o + w)] for o, w in zip(origin, window, strict=True)]
+    return np.asarray(crop_and_pad_nd(segmentation, box, -1), dtype=np.int16)[0]
+
+
 def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Resize (C, *spatial) to (C, *size): axes that shrink are averaged (no aliasing), axes that grow interpolated."""
     x = torch.from_numpy(np.asarray(image, dtype=np.float32))[None]
@@ -49,3 +55,9 @@ def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     x = functional.interpolate(x, size=shrunk, mode="area")
     x = functional.interpolate(x, size=tuple(size), mode={2: "bilinear", 3: "trilinear"}[len(shrunk)])
     return x[0].numpy()
+
+
+def resize_labels(segmentation: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Resize (1, *spatial) to (*size) int16: each voxel takes the label of the nearest one."""
+    x = torch.from_numpy(np.asarray(segmentation, dtype=np.float32))[None]
+    return functional.interpolate(x, size=tuple(size), mode="nearest-exact")[0, 0].numpy().astype(np.int16)

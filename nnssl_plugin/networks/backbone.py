@@ -10,8 +10,9 @@ from nnssl_plugin.networks.readers import reader_of
 class Backbone(nn.Module):
     """One way to ask any planned network for features; methods never look inside a network.
 
-    Serves the networks of dynamic_network_architectures: PlainConvUNet and ResidualEncoderUNet in 2D and 3D, Primus in
-    3D. Feature maps are ordered fine to coarse; a transformer's tokens are one map, at the stride of its patches.
+    Serves PlainConvUNet, ResidualEncoderUNet and MONAI's SwinUNETR in 2D and 3D, and Primus in 3D. Feature maps are
+    ordered fine to coarse; the tokens of Primus are one map, at the stride of its patches. In SwinUNETR the stage of
+    stride 1 is the image itself, which its decoder reads.
 
     Args:
         network: the bare network of the plan; it stays reachable as ``network`` and keeps its keys.
@@ -33,17 +34,20 @@ class Backbone(nn.Module):
         """Encoder maps of ``x`` (B, C, *spatial), fine to coarse: (B, channels[s], *spatial / strides[s])."""
         return self._reader.features(x)
 
+    def stage(self, stride: int | None) -> int:
+        """Index of the finest stage whose largest stride is at least ``stride``; the bottleneck where there is none,
+        and for ``None``."""
+        last = len(self.strides) - 1
+        return next((s for s, t in enumerate(self.strides) if stride is not None and max(t) >= stride), last)
+
     def tokens(self, features: Sequence[Tensor], stride: int | None = None) -> tuple[Tensor, tuple[int, ...]]:
         """Tokens (B, N, C) of one stage, and its grid (N = their product).
 
         Args:
             features: what :meth:`features` returned.
-            stride: the finest stage whose largest stride is at least this; ``None`` for the bottleneck.
+            stride: see :meth:`stage`.
         """
-        stage = -1
-        if stride is not None:
-            stage = next((s for s, t in enumerate(self.strides) if max(t) >= stride), -1)
-        maps = features[stage]
+        maps = features[self.stage(stride)]
         return maps.flatten(2).transpose(1, 2), tuple(maps.shape[2:])
 
     def pooled(self, features: Sequence[Tensor]) -> Tensor:
@@ -51,8 +55,9 @@ class Backbone(nn.Module):
         return features[-1].flatten(2).mean(-1)
 
     def decode(self, features: Sequence[Tensor], skips: bool = True) -> Tensor:
-        """The decoder's last map before the segmentation layer: (B, channels[0], *spatial) in a U-Net; in Primus,
-        whose segmentation layer is its last up-sampling, one step coarser.
+        """The decoder's last map before the segmentation layer: (B, channels[0], *spatial) in a U-Net,
+        (B, feature_size, *spatial) in SwinUNETR; in Primus, whose segmentation layer is its last up-sampling, one step
+        coarser.
 
         Args:
             features: what :meth:`features` returned.

@@ -7,6 +7,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.data.cases import Cases, available_channels
+from nnssl_plugin.data.labels import structure_labels
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.triplets import read_embeddings, read_triplets
 
@@ -18,8 +19,16 @@ def raw_folder(dataset_name: str) -> Path:
     return Path(str(nnUNet_raw)) / dataset_name
 
 
-def open_batches(trainer: nnUNetTrainer, identifiers: list[str], *, stream: tuple[int, int]) -> StepBatches:
+def open_batches(
+    trainer: nnUNetTrainer, identifiers: list[str], *, stream: tuple[int, int], labels: bool = False
+) -> StepBatches:
     """Batches of the trainer's configuration that hold what its task needs.
+
+    Args:
+        trainer: the initialised trainer.
+        identifiers: cases to draw from.
+        stream: numbers that choose the stream of randomness: seed and purpose.
+        labels: also the labels that the task needs, where the dataset labels structures.
 
     Raises:
         UserError: the configuration's dimension does not fit, no case has enough channels, or captions are missing.
@@ -55,6 +64,7 @@ def open_batches(trainer: nnUNetTrainer, identifiers: list[str], *, stream: tupl
         stream=stream,
         embeddings=embeddings,
         triplets=triplets,
+        structures=structure_labels(trainer.dataset_json) if labels else (),
         rank=trainer.local_rank,
         ranks=_ranks(),
     )

@@ -15,6 +15,7 @@ class EpochSums:
     def __init__(self, device: torch.device):
         self.device = device
         self.sums: dict[str, Tensor] = {}
+        self.known: dict[str, Tensor] = {}
         self.applied = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
         self.streak = torch.zeros((), device=device)
@@ -30,11 +31,19 @@ class EpochSums:
         self.streak = torch.where(applied, 0.0, self.streak + 1)
         self.longest_streak = torch.maximum(self.longest_streak, self.streak)
 
+    def add_known(self, numbers: dict[str, Tensor]) -> None:
+        """Add numbers that a batch may not give: NaN counts nowhere."""
+        for name, value in numbers.items():
+            known = ~value.isnan()
+            self.sums[name] = self.sums.get(name, 0.0) + torch.where(known, value.float(), 0.0)
+            self.known[name] = self.known.get(name, 0.0) + known.float()
+
     def means(self) -> dict[str, float]:
         """Means over the applied steps of all ranks; NaN where every step was skipped."""
         if not self.sums:
             return {}
-        means = mean_over_ranks(torch.stack(list(self.sums.values())) / self.applied)
+        counts = torch.stack([self.known.get(name, self.applied) for name in self.sums])
+        means = mean_over_ranks(torch.stack(list(self.sums.values())) / counts)
         return dict(zip(self.sums, means.tolist(), strict=True))
 
     def reset(self) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from nnssl_plugin.files import atomic_path
+from nnssl_plugin.pretext import Colours, Overlay
 
 PANELS = (
     ("Loss (solid: training, dashed: validation)", lambda k: k in ("train_losses", "val_losses")),
@@ -18,6 +19,8 @@ PANELS = (
     ("Peak memory (GiB)", lambda k: k == "peak_memory_gib"),
 )
 """Title of a panel → which logged series it shows."""
+HEAT = "PuOr"
+"""Colours of values in [-1, 1]: purple and orange, which colour-blind readers tell apart."""
 
 
 def draw_progress(history: dict[str, list], path: str | Path) -> None:
@@ -56,24 +59,66 @@ def draw_progress(history: dict[str, list], path: str | Path) -> None:
     _save(figure, path)
 
 
-def draw_pictures(images: list[tuple[str, Tensor]], path: str | Path) -> None:
+def draw_pictures(images: list[tuple[str, Tensor | Overlay | Colours]], path: str | Path) -> None:
     """Titled images beside each other: the three central slices of a volume (D, H, W), or the image (H, W) itself.
 
-    All share the intensity range of the first, so that they can be compared.
+    All show the same slices: those through the first mark, where an image has one. Grey values share the intensity
+    range of the first, so that they can be compared.
     """
     plt = _pyplot()
-    arrays = [(title, image.detach().float().cpu().numpy()) for title, image in images]
-    low, high = np.nanpercentile(arrays[0][1], (0.5, 99.5))
-    rows = 3 if arrays[0][1].ndim == 3 else 1
-    figure, axes = plt.subplots(rows, len(arrays), figsize=(3 * len(arrays), 3 * rows), squeeze=False)
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.95, hspace=0.03, wspace=0.03)
-    for column, (title, array) in enumerate(arrays):
+    shown = [(title, _Shown(image)) for title, image in images]
+    low, high = np.nanpercentile(shown[0][1].image, (0.5, 99.5))
+    grey = {"cmap": "gray", "vmin": low, "vmax": high if high > low else None}
+    size = shown[0][1].size
+    mark = next((each.mark for _, each in shown if each.mark is not None), None)
+    point = [extent // 2 for extent in size] if mark is None else [round(place) for place in mark]
+    cuts = [{axis: point[axis]} for axis in range(3)] if len(size) == 3 else [{}]
+    bar = 0.9 if any(each.values is not None for _, each in shown) else 0.03  # inches on the right
+    width, height = 3 * len(shown) + bar, 3 * len(cuts) + 0.3
+    figure, axes = plt.subplots(len(cuts), len(shown), figsize=(width, height), squeeze=False)
+    figure.subplots_adjust(0.01, 0.01, 1 - bar / width, 1 - 0.3 / height, hspace=0.03, wspace=0.03)
+    for column, (title, each) in enumerate(shown):
         axes[0, column].set_title(title)
-        for row in range(rows):
-            shown = array if rows == 1 else np.take(array, array.shape[row] // 2, axis=row)
-            axes[row, column].imshow(shown, cmap="gray", vmin=low, vmax=high if high > low else None, origin="lower")
+        for row, cut in enumerate(cuts):
+            drawn = each.draw(axes[row, column], cut, grey)
             axes[row, column].axis("off")
+        if each.values is not None:
+            figure.colorbar(drawn, cax=figure.add_axes((1 - 0.75 / width, 0.15, 0.15 / width, 0.7)))
     _save(figure, path)
+
+
+class _Shown:
+    """One picture as arrays."""
+
+    def __init__(self, picture: Tensor | Overlay | Colours):
+        picture = Overlay(picture) if isinstance(picture, Tensor) else picture
+        self.image = _array(picture.image)
+        self.coloured = isinstance(picture, Colours)
+        self.size = self.image.shape[:-1] if self.coloured else self.image.shape
+        values = None if self.coloured else picture.values
+        self.values = None if values is None else _array(values)
+        self.mark = None if self.coloured else picture.mark
+
+    def draw(self, axis, cut: dict[int, int], grey: dict):
+        """Draw the slice ``cut`` (axis → index) of this picture, and return what was drawn last."""
+        drawn = axis.imshow(_cut(self.image, cut), origin="lower", **({} if self.coloured else grey))
+        if self.values is not None:
+            drawn = axis.imshow(_cut(self.values, cut), origin="lower", cmap=HEAT, vmin=-1, vmax=1, alpha=0.6)
+        if self.mark is not None:
+            y, x = (place for number, place in enumerate(self.mark) if number not in cut)
+            axis.plot(x, y, "o", markersize=8, markerfacecolor="none", markeredgecolor="black", markeredgewidth=4)
+            axis.plot(x, y, "o", markersize=8, markerfacecolor="none", markeredgecolor="white", markeredgewidth=2)
+        return drawn
+
+
+def _array(image: Tensor) -> np.ndarray:
+    return image.detach().float().cpu().numpy()
+
+
+def _cut(array: np.ndarray, cut: dict[int, int]) -> np.ndarray:
+    for axis, index in cut.items():
+        array = np.take(array, index, axis=axis)
+    return array
 
 
 def _save(figure, path: str | Path) -> None:

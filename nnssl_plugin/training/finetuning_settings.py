@@ -33,9 +33,11 @@ class FinetuningSettings:
     layer_decay: float = 1.0
     """Factor of the learning rate from each encoder stage to the next shallower one, in (0, 1]; the decoder has 1,
     the deepest stage ``layer_decay``, the stem and the first of n stages ``layer_decay ** n`` (Clark et al. 2020,
-    ELECTRA, appendix A; Bao et al. 2022, BEiT). The stages of Primus are its transformer blocks."""
+    ELECTRA, appendix A; Bao et al. 2022, BEiT). The stages of Primus are its transformer blocks, those of SwinUNETR
+    the four of its transformer."""
     optimiser: str | None = None
-    """``sgd`` or ``adamw``; ``null`` is what nnU-Net's own trainers use: AdamW for Primus, else SGD."""
+    """``sgd`` or ``adamw``; ``null`` is what nnU-Net's own trainers use: AdamW for Primus, and so for SwinUNETR, else
+    SGD."""
     lr: float | None = None
     """Largest learning rate; ``null`` is nnU-Net's: 1e-2 for SGD, 3e-4 for AdamW."""
     weight_decay: float | None = None

@@ -34,7 +34,7 @@ def take_weights_entry(block: dict[str, Any]) -> str | None:
 
 
 def start_from(trainer, weights: str) -> dict[str, Any]:
-    """Put weights into the trainer's network, and into every copy of it that its task keeps (teachers).
+    """Put weights into the trainer's network; its task then copies them into its teachers (``on_weights_loaded``).
 
     The report is logged and saved in the results folder.
 
@@ -61,9 +61,8 @@ def start_from(trainer, weights: str) -> dict[str, Any]:
     dataset, name = plans["dataset_name"], plans["plans_name"]
     check_coverage(report, differences=architecture_differences(source.network, describe_network(plans, configuration)),
                    mend=f"nnssl_plugin plan -d {dataset} -p {name} --like {shlex.quote(str(path))} -n {name}-like")
-    for module in trainer.task.modules():
-        if isinstance(module, Backbone):
-            module.network.load_state_dict(state)
+    backbone.network.load_state_dict(state)
+    trainer.task.on_weights_loaded()
     if trainer.local_rank == 0:
         report.save(join(trainer.output_folder, REPORT))
     trainer.print_to_log_file(f"Pretraining goes on from {path}\n{report.table()}", add_timestamp=False)

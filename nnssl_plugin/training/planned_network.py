@@ -1,4 +1,4 @@
-"""nnU-Net's trainer for every network that a plan can name, also those that know no deep supervision (Primus)."""
+"""nnU-Net's trainer for every network that a plan can name: with deep supervision, or without (Primus, SwinUNETR)."""
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans

@@ -129,7 +129,9 @@ class Pretrainer(PlannedNetworkTrainer):
         backbone = Backbone(self.network, self.num_input_channels)
         self.task = self.network = self.build_task(backbone).to(self.device)
         if super()._do_i_compile():
-            self.network.backbone.compile_parts()
+            for module in self.network.modules():
+                if isinstance(module, Backbone):  # a teacher's too
+                    module.compile_parts()
         groups = self.task.parameter_groups()
         # Adam with decoupled decay; the fused kernels skip a step on the device when found_inf is set
         optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, weight_decay=self.weight_decay, fused=True)
@@ -164,7 +166,7 @@ class Pretrainer(PlannedNetworkTrainer):
         return train, self._stream(self._batches(validation_cases, VALIDATE), again, min(workers, 1))
 
     def _batches(self, cases: list[str], purpose: int) -> StepBatches:
-        return open_batches(self, cases, stream=(self.training_settings.seed, purpose))
+        return open_batches(self, cases, stream=(self.training_settings.seed, purpose), labels=purpose == VALIDATE)
 
     def _stream(self, batches: StepBatches, steps, workers: int) -> BatchStream:
         return BatchStream(batches, steps, workers=workers, pin_memory=self.device.type == "cuda")
@@ -300,7 +302,8 @@ class Pretrainer(PlannedNetworkTrainer):
         self._features.append(diagnostics.pop("features", torch.zeros(0, device=self.device)))
         numbers = {f"diagnostics/{name}": value for name, value in diagnostics.items()}
         always = torch.ones((), dtype=torch.bool, device=self.device)
-        self.validation_sums.add({f"val/{name}": value for name, value in terms.items()} | numbers, always)
+        self.validation_sums.add({f"val/{name}": value for name, value in terms.items()}, always)
+        self.validation_sums.add_known(numbers)
         if index == 0 and self._figures_are_due():
             self._draw(views)
         return {}

@@ -48,9 +48,11 @@ OPTIMISATIONS = {
 
 
 def network_parts(network: nn.Module) -> Parts | None:
-    """The parts of a bare U-Net or Primus; ``None`` for other networks."""
+    """The parts of a bare U-Net, Primus or SwinUNETR; ``None`` for other networks."""
     if hasattr(network, "eva"):
         return _primus_parts(network)
+    if hasattr(network, "swinViT"):
+        return _swin_parts(network)
     encoder = getattr(network, "encoder", None)
     if encoder is None or not hasattr(encoder, "stages"):
         return None
@@ -116,8 +118,9 @@ def rest_at_test_mode(network: nn.Module) -> None:
 
 
 def optimisation_for(network: nn.Module, chosen: str | None) -> Optimisation:
-    """The chosen optimiser, or that of nnU-Net's own trainer for a network of this kind."""
-    return OPTIMISATIONS[chosen or ("adamw" if hasattr(network, "eva") else "sgd")]
+    """The chosen optimiser, or that of nnU-Net's own trainer for a network of this kind: AdamW for transformers."""
+    transformer = hasattr(network, "eva") or hasattr(network, "swinViT")
+    return OPTIMISATIONS[chosen or ("adamw" if transformer else "sgd")]
 
 
 def build_optimizer(groups: Sequence[Group], optimisation: Optimisation, *, lr: float,
@@ -155,6 +158,15 @@ def _primus_parts(network: nn.Module) -> Parts:
     stages[0] = [p for p in embedding if p is not None] + stages[0]
     stages[-1] = [*stages[-1], *network.eva.norm.parameters()]
     return Parts(stages, "encoder block", list(network.up_projection.decode[-1].parameters()))
+
+
+def _swin_parts(network: nn.Module) -> Parts:
+    """Stages of the transformer; in the second version each begins with a residual block (``layers1c`` …)."""
+    transformer = network.swinViT
+    parts = [[getattr(transformer, name, None) for name in (f"layers{n}c", f"layers{n}")] for n in (1, 2, 3, 4)]
+    parts[0].insert(0, transformer.patch_embed)
+    stages = [[p for part in stage if part is not None for p in part.parameters()] for stage in parts]
+    return Parts(stages, "encoder stage", list(network.out.parameters()))
 
 
 def _group(name: str, parameters: Iterable[nn.Parameter], *, lr_scale: float = 1.0, frozen_until: int = 0) -> Group:

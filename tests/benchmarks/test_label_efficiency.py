@@ -86,6 +86,9 @@ def test_a_study_that_needs_more_cases_than_there_are_is_refused(tmp_path, data)
     ({"finetuning": {"seed": 3}}, "seed"),
     ({"seeds": [1, 1]}, "seeds"),
     ({"data": []}, "not a block"),
+    ({"data": STUDY["data"] | {"images": "{case}/{case}.nii.gz"}}, "pattern"),
+    ({"data": STUDY["data"] | {"labels": "{case}/mask.nrrd"}}, "pattern"),
+    ({"separation": {"patch": 4}}, "unknown key 'patch'"),
 ])
 def test_a_study_that_does_not_hold_together_is_refused(tmp_path, changes, complaint):
     with pytest.raises(UserError, match=complaint):
@@ -97,8 +100,45 @@ def test_the_studies_of_the_repository_can_be_read(path):
     assert study_file.read_study(path).name == path.stem
 
 
+def test_files_may_be_named_by_a_pattern(tmp_path, data):
+    for case in ("S_2", "S_10", "S_3"):
+        for name in ("MR_image", "MR_mask", "CT_image")[: 2 if case == "S_3" else 3]:
+            path = tmp_path / "other [1]" / case / f"{name}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    found = study_file.files_by_case(tmp_path, "other [1]/{case}/MR_image.nii.gz")
+    assert found == {case: tmp_path / "other [1]" / case / "MR_image.nii.gz" for case in ("S_2", "S_10", "S_3")}
+    places = {"images": "other [1]/{case}/MR_image.nii.gz", "labels": "other [1]/{case}/MR_mask.nii.gz"}
+    study = read(tmp_path, data=STUDY["data"] | places, cases={"unlabelled": 2, "pool": 1, "evaluation": 1})
+    chosen = study_file.choose_cases(study, tmp_path)
+    study_steps.lay_out(study, chosen, data=tmp_path, folder=tmp_path / "run")
+    for case in chosen.unlabelled:
+        assert (tmp_path / "run" / "scans" / f"{case}.nii.gz").resolve() == found[case].resolve()
+    raw = tmp_path / "run" / "nnUNet_raw" / study_steps.LABELLED
+    assert (raw / "labelsTr" / f"{chosen.evaluation[0]}.nii.gz").resolve().name == "MR_mask.nii.gz"
+    by_folder = study_file.files_by_case(data, "images")
+    assert by_folder["case_07"] == data / "images" / "case_07.nii.gz" and len(by_folder) == 20
+
+
+def test_separation_is_measured_only_where_asked_for(tmp_path):
+    assert study_steps.separation_steps(read(tmp_path), tmp_path, device="cpu") == []
+    (step,) = study_steps.separation_steps(read(tmp_path, separation={"stride": 4}), tmp_path, device="cpu")
+    trained = study_steps.pretraining_folder(read(tmp_path), tmp_path, "med3d") / "checkpoint_final.pth"
+    flags = dict(zip(step.command[3::2], step.command[4::2], strict=True))
+    assert step.command[:3] == ("nnssl_plugin", "evaluate", "tokens")
+    assert (flags["-w"], flags["--stride"], flags["-f"], flags["-d"]) == (str(trained), "4", "0", "502")
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "studies").glob("*.json")), ids=lambda path: path.stem)
+def test_the_studies_of_the_repository_find_their_cases(path, data_folder):
+    study = study_file.read_study(path)
+    chosen = study_file.choose_cases(study, data_folder)
+    assert len(set(chosen.unlabelled) | set(chosen.evaluation)) == study.cases.unlabelled + study.cases.evaluation
+
+
 def all_steps(study, folder):
     return [*study_steps.planning_steps(study, folder), *study_steps.pretraining_steps(study, folder, device="cpu"),
+            *study_steps.separation_steps(study, folder, device="cpu"),
             *study_steps.adaptation_steps(study, folder), *study_steps.finetuning_steps(study, folder, device="cpu")]
 
 
@@ -270,13 +310,19 @@ def test_a_miniature_study_from_scans_to_its_page(tmp_path):
     for image in (data / "images").glob("*_0000.nii.gz"):
         image.rename(image.with_name(image.name.replace("_0000", "")))
     network = "configurations.3d_fullres.architecture.arch_kwargs"
+    short = {"epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1, "batch_size": 2}
     study = STUDY | {
         "fractions": [1.0], "seeds": [0],
         "plan": {"configurations.3d_fullres.batch_size": 2, f"{network}.features_per_stage": [4, 8, 16]},
-        "pretrainings": {"med3d": {"trainer": "Med3DInsightPretrainer", "edits": {
-            "epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1, "batch_size": 2,
-            "method.queries": 8, "method.dim": 16, "method.heads": 2}}},
+        "pretrainings": {
+            "med3d": {"trainer": "Med3DInsightPretrainer",
+                      "edits": short | {"method.queries": 8, "method.dim": 16, "method.heads": 2}},
+            "s2dc": {"trainer": "S2DCPretrainer",
+                     "edits": short | {"warmup_epochs": 0, "method.token_stride": 4, "method.hidden": 8,
+                                       "method.dim": 8, "method.queue": 8}},
+        },
         "finetuning": {"epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1},
+        "separation": {"stride": 4},
     }
     write_json(tmp_path / "small.json", study)
     command = [sys.executable, str(BENCHMARKS / "label_efficiency.py"), str(tmp_path / "small.json"),
@@ -290,7 +336,10 @@ def test_a_miniature_study_from_scans_to_its_page(tmp_path):
         results = tmp_path / "run" / "nnUNet_results" / study_steps.LABELLED
         summary = read_json(next(results.glob(f"*__{folder}-seed0-tuned__*/fold_0/validation/summary.json")))
         assert run["mean_dice"] == pytest.approx(summary["foreground_mean"]["Dice"])
+    for separation in (result["separation"][name] for name in ("med3d", "s2dc")):
+        assert separation["before"] != separation["after"] and len(separation["cases"]) == 2
     page = (tmp_path / "run" / "study.md").read_text()
+    assert "| labels among themselves | cosine gap |" in page
     assert (tmp_path / "run" / "table.md").read_text() in page
     write_json(tmp_path / "small.json", study | {"finetuning": {"epochs": 9}})
     changed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -1,0 +1,130 @@
+"""Which patches of two views correspond, and the losses on them: Eqs. 2 to 8 of S2DC.
+
+Pan et al., "Structure-aware Semantic Discrepancy and Consistency for 3D Medical Image Self-supervised Learning".
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnssl_plugin.objectives.geometry import grid_centres, invert_affine, transform_points
+
+LEAST_VISIBLE = 0.5
+"""Share of a patch that must lie in the field of view."""
+
+
+def patch_correspondence(affine: Tensor, grid: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    """M_gt of Eqs. 2 and 3: patches whose centres fall into each other, there and back.
+
+    H(c_i) − c_j and H⁻¹(c_j) − c_i must lie in [−½, ½) patches on every axis. The interval is half-open, so that a
+    centre falls into one patch only and M_gt is a partial permutation; the paper's closed one matches two at a tie.
+
+    Args:
+        affine: H, (B, d, d+1), from points of the first view to points of the second, in voxels.
+        grid: tokens per axis, each of which is a patch to the paper.
+        patch_size: size of the image that the grid divides, in voxels per axis; a patch is patch_size / grid.
+
+    Returns:
+        (B, N, N) bool: patch i of the first view and j of the second; row and column sums are at most 1.
+    """
+    patches = torch.arange(math.prod(grid), device=affine.device)
+    forward = _patch_at(affine, grid, patch_size)
+    back = _patch_at(invert_affine(affine), grid, patch_size)
+    return (forward[:, :, None] == patches) & (back[:, None, :] == patches[:, None])
+
+
+def _patch_at(affine: Tensor, grid: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    """Index (B, N) of the patch into which each patch's centre falls, -1 outside the grid."""
+    centres = grid_centres(grid, patch_size, device=affine.device).to(affine.dtype)
+    moved = transform_points(centres.expand(len(affine), -1, -1), affine)
+    index, inside = torch.zeros_like(moved[..., 0]), torch.ones_like(moved[..., 0], dtype=torch.bool)
+    for axis, (patches, size) in enumerate(zip(grid, patch_size, strict=True)):
+        # the first patch begins half a voxel before the centre of its first voxel
+        place = ((moved[..., axis] + 0.5) * (patches / size)).floor()
+        index = index * patches + place
+        inside &= (place >= 0) & (place < patches)
+    return torch.where(inside, index, -1).long()
+
+
+def visible_patches(image: Tensor, valid: Tensor, grid: Sequence[int]) -> Tensor:
+    """Patches that show something: half of them lies in the field of view, and not all of it is padding.
+
+    Args:
+        image: (B, C, *spatial), 0 where nothing was imaged.
+        valid: (B, 1, *spatial) bool, False outside the field of view.
+        grid: patches per axis.
+
+    Returns:
+        (B, N) bool.
+    """
+    not_empty = image.ne(0).any(1, keepdim=True).float()
+    shares = F.interpolate(torch.cat((valid.float(), not_empty), 1), size=tuple(grid), mode="area").flatten(2)
+    return (shares[:, 0] >= LEAST_VISIBLE) & (shares[:, 1] > 0)
+
+
+def patch_to_patch_loss(log_assignment: Tensor, matches: Tensor) -> Tensor:
+    """L_p2p of Eq. 5, −(1/|M_gt|) Σ M_gt log M̂, of each sample.
+
+    |M_gt| is the sample's own, so that a sample with few matches weighs as much as any; one without matches gives 0.
+
+    Args:
+        log_assignment: log M̂, (B, N, M).
+        matches: M_gt, (B, N, M) bool.
+
+    Returns:
+        (B,).
+    """
+    return -_of_matches(log_assignment, matches).sum((1, 2)) / matches.sum((1, 2)).clamp(min=1)
+
+
+def non_match_loss(log_assignment: Tensor, matches: Tensor) -> Tensor:
+    """Mean of −log(1 − M̂) over the pairs that do not correspond, of each sample (B,): the public code's addition."""
+    apart = -torch.log1p(-log_assignment.clamp(max=-1e-6).exp())
+    return _of_matches(apart, ~matches).sum((1, 2)) / (~matches).sum((1, 2)).clamp(min=1)
+
+
+def sharpe_ratio(similarity: Tensor) -> Tensor:
+    """Eq. 6, (max D − mean D) / σ(D) of every row: high for one peak, low for several.
+
+    σ is the standard deviation, as in a Sharpe ratio and in the public code: a variance, as the paper calls it, would
+    make the ratio depend on the scale of the similarities.
+
+    Args:
+        similarity: (..., N, M), the rows D_n.
+
+    Returns:
+        (..., N); 0 for a constant row.
+    """
+    centred = similarity.amax(-1) - similarity.mean(-1)
+    variance = similarity.var(-1, correction=int(similarity.shape[-1] > 1))
+    return centred * (variance + 1e-8).rsqrt()
+
+
+def patch_weights(similarity: Tensor) -> Tensor:
+    """½ (softmax(sr)_n + softmax(sr')_m) of Eq. 7, (B, N, M), for similarities (B, N, M) of the two views' patches."""
+    first = sharpe_ratio(similarity).softmax(-1)
+    second = sharpe_ratio(similarity.mT).softmax(-1)
+    return (first[..., :, None] + second[..., None, :]) / 2
+
+
+def patch_to_structure_loss(log_assignment: Tensor, matches: Tensor, similarity: Tensor) -> Tensor:
+    """L_p2s of Eqs. 7 and 8, of each sample: the losses of the matches, weighted by how single their peaks are.
+
+    Not divided by N² as Eq. 8 is: the weights sum to 1 already, and L_p2s would be 10⁻⁴ of L_p2p.
+
+    Args:
+        log_assignment: log M̂, (B, N, M).
+        matches: M_gt, (B, N, M) bool.
+        similarity: (B, N, M) of patches; detached, it leaves the weights without gradient.
+
+    Returns:
+        (B,); 0 for a sample without matches.
+    """
+    return -(patch_weights(similarity) * _of_matches(log_assignment, matches)).sum((1, 2))
+
+
+def _of_matches(values: Tensor, matches: Tensor) -> Tensor:
+    return torch.where(matches, values, 0.0)

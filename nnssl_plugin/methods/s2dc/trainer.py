@@ -1,0 +1,21 @@
+"""``nnUNetv2_train ID 3d_fullres all -tr S2DCPretrainer``."""
+
+from nnssl_plugin.methods.s2dc.objective import S2DC
+from nnssl_plugin.methods.s2dc.settings import TRAINING, Settings
+from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.training.pretrainer import Pretrainer
+
+
+class S2DCPretrainer(Pretrainer):
+    """Pretrains the encoder of the planned network with S2DC."""
+
+    method = "s2dc"
+    training_defaults = TRAINING
+    method_defaults = Settings()
+    citations = (
+        "Pan, T., Tan, Z., Guo, K., Xu, D., Xu, W., Jiang, C., Guo, X., Qi, Y., Cheng, Y.: Structure-aware Semantic "
+        "Discrepancy and Consistency for 3D Medical Image Self-supervised Learning (S2DC). ICCV 2025.",
+    )
+
+    def build_task(self, backbone: Backbone) -> S2DC:
+        return S2DC(backbone, self.method_settings, spacing=self.configuration_manager.spacing)

@@ -1,0 +1,57 @@
+"""MONAI's SwinUNETR as nnU-Net builds the network of a plan: ``nnssl_plugin.networks.swin_unetr.SwinUNETR``.
+
+Hatamizadeh et al. 2022, arXiv 2201.01266; the second version (``use_v2``) He et al. 2023, MICCAI. Nothing in this
+package imports this module but a plan that names its class: MONAI is optional, and takes seconds to import.
+"""
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from nnssl_plugin.errors import UserError
+
+try:
+    from monai.networks.nets.swin_unetr import SwinUNETR as MonaiSwinUNETR
+except ImportError:
+    MonaiSwinUNETR = None
+
+
+class SwinUNETR(MonaiSwinUNETR or nn.Module):
+    """MONAI's network under MONAI's keys, with what the networks of dynamic_network_architectures say of themselves.
+
+    Args:
+        input_channels: channels of the image (B, input_channels, *spatial).
+        num_classes: channels of the output, at the size of the image.
+        arguments: MONAI's other arguments, which JSON can hold (``feature_size``, ``depths``, ``num_heads`` …).
+            ``deep_supervision`` may be False: the network has one output.
+
+    Raises:
+        UserError: without MONAI, or where deep supervision is asked for.
+    """
+
+    patch_divisor = 32
+    """Every axis of the image is halved five times."""
+    key_to_encoder = "swinViT"
+    key_to_stem = "swinViT.patch_embed"
+    keys_to_in_proj = ("swinViT.patch_embed.proj", "encoder1.layer.conv1.conv", "encoder1.layer.conv3.conv")
+
+    def __init__(self, input_channels: int, num_classes: int, **arguments):
+        if MonaiSwinUNETR is None:
+            raise UserError("The plan's network, SwinUNETR, needs MONAI, which cannot be imported.",
+                            'pip install "nnssl_plugin[swin]"')
+        # not in the signature, by which takes_deep_supervision tells that there is none
+        if arguments.pop("deep_supervision", False):
+            raise UserError("SwinUNETR has no deep supervision, which this trainer asks for.",
+                            "Train with -tr PretrainedSegmentationTrainer; from random weights with the plan of "
+                            "nnssl_plugin adapt --from-scratch.")
+        with _RatesAsNumbers():
+            super().__init__(in_channels=input_channels, out_channels=num_classes, **arguments)
+
+
+class _RatesAsNumbers(TorchFunctionMode):
+    """``torch.linspace`` on the CPU: MONAI reads the rates of stochastic depth out of it while it builds the network,
+    and the meta device, on which plans are checked, holds no numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        device = {"device": "cpu"} if func is torch.linspace else {}
+        return func(*args, **(kwargs or {}), **device)

@@ -1,0 +1,221 @@
+"""Affine views: one transformation for the image and for the points in it, made on the device, in 2D and 3D.
+
+Affines are tensors (B, d, d+1) float32 that map a point of the window to the point of the view that shows it. Points
+are in voxels, in the order of the image's axes; voxel centres are the whole numbers 0 … n − 1, and voxel i covers
+[i − ½, i + ½]. Nothing here waits for the device, and no matrix product is used, which autocast or TF32 would round.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ANISOTROPY = 3
+"""An axis this many times coarser than the others is not mixed with them (nnU-Net's ``ANISO_THRESHOLD``)."""
+
+
+@dataclass(frozen=True)
+class AffineRange:
+    """What :func:`random_affine` draws from, uniformly; the defaults leave everything as it is."""
+
+    rotation: float = 0.0
+    """Largest angle in degrees, either way, in each plane of two axes (three angles in 3D)."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest magnification, the same for all axes; above 1 the view shows structures larger."""
+    translation: float = 0.0
+    """Largest shift of each axis, either way, as a fraction of the window."""
+    flip: float = 0.0
+    """Probability that an axis is mirrored, for each axis."""
+    in_plane: bool | None = None
+    """Rotate, scale and shift only within the planes normal to the coarsest axis, which needs no interpolation
+    between slices; ``None`` does so where that axis is more than three times coarser than the others, or the window
+    less than a third as many voxels long. Flips stay on all axes."""
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        fine = {
+            "rotation": self.rotation >= 0,
+            "scale": 0 < low <= high,
+            "translation": self.translation >= 0,
+            "flip": 0 <= self.flip <= 1,
+        }
+        wrong = next((name for name, ok in fine.items() if not ok), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} cannot be {getattr(self, wrong)!r}")
+
+
+def random_affine(
+    batch: int,
+    size: Sequence[int],
+    ranges: AffineRange,
+    *,
+    spacing: Sequence[float],
+    generator: torch.Generator,
+    device: torch.device | str,
+) -> Tensor:
+    """Affines about the centre of the window, drawn anew for each sample: flip, scale, rotate, shift.
+
+    Rotation and scale are applied in mm, so that a rotation keeps lengths and angles in mm for any spacing.
+
+    Args:
+        batch: number of samples B.
+        size: of the window in voxels, (H, W) or (D, H, W).
+        ranges: what is drawn.
+        spacing: of the voxels in mm, one number per axis.
+        generator: source of the random numbers, on ``device``.
+        device: where the affines are made.
+
+    Returns:
+        (B, d, d+1) float32, from points of the window to points of the view.
+
+    Raises:
+        ValueError: for a spacing with another number of axes than the window.
+    """
+    if len(spacing) != len(size):
+        raise ValueError(f"spacing {tuple(spacing)} does not fit a window of size {tuple(size)}")
+    axes = range(len(size))
+    moving = _moving_axes(size, spacing, ranges.in_plane)
+    planes = list(combinations(moving, 2))
+    low, high = ranges.scale
+
+    angle = _symmetric(batch, len(planes), generator, device) * math.radians(ranges.rotation)
+    scale = low + (high - low) * torch.rand(batch, 1, generator=generator, device=device)
+    shift = _symmetric(batch, len(size), generator, device) * ranges.translation
+    flipped = torch.rand(batch, len(size), generator=generator, device=device) < ranges.flip
+
+    moves = _to(device, [float(axis in moving) for axis in axes])
+    linear = torch.diag_embed(torch.where(moves > 0, scale, 1.0) * torch.where(flipped, -1.0, 1.0))
+    for number, plane in enumerate(planes):
+        linear = _product(_rotation(angle[:, number], plane, len(size)), linear)
+    linear = linear * _to(device, [[spacing[j] / spacing[i] for j in axes] for i in axes])
+    centre = _to(device, [(length - 1) / 2 for length in size])
+    shift = shift * moves * _to(device, list(size))
+    offset = centre + shift - _product(linear, centre[:, None])[..., 0]
+    return torch.cat((linear, offset[..., None]), -1)
+
+
+def transform_points(points: Tensor, affine: Tensor) -> Tensor:
+    """Where the points of the window lie in the view.
+
+    Args:
+        points: (B, N, d) or, the same for all samples, (N, d); in voxels.
+        affine: (B, d, d+1).
+
+    Returns:
+        (B, N, d), in voxels of the view.
+    """
+    linear, offset = affine[..., :-1], affine[..., -1]
+    return (points[..., None, :] * linear[:, None]).sum(-1) + offset[:, None]
+
+
+def invert_affine(affine: Tensor) -> Tensor:
+    """The affines (B, d, d+1) from points of the view back to points of the window."""
+    linear = torch.linalg.inv_ex(affine[..., :-1]).inverse  # unlike inv, it does not wait to look for singular ones
+    return torch.cat((linear, -_product(linear, affine[..., -1:])), -1)
+
+
+def compose(outer: Tensor, inner: Tensor) -> Tensor:
+    """The affines (B, d, d+1) that do ``inner`` first and ``outer`` on its result."""
+    linear = outer[..., :-1]
+    offset = _product(linear, inner[..., -1:]) + outer[..., -1:]
+    return torch.cat((_product(linear, inner[..., :-1]), offset), -1)
+
+
+def warp_image(image: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
+    """The view of a window: each of its voxels shows the point of the window that the affine maps there.
+
+    Linear interpolation, in float32 at least. A voxel of the view is valid if its point lies within the window's
+    voxels, border included; the others are exactly 0. Values do not fade towards the border: the outer half of the
+    outermost voxels has their value. A NaN spreads to the valid voxels that are interpolated from it, not further.
+
+    Args:
+        image: (B, C, *size).
+        affine: (B, d, d+1), from points of the window to points of the view.
+
+    Returns:
+        The view (B, C, *size) of the image's type, and (B, 1, *size) bool, True = shows the window.
+    """
+    size = image.shape[2:]
+    dtype = torch.promote_types(image.dtype, affine.dtype)
+    to_window = invert_affine(affine.to(dtype))
+    valid, grid = None, []
+    for axis, length in enumerate(size):
+        position = _position(to_window[:, axis], size)
+        inside = (position >= -0.5) & (position <= length - 0.5)
+        valid = inside if valid is None else valid & inside
+        grid.append((2 * position + 1) / length - 1)  # -1 and 1 are the outer faces of the outermost voxels
+    points = torch.stack(grid[::-1], -1)  # grid_sample counts axes from the last
+    view = F.grid_sample(image.to(dtype), points, mode="bilinear", padding_mode="border", align_corners=False)
+    valid = valid[:, None]
+    return torch.where(valid, view, 0.0).to(image.dtype), valid
+
+
+def grid_centres(grid: Sequence[int], patch_size: Sequence[int], *, device: torch.device | str) -> Tensor:
+    """Centres of the cells of a regular grid over a patch, such as the tokens of a feature map.
+
+    Args:
+        grid: number of cells along each axis.
+        patch_size: size of the patch in voxels along each axis; a cell is ``patch_size / grid`` voxels wide.
+        device: where the points are made.
+
+    Returns:
+        (N, d) float32 in voxels, in the order in which a map (*grid) is flattened.
+    """
+    centres = []
+    for cells, length in zip(grid, patch_size, strict=True):
+        number = torch.arange(cells, device=device, dtype=torch.float32)
+        centres.append((number + 0.5) * (length / cells) - 0.5)
+    return torch.stack(torch.meshgrid(*centres, indexing="ij"), -1).flatten(0, -2)
+
+
+def _moving_axes(size: Sequence[int], spacing: Sequence[float], in_plane: bool | None) -> tuple[int, ...]:
+    """The axes that are rotated, scaled and shifted."""
+    axes = tuple(range(len(size)))
+    if len(axes) == 2:
+        return axes
+    coarsest = max(axes, key=lambda axis: (spacing[axis], -size[axis]))
+    others = tuple(axis for axis in axes if axis != coarsest)
+    if in_plane is None:
+        coarse = spacing[coarsest] > ANISOTROPY * max(spacing[axis] for axis in others)
+        short = ANISOTROPY * size[coarsest] < min(size[axis] for axis in others)
+        in_plane = coarse or short
+    return others if in_plane else axes
+
+
+def _rotation(angle: Tensor, plane: tuple[int, int], dims: int) -> Tensor:
+    """Rotations (B, d, d) by ``angle`` (B,) in radians that turn the first axis of the plane towards the second."""
+    first, second = plane
+    matrix = torch.eye(dims, device=angle.device).repeat(len(angle), 1, 1)
+    matrix[:, first, first] = matrix[:, second, second] = angle.cos()
+    matrix[:, second, first] = angle.sin()
+    matrix[:, first, second] = -angle.sin()
+    return matrix
+
+
+def _position(row: Tensor, size: Sequence[int]) -> Tensor:
+    """One coordinate (B, *size) of the points that an affine's ``row`` (B, d+1) gives the voxels of an image."""
+    axes = [1] * len(size)
+    position = row[:, -1].view(-1, *axes)
+    for axis, length in enumerate(size):
+        along = row[:, axis, None] * torch.arange(length, device=row.device)
+        position = position + along.view(-1, *axes[:axis], length, *axes[axis + 1 :])
+    return position
+
+
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """Matrix product (..., n, k) · (..., k, m) of small matrices in full precision."""
+    return (first[..., :, :, None] * second[..., None, :, :]).sum(-2)
+
+
+def _symmetric(batch: int, number: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
+    """(batch, number) uniform in [-1, 1]."""
+    return 2 * torch.rand(batch, number, generator=generator, device=device) - 1
+
+
+def _to(device: torch.device | str, values: list) -> Tensor:
+    """A small constant on the device, without waiting for it."""
+    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
