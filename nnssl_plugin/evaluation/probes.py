@@ -24,6 +24,7 @@ from nnssl_plugin.data.windows import random_origin, read_labels, read_window
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.files import read_json
 from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.objectives.collapse import effective_rank, feature_std
 from nnssl_plugin.objectives.separation import cosine_gap, silhouette, token_labels
 from nnssl_plugin.plan_files import (
     build_network,
@@ -35,6 +36,8 @@ from nnssl_plugin.plan_files import (
 )
 
 BACKGROUND = "background"
+TITLES = {"labels": "all labels and background", "structures": "labels among themselves", "tokens": "all tokens"}
+"""Groups of tokens → how the table calls them."""
 STRIDE = 16
 """Stride, in voxels, of the tokens that are measured: that of S2DC's tokens."""
 SEED = 12345
@@ -90,7 +93,8 @@ def evaluate_tokens(
 
     Returns:
         plain values for JSON: the setting, ``tokens`` per label, and under ``before`` and ``after`` the separation of
-        all labels with the background (``labels``) and of the structures among themselves (``structures``).
+        all labels with the background (``labels``) and of the structures among themselves (``structures``), and the
+        spread and effective rank of all ``tokens``.
 
     Raises:
         UserError: when the dataset labels no structures, no case is left, or the weights do not fit.
@@ -122,24 +126,26 @@ def evaluate_tokens(
 
 
 def measure(tokens: Tensor, labels: Tensor) -> dict[str, dict[str, float | None]]:
-    """Separation of tokens (N, D) by their labels (N,): with the background, and of the structures alone.
+    """Separation of tokens (N, D) by their labels (N,): with the background, and of the structures alone; and whether
+    the tokens have collapsed, whatever their labels.
 
     Numbers that the labels do not give are ``None``.
     """
     kinds = {"labels": labels, "structures": labels.where(labels > 0, -1)}
-    separations = {kind: Separation(silhouette(tokens, chosen), float(cosine_gap(tokens, chosen)))
-                   for kind, chosen in kinds.items()}
-    return {kind: {name: None if math.isnan(value) else value for name, value in asdict(separation).items()}
-            for kind, separation in separations.items()}
+    measured = {kind: asdict(Separation(silhouette(tokens, chosen), float(cosine_gap(tokens, chosen))))
+                for kind, chosen in kinds.items()}
+    measured["tokens"] = {"spread": float(feature_std(tokens)), "effective_rank": float(effective_rank(tokens))}
+    return {kind: {name: None if math.isnan(value) else value for name, value in numbers.items()}
+            for kind, numbers in measured.items()}
 
 
 def table(result: dict[str, Any]) -> str:
     """What :func:`evaluate_tokens` gave, as Markdown: a row for each measure."""
     stages = [stage for stage in ("before", "after") if stage in result]
     lines = [["tokens compared", "measure", *stages], ["---"] * (2 + len(stages))]
-    for kind, title in {"labels": "all labels and background", "structures": "labels among themselves"}.items():
+    for kind, title in TITLES.items():
         lines += [[title, measured.replace("_", " "), *(_number(result[stage][kind][measured]) for stage in stages)]
-                  for measured in ("silhouette", "cosine_gap")]
+                  for measured in result["before"][kind]]
     counts = ", ".join(f"{name} {count}" for name, count in result["tokens"].items())
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{rows}\n\nTokens of {len(result['cases'])} cases by label: {counts}."

@@ -63,6 +63,10 @@ def test_random_features_agree_with_a_direct_calculation(labelled):
     assert result["before"]["labels"]["cosine_gap"] == pytest.approx(gap, abs=1e-4)
     assert result["tokens"] == {"background": int((labels == 0).sum()), "cube": int((labels == 1).sum())}
     assert result["before"]["structures"] == {"silhouette": None, "cosine_gap": None}  # one structure has no other
+    assert result["before"]["tokens"]["spread"] == pytest.approx(unit.std(0, ddof=1).mean() * unit.shape[1] ** 0.5)
+    shares = np.linalg.svd(features, compute_uv=False)
+    shares = shares / shares.sum()
+    assert result["before"]["tokens"]["effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def test_windows_are_pieces_of_the_cases_that_hold_a_labelled_voxel(labelled):

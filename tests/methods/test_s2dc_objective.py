@@ -277,14 +277,19 @@ def test_thick_slices_are_not_mixed(spacing, moves):
     assert in_slices != moves
 
 
-def test_labels_give_two_numbers_and_their_absence_none():
+def test_labels_give_numbers_and_their_absence_none():
     task = make_task()
     batch = make_batch()
     numbers = task.diagnostics(make_views(task, batch))
-    assert set(numbers) == {"matching_accuracy", "matched_share", "features"} and numbers["features"].shape == (2, 10)
+    assert set(numbers) == {"matching_accuracy", "matched_share", "token_std", "features"}
+    torch.testing.assert_close(numbers["features"].norm(dim=1), torch.ones(2))
     labels = torch.zeros(2, 16, 16, 16, dtype=torch.int16)
     labels[:, 8:] = 1
     batch["image"] += 5 * labels[:, None]
+    numbers = task.diagnostics(make_views(task, batch | {"labels": labels}))
+    assert 0 < numbers["silhouette_with_background"] <= 1 and 0 < numbers["cosine_gap_with_background"] <= 2
+    assert numbers["silhouette"].isnan() and numbers["cosine_gap"].isnan()  # one structure has no other
+    labels[:, :, 8:] *= 2
     numbers = task.diagnostics(make_views(task, batch | {"labels": labels}))
     assert -1 <= numbers["silhouette"] <= 1 and -2 <= numbers["cosine_gap"] <= 2
 

@@ -25,6 +25,7 @@ from nnssl_plugin.methods.s2dc.settings import Settings
 from nnssl_plugin.methods.s2dc.views import augmented_copy, cut, join, second_view
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.teacher import Teacher
+from nnssl_plugin.objectives.collapse import feature_std
 from nnssl_plugin.objectives.contrastive import FeatureQueue, info_nce, log_dual_softmax, sinkhorn_with_dustbin
 from nnssl_plugin.objectives.separation import cosine_gap, silhouette, token_labels
 from nnssl_plugin.pretext import Batch, Needs, PretextTask, Terms, Views
@@ -101,7 +102,7 @@ class S2DC(PretextTask):
             teacher = self._read(self.teacher["backbone"].module, views["warped"])
         matching = self._match(student, teacher, views)
         outputs = {
-            "query": _unit(self.heads["pooled"](_chosen(student.pooled, views))),
+            "query": self._query(student, views),
             "key": self._key(teacher, views),
         }
         return outputs, self._own_losses(matching)
@@ -131,8 +132,12 @@ class S2DC(PretextTask):
 
     @torch.no_grad()
     def diagnostics(self, views: Views) -> dict[str, Tensor]:
-        """Share of matches that the assignment finds, share of tokens that have one; with labels, how well tokens of
-        the encoder tell structures apart (figure 5); the encoder's pooled features."""
+        """Share of matches that the assignment finds, share of tokens that have one, spread of the encoder's tokens;
+        with labels, how well they tell structures apart (figure 5); the features that L_g compares.
+
+        The pooled features of the encoder would not do: behind an instance normalisation, each channel has nearly the
+        same mean in every image, whatever was learned.
+        """
         student = self._read(self.backbone, views["image"])
         teacher = self._read(self.teacher["backbone"].module, views["warped"])
         matching = self._match(student, teacher, views)
@@ -140,7 +145,8 @@ class S2DC(PretextTask):
         numbers = {
             "matching_accuracy": found.sum() / matching.matches.sum().clamp(min=1),
             "matched_share": matching.matches.any(2).float().mean(),
-            "features": student.pooled.flatten(0, 1).float(),
+            "token_std": feature_std(student.tokens.flatten(0, 1)),
+            "features": self._query(student, views),
         }
         return numbers | (_separation(student, views["labels"]) if "labels" in views else {})
 
@@ -201,6 +207,10 @@ class S2DC(PretextTask):
             p2p = p2p + non_match_loss(matching.log_assignment, matching.matches)
         return {"p2p": p2p, "p2s": patch_to_structure_loss(matching.log_assignment, matching.matches, similarity)}
 
+    def _query(self, student: Reading, views: Views) -> Tensor:
+        """The student's feature (B, D) of V, or of its chosen sub-volume."""
+        return _unit(self.heads["pooled"](_chosen(student.pooled, views)))
+
     @torch.no_grad()
     def _key(self, teacher: Reading, views: Views) -> Tensor:
         """The teacher's feature (B, D): of V', or of the copy of the chosen sub-volume."""
@@ -223,8 +233,13 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def _separation(reading: Reading, labels: Tensor) -> Terms:
-    """Figure 5's silhouette, and the mean cosine of same-label tokens less that of the others."""
+    """Figure 5's silhouette, and the mean cosine of same-label tokens less that of the others: of the structures among
+    themselves, as in the figure, and with the background as one more label. NaN where there are no two labels."""
     tokens = reading.tokens.flatten(0, 1).float()
     named = token_labels(labels, reading.grid).flatten()
-    return {"silhouette": torch.tensor(silhouette(tokens, named), device=tokens.device),
-            "cosine_gap": cosine_gap(tokens, named)}
+    kinds = {"": named.where(named > 0, -1), "_with_background": named}
+    return {
+        f"{name}{kind}": torch.as_tensor(measure(tokens, chosen), device=tokens.device)
+        for kind, chosen in kinds.items()
+        for name, measure in (("silhouette", silhouette), ("cosine_gap", cosine_gap))
+    }
