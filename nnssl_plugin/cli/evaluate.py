@@ -1,11 +1,30 @@
 """Score predictions, and compare runs case by case.
 
     nnssl_plugin evaluate segmentation -i scratch=RESULTS_1 med3d=RESULTS_2 -o comparison
+    nnssl_plugin evaluate classification -d 12 -p nnUNetPlans-med3d -c 3d_fullres -f 0 1 2 3 4
+
+`nnssl_plugin evaluate KIND --help` says what is read and written.
+"""
+
+SEGMENTATION = """Score segmentations, and compare runs case by case.
+
+    nnssl_plugin evaluate segmentation -i scratch=RESULTS_1 med3d=RESULTS_2 -o comparison
     nnssl_plugin evaluate segmentation -i test=predictions -ref nnUNet_raw/Dataset007_X/labelsTs -o scores
 
 A run is a folder of predictions, a fold_X/validation folder, or a trainer's result folder, whose folds are pooled.
 Writes scores.csv, NAME/summary.json per run, and with two or more runs comparison.json and comparison.png: every run
 against the first, paired by case. Distances are in mm.
+"""
+
+CLASSIFICATION = """Pool the folds of classifiers, score tables of predictions, and compare runs subject by subject.
+
+    nnssl_plugin evaluate classification -d 12 -p nnUNetPlans-med3d -c 3d_fullres -f 0 1 2 3 4
+    nnssl_plugin evaluate classification -d 12 -p nnUNetPlans-scratch nnUNetPlans-med3d -c 3d_fullres -o comparison
+    nnssl_plugin evaluate classification -i test=predictions.csv -ref test_labels.csv -o scores
+
+The first writes crossval_results_folds_0_1_2_3_4 into the model folder: predictions.csv, summary.json with intervals
+over subjects, and figures. With several plans, trainers or configurations every run is compared with the first
+(comparison.json, comparison.png). -i takes model folders, fold folders, and what `classify` wrote.
 """
 
 
@@ -14,7 +33,7 @@ def add_arguments(parser):
 
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     kind = kinds.add_parser("segmentation", help="Dice, HD95 and normalised surface distance per case and label",
-                            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+                            description=SEGMENTATION, formatter_class=argparse.RawDescriptionHelpFormatter)
     kind.add_argument("-i", required=True, nargs="+", metavar="NAME=DIR", help="runs; the first is compared to")
     kind.add_argument("-o", required=True, metavar="DIR", help="folder of the results")
     kind.add_argument("-ref", metavar="DIR", help="references (default for results: nnU-Net's gt_segmentations)")
@@ -23,14 +42,31 @@ def add_arguments(parser):
     kind.add_argument("--tolerance-mm", type=float, default=1.0, metavar="MM",
                       help="surface distance that counts as no error in NSD (default: 1.0)")
     kind.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
+    kind = kinds.add_parser("classification", help="AUROC, accuracy and calibration of the folds together",
+                            description=CLASSIFICATION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    runs = kind.add_mutually_exclusive_group(required=True)
+    runs.add_argument("-d", metavar="ID", help="dataset ID or full name of the trainings")
+    runs.add_argument("-i", nargs="+", metavar="NAME=PATH", help="runs; the first is compared to")
+    kind.add_argument("-tr", nargs="+", default=["PretrainedClassificationTrainer"], metavar="TRAINER",
+                      help="default: PretrainedClassificationTrainer")
+    kind.add_argument("-p", nargs="+", default=["nnUNetPlans"], metavar="PLANS", help="default: nnUNetPlans")
+    kind.add_argument("-c", nargs="+", default=["3d_fullres"], metavar="CONFIG", help="default: 3d_fullres")
+    kind.add_argument("-f", nargs="+", type=int, metavar="FOLD", help="folds to pool (default: all that are trained)")
+    kind.add_argument("-o", metavar="DIR", help="folder of the results (not needed to pool the folds of one training)")
+    kind.add_argument("-ref", metavar="FILE", help="table of true labels: case,subject,TARGET… (default: theirs)")
+    kind.add_argument("-djfile", metavar="FILE", help="dataset.json with the targets (default: beside the runs)")
 
 
 def run(args):
+    return {"segmentation": _segmentation, "classification": _classification}[args.kind](args)
+
+
+def _segmentation(args):
     from nnssl_plugin.evaluation.segmentation import evaluate_segmentation
     from nnssl_plugin.evaluation.summaries import table
 
     evaluation = evaluate_segmentation(
-        _named_folders(args.i), args.o, references=args.ref, dataset_json=args.djfile, folds=args.f,
+        _named_places(args.i), args.o, references=args.ref, dataset_json=args.djfile, folds=args.f,
         tolerance_mm=args.tolerance_mm, processes=args.np,
     )
     print(table(evaluation.summaries, evaluation.comparison))
@@ -41,15 +77,25 @@ def run(args):
     print(f"\nWritten to {evaluation.folder}")
 
 
-def _named_folders(given: list[str]) -> dict[str, str]:
+def _classification(args):
+    from nnssl_plugin.evaluation.classification import class_table, evaluate_classification, model_folders
+
+    places = _named_places(args.i) if args.i else model_folders(args.d, args.tr, args.p, args.c)
+    evaluation = evaluate_classification(places, args.o, folds=args.f, references=args.ref, dataset_json=args.djfile)
+    print(class_table(evaluation))
+    print("\nWritten to", *(found.folder for found in evaluation.runs.values()), *([args.o] if args.o else []),
+          sep="\n  ")
+
+
+def _named_places(given: list[str]) -> dict[str, str]:
     from nnssl_plugin.errors import UserError
 
-    folders = {}
+    places = {}
     for text in given:
-        name, separator, folder = text.partition("=")
-        if not separator or not folder:
-            raise UserError(f"'{text}' is not NAME=DIR.", f"For example: -i scratch={folder or name}")
-        if name in folders:
+        name, separator, place = text.partition("=")
+        if not separator or not place:
+            raise UserError(f"'{text}' is not NAME=DIR.", f"For example: -i scratch={place or name}")
+        if name in places:
             raise UserError(f"Two runs are called '{name}'.", "Give each run a name of its own.")
-        folders[name] = folder
-    return folders
+        places[name] = place
+    return places
