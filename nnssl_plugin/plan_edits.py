@@ -25,7 +25,7 @@ from nnssl_plugin.plan_files import (
     resolve_configuration,
 )
 
-ABSOLUTE = ("configurations", "pretraining", "finetuning")
+ABSOLUTE = ("configurations", "pretraining", "finetuning", "classification")
 """First parts of keys that start at the top of the plan; every other key goes under ``pretraining``."""
 PREPROCESSING = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data",
                  "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs")

@@ -7,6 +7,7 @@ import pytest
 
 from nnssl_plugin.cli.main import VERBS
 from nnssl_plugin.pretext import TrainingSettings
+from nnssl_plugin.training.classification_settings import ClassificationSettings
 from nnssl_plugin.training.segmentation import FinetuningSettings
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -49,7 +50,7 @@ def test_every_verb_is_in_the_reference(verb, repository):
     assert f"| `{verb}` |" in (repository / "docs" / "reference" / "commands.md").read_text()
 
 
-@pytest.mark.parametrize("settings", [TrainingSettings, FinetuningSettings])
+@pytest.mark.parametrize("settings", [TrainingSettings, FinetuningSettings, ClassificationSettings])
 def test_every_field_of_a_block_is_in_the_reference(settings, repository):
     page = (repository / "docs" / "reference" / "plan-blocks.md").read_text()
     assert [field.name for field in dataclasses.fields(settings) if f"`{field.name}`" not in page] == []

@@ -10,7 +10,7 @@ from nnssl_plugin.errors import UserError
 VERBS = {
     "doctor": "is everything in order, and what will nnU-Net find?",
     "env": "print the line that lets nnU-Net find the trainers of this package",
-    "prepare": "make an nnU-Net dataset from a folder of unlabelled scans",
+    "prepare": "make an nnU-Net dataset from a folder of scans, with class labels or without",
     "caption": "choose a slice per case, describe it, and store the frozen embeddings",
     "clip": "fine-tune image and text encoders on slices and texts, then embed",
     "plan": "write a plan of a new name with other settings",
@@ -19,8 +19,9 @@ VERBS = {
     "export": "weights as a folder to share, or a model for nnU-Net without this package",
     "import": "take shared weights back as a checkpoint",
     "inspect": "what is in this file with weights?",
-    "evaluate": "score segmentations, compare runs case by case, and probe features",
-    "split": "append folds with fewer labels to a dataset",
+    "evaluate": "score segmentations or classifiers, compare runs case by case, and probe features",
+    "classify": "classify images with a trained model, and show where it looked",
+    "split": "folds by class and subject, and folds with fewer labels",
     "quickstart": "walk the whole road in minutes, on phantoms or your scans, with a report",
 }
 """Verb → one line of help. Each verb is a module of this package with ``add_arguments(parser)`` and ``run(args)``."""

@@ -6,8 +6,9 @@
     nnssl_plugin plan -d 501 -n primus --preset primus-s med3dinsight
     nnssl_plugin plan -d 7 -n like501 --like fold_all/checkpoint_final.pth
 
-Values are JSON where they parse, else text. A key that starts with configurations, pretraining or finetuning counts
-from the top of the plan; any other key goes under pretraining, where the pretraining trainers read their settings.
+Values are JSON where they parse, else text. A key that starts with configurations, pretraining, finetuning or
+classification counts from the top of the plan; any other key goes under pretraining, where the pretraining trainers
+read their settings.
 
 --like writes a plan with the network of a checkpoint (and its spacing and normalisation, where asked for), so that
 adapt can load the whole encoder.

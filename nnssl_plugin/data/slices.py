@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nnssl_plugin.planes import RAS_AXIS, stored_axis
+from nnssl_plugin.planes import PLANES, RAS_AXIS, stored_axis
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
@@ -35,6 +35,27 @@ def slice_in_case(
     cropped = properties["shape_after_cropping_and_before_resampling"][case_axis]
     scale = case_shape[case_axis] / cropped
     return case_axis, (index - first + 0.5) * scale - 0.5
+
+
+def axes_of_planes(properties: dict, *, transpose_forward: Sequence[int]) -> dict[str, tuple[int, bool]]:
+    """How a preprocessed case lies in the patient.
+
+    Args:
+        properties: nnU-Net's properties of the case.
+        transpose_forward: of the plan.
+
+    Returns:
+        plane → the spatial axis of the case that is normal to it, and whether this axis runs against the RAS direction
+        (right, anterior, superior). Empty for images without orientation, such as PNG.
+    """
+    if not {"nibabel_stuff", "sitk_stuff"} & set(properties):
+        return {}
+    affine, reoriented = _stored_affine(properties)
+    axes = {}
+    for plane in PLANES:
+        axis, against_ras = (RAS_AXIS[plane], False) if reoriented else stored_axis(affine, plane)
+        axes[plane] = (list(transpose_forward).index(2 - axis), against_ras)
+    return axes
 
 
 def _stored_affine(properties: dict) -> tuple[np.ndarray, bool]:

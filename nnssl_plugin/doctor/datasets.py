@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnssl_plugin import class_labels
 from nnssl_plugin.doctor.finding import GIB, OK, PROBLEM, WARNING, Finding
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.files import read_json
@@ -65,7 +66,8 @@ def dataset_findings(dataset: Dataset) -> list[Finding]:
         if wrong:
             return wrong
         cases = training_cases(dataset.raw, description)
-        findings = [_cases(dataset, cases, description), *_triplets(dataset.raw, cases)]
+        findings = [_cases(dataset, cases, description), *_class_labels(dataset.raw, cases, description),
+                    *_triplets(dataset.raw, cases)]
     return findings + _plans(dataset, len(cases))
 
 
@@ -151,6 +153,26 @@ def _cases(dataset: Dataset, cases: list, description: Mapping[str, Any]) -> Fin
         return Finding("images", WARNING, f"{text}; dataset.json says {description['numTraining']}",
                        f'Set "numTraining": {len(cases)} in {dataset.raw / "dataset.json"}')
     return Finding("images", OK, text)
+
+
+def _class_labels(raw: Path, cases: list[tuple[str, Path]], description: Mapping[str, Any]) -> list[Finding]:
+    """Nothing for a dataset that is not meant for classification."""
+    if class_labels.BLOCK not in description and not (raw / class_labels.LABELS_FILE).is_file():
+        return []
+    again = f"nnssl_plugin prepare -d {int(raw.name[7:10])} --class-labels FILE.csv"
+    try:
+        labels = class_labels.read_class_labels(raw)
+    except UserError as error:
+        return [Finding("class labels", PROBLEM, error.problem, error.remedy.removeprefix("Run: "))]
+    names = {name for name, _ in cases}
+    unknown = sorted(set(labels.cases) - names)
+    if unknown:
+        return [Finding("class labels", PROBLEM, f"for cases that are not there: {class_labels.some(unknown)}", again)]
+    targets = ", ".join(f"{target.name} ({target.kind}, {len(target.classes)} classes)" for target in labels.targets)
+    text = f"{targets}; {len(labels.cases)} of {len(names)} cases, {len(set(labels.subjects.values()))} subjects"
+    if len(labels.cases) < len(names):
+        return [Finding("class labels", WARNING, f"{text}; the other cases are not used for classification", again)]
+    return [Finding("class labels", OK, text)]
 
 
 def _triplets(raw: Path, cases: list[tuple[str, Path]]) -> list[Finding]:

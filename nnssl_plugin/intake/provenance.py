@@ -27,7 +27,7 @@ class Origin:
     shape: str  # voxels along the stored axes, "35x51x35"
     spacing_mm: str
     orientation: str  # of the source, for example LPS
-    status: str  # linked, copied (where links are not possible) or rewritten
+    status: str  # linked, copied (where links are not possible), rewritten, or made grey (rewritten without its colour)
     voxels_sha256: str  # the same for the same voxels in another container
     stamp: str  # size and time of change, by which an unchanged source is recognised
 

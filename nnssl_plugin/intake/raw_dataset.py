@@ -9,13 +9,16 @@ from nnssl_plugin.files import read_json, write_json
 from nnssl_plugin.intake.provenance import PROVENANCE_FILE, Origin, write_rows
 
 RAW = "nnUNet_raw"
-MODALITIES = ("MR", "CT")
 FILE_ENDING = ".nii.gz"
-READER = "NibabelIOWithReorient"
-"""nnU-Net's reader that turns every case to RAS."""
+PICTURE_ENDING = ".png"
+READERS = {FILE_ENDING: "NibabelIOWithReorient", PICTURE_ENDING: "NaturalImage2DIO"}
+"""File ending of a dataset → nnU-Net's reader; that of volumes turns every case to RAS."""
+RGB = "RGB"
+MODALITIES = {FILE_ENDING: ("MR", "CT"), PICTURE_ENDING: ("grey", RGB, "MR")}
+"""File ending → what the images may be, the default first; nnU-Net normalises all but CT by z-score."""
 
 
-def open_dataset(dataset_id: int, name: str, *, modality: str, source: Path) -> Path:
+def open_dataset(dataset_id: int, name: str, *, modality: str, source: Path, ending: str = FILE_ENDING) -> Path:
     """The folder ``nnUNet_raw/DatasetXXX_NAME`` for scans that lie in ``source``, made where it does not exist.
 
     Raises:
@@ -29,41 +32,47 @@ def open_dataset(dataset_id: int, name: str, *, modality: str, source: Path) -> 
         raise UserError(f"Dataset ID {dataset_id}.", "Give a number from 1 to 999: -d 501")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UserError(f"Dataset name {name!r}.", "Use letters, digits, - and _ only: -n Unlabelled")
-    if modality not in MODALITIES:
-        raise UserError(f"Modality {modality!r}.", f"Use one of {', '.join(MODALITIES)}.")
+    if modality not in MODALITIES[ending]:
+        kind = "2D images" if ending == PICTURE_ENDING else "volumes"
+        raise UserError(f"Modality {modality!r} for {kind}.", f"Use one of {', '.join(MODALITIES[ending])}.")
     folder = Path(raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
     _check_id_is_free(dataset_id, folder.name)
     if folder.resolve().is_relative_to(source.resolve()):
         raise UserError(f"The dataset {folder} lies inside the input folder.", "Give the folder of the scans alone.")
     if folder.exists():
-        _check_is_ours(folder, modality=modality)
+        _check_is_ours(folder, modality=modality, ending=ending)
         return folder
     write_rows(folder / PROVENANCE_FILE, Origin, [])
-    write_dataset_json(folder, modality=modality, cases=0)
+    write_dataset_json(folder, modality=modality, cases=0, ending=ending)
     return folder
 
 
-def write_dataset_json(folder: Path, *, modality: str, cases: int) -> None:
+def write_dataset_json(folder: Path, *, modality: str, cases: int, ending: str = FILE_ENDING) -> None:
     """Write dataset.json, or set ``numTraining`` in the one that is there."""
     path = folder / "dataset.json"
     content = read_json(path) if path.is_file() else {}
     defaults = {
-        "channel_names": {"0": modality},
+        "channel_names": channel_names(modality),
         "labels": {"background": 0, "body": 1},
-        "file_ending": FILE_ENDING,
-        "overwrite_image_reader_writer": READER,
+        "file_ending": ending,
+        "overwrite_image_reader_writer": READERS[ending],
     }
     write_json(path, {**defaults, **content, "numTraining": cases})
 
 
-def image_path(folder: Path, case: str) -> Path:
-    """Where the one channel of a case lies."""
-    return folder / "imagesTr" / f"{case}_0000{FILE_ENDING}"
+def channel_names(modality: str) -> dict[str, str]:
+    """``channel_names`` of ``dataset.json``: one, or red, green and blue."""
+    return dict(zip("012", RGB, strict=True)) if modality == RGB else {"0": modality}
 
 
-def label_path(folder: Path, case: str) -> Path:
+def image_path(folder: Path, case: str, ending: str = FILE_ENDING) -> Path:
+    """Where the one image file of a case lies."""
+    return folder / "imagesTr" / f"{case}_0000{ending}"
+
+
+def label_path(folder: Path, case: str, ending: str = FILE_ENDING) -> Path:
     """Where the body mask of a case lies."""
-    return folder / "labelsTr" / f"{case}{FILE_ENDING}"
+    return folder / "labelsTr" / f"{case}{ending}"
 
 
 def case_name(relative: str) -> str:
@@ -85,15 +94,24 @@ def _check_id_is_free(dataset_id: int, name: str) -> None:
         )
 
 
-def _check_is_ours(folder: Path, *, modality: str) -> None:
+def _check_is_ours(folder: Path, *, modality: str, ending: str) -> None:
     if not (folder / PROVENANCE_FILE).is_file():
         raise UserError(
             f"{folder} exists and was not made by prepare (it has no {PROVENANCE_FILE}).",
             "Give a free ID with -d; prepare never writes into a dataset that it did not make.",
         )
     path = folder / "dataset.json"
-    present = read_json(path)["channel_names"].get("0") if path.is_file() else modality
-    if present != modality:
+    if not path.is_file():
+        return
+    content = read_json(path)
+    if content.get("file_ending", ending) != ending:
+        raise UserError(
+            f"{folder.name} holds {content['file_ending']} files; these would be {ending}.",
+            "Give 2D images and volumes datasets of their own: another ID with -d.",
+        )
+    if content["channel_names"] != channel_names(modality):
+        names = list(content["channel_names"].values())
+        present = RGB if names == list(RGB) else names[0]
         raise UserError(
             f"{folder.name} was made with --modality {present}, now {modality} is asked for.",
             f"Give --modality {present}, or a dataset of another ID: one dataset has one normalisation.",

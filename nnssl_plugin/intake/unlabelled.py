@@ -1,10 +1,10 @@
-"""A folder of unlabelled scans becomes an nnU-Net raw dataset with a body mask as its one label."""
+"""A folder of scans or 2D images becomes an nnU-Net raw dataset with a body mask as its one label."""
 
 import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.files import atomic_path
 from nnssl_plugin.intake.bodymask import body_mask
+from nnssl_plugin.intake.pictures import PICTURE_ENDINGS, is_picture, load_picture, picture_mask, png_bytes
 from nnssl_plugin.intake.provenance import (
     PROVENANCE_FILE,
     REJECTED_FILE,
@@ -29,6 +30,9 @@ from nnssl_plugin.intake.provenance import (
 )
 from nnssl_plugin.intake.raw_dataset import (
     FILE_ENDING,
+    MODALITIES,
+    PICTURE_ENDING,
+    RGB,
     case_name,
     image_path,
     label_path,
@@ -39,6 +43,9 @@ from nnssl_plugin.intake.scans import ENDINGS, RejectedScan, Scan, ending_of, lo
 
 log = logging.getLogger(__name__)
 
+MADE_GREY = "made grey"
+"""Status of a rewritten 2D image that had colour."""
+_REWRITTEN = "rewritten"
 _DUPLICATE = "duplicate content"
 
 
@@ -59,6 +66,7 @@ class _Task:
     source: Path
     staging: Path  # folder for the files of this scan
     modality: str
+    ending: str  # of the dataset's files
 
 
 @dataclass(frozen=True)
@@ -71,31 +79,43 @@ class _Finding:
 
 
 def prepare_dataset(
-    source: str | Path, dataset_id: int, name: str, *, modality: str = "MR", processes: int = 2
+    source: str | Path,
+    dataset_id: int,
+    name: str,
+    *,
+    modality: str | None = None,
+    processes: int = 2,
+    only: Collection[Path] | None = None,
 ) -> PrepareSummary:
     """Make or extend ``nnUNet_raw/DatasetXXX_NAME`` from the scans below a folder.
 
     ``.nii.gz`` files are linked (copied where links are not possible), other containers are rewritten as ``.nii.gz``
     with the same voxel type; inputs are never changed. Bad files are listed in ``rejected.csv`` and the rest goes on.
-    A second run adds what is new; a source that has changed since is taken anew under its name.
+    A second run adds what is new; a source that has changed since is taken anew under its name. A folder without
+    volumes but with 2D images becomes a dataset of ``.png`` files (see :mod:`nnssl_plugin.intake.pictures`).
 
     Args:
         source: folder, searched with its subfolders; names that begin with a dot are left out.
         dataset_id: 1 to 999.
         name: the part after ``DatasetXXX_``.
-        modality: ``MR`` (z-score) or ``CT`` (intensities in HU, nnU-Net's CT normalisation).
+        modality: ``MR`` (z-score) or ``CT`` (intensities in HU, nnU-Net's CT normalisation); for 2D images ``grey``,
+            ``RGB`` or ``MR`` (all z-score). None: ``MR``, and ``grey`` for 2D images.
         processes: worker processes; 1 works in this one.
+        only: which of the scans of :func:`find_scans` to take; None: all.
 
     Raises:
         UserError: the folder holds no scans, or the target is not ours to write (see ``open_dataset``).
     """
     source = Path(source).absolute()
-    scans, ignored = _find_scans(source)
-    folder = open_dataset(dataset_id, name, modality=modality, source=source)
-    ledger = _Ledger(folder, source, modality=modality)
+    scans, ignored = find_scans(source)
+    ending = PICTURE_ENDING if is_picture(scans[0]) else FILE_ENDING
+    scans = scans if only is None else [scan for scan in scans if scan in only]
+    modality = modality or MODALITIES[ending][0]
+    folder = open_dataset(dataset_id, name, modality=modality, source=source, ending=ending)
+    ledger = _Ledger(folder, source, modality=modality, ending=ending)
     todo = [scan for scan in scans if not ledger.is_settled(scan)]
     staging = folder / ".incoming"
-    tasks = [_Task(scan, staging / str(number), modality) for number, scan in enumerate(todo)]
+    tasks = [_Task(scan, staging / str(number), modality, ending) for number, scan in enumerate(todo)]
     try:
         for finding in tqdm(_examine_all(tasks, processes), total=len(tasks), desc="prepare", unit="scan"):
             ledger.enter(finding)
@@ -112,11 +132,17 @@ def prepare_dataset(
     )
 
 
+def made_grey(summary: PrepareSummary) -> int:
+    """How many of the cases made in this run are colour images that were stored as grey."""
+    origins = read_rows(summary.folder / PROVENANCE_FILE, Origin)
+    return sum(row.status == MADE_GREY and row.case in summary.added for row in origins)
+
+
 class _Ledger:
     """The dataset's cases and refusals: decides what a finding becomes, and puts its files in place."""
 
-    def __init__(self, folder: Path, root: Path, *, modality: str):
-        self.folder, self.root, self.modality = folder, root, modality
+    def __init__(self, folder: Path, root: Path, *, modality: str, ending: str):
+        self.folder, self.root, self.modality, self.ending = folder, root, modality, ending
         self.origins = {row.source: row for row in read_rows(folder / PROVENANCE_FILE, Origin)}
         refused = read_rows(folder / REJECTED_FILE, Rejection)
         self.rejected_before = {r.source: r for r in refused if Path(r.source).is_relative_to(root)}
@@ -139,7 +165,7 @@ class _Ledger:
         row = self.origins.get(key)
         if row is None or not stamp:
             return False
-        present = image_path(self.folder, row.case).exists() and label_path(self.folder, row.case).exists()
+        present = all(path.exists() for path in self._files(row.case))
         if present and row.stamp == stamp:
             return True
         if present and row.sha256 == source_sha256(scan):
@@ -172,15 +198,15 @@ class _Ledger:
         refused = [*self.rejected_elsewhere, *self.rejected.values()]
         write_rows(self.folder / PROVENANCE_FILE, Origin, sorted(self.origins.values(), key=lambda row: row.case))
         write_rows(self.folder / REJECTED_FILE, Rejection, sorted(refused, key=lambda row: row.source))
-        write_dataset_json(self.folder, modality=self.modality, cases=len(self.origins))
+        write_dataset_json(self.folder, modality=self.modality, cases=len(self.origins), ending=self.ending)
 
     def _accept(self, row: Origin, task: _Task) -> None:
-        image, label = image_path(self.folder, row.case), label_path(self.folder, row.case)
+        image, label = self._files(row.case)
         image.parent.mkdir(exist_ok=True)
         label.parent.mkdir(exist_ok=True)
-        os.replace(task.staging / "label.nii.gz", label)
-        if row.status == "rewritten":
-            os.replace(task.staging / "image.nii.gz", image)
+        os.replace(_staged(task, "label"), label)
+        if row.status in (_REWRITTEN, MADE_GREY):
+            os.replace(_staged(task, "image"), image)
         else:
             row = replace(row, status=_link(task.source, task.staging / "link", image))
         self.origins[row.source] = self.by_voxels[row.voxels_sha256] = row
@@ -197,32 +223,46 @@ class _Ledger:
         del self.origins[row.source]
         self.by_voxels.pop(row.voxels_sha256, None)
         self.names.discard(row.case.casefold())
-        image_path(self.folder, row.case).unlink(missing_ok=True)
-        label_path(self.folder, row.case).unlink(missing_ok=True)
+        for path in self._files(row.case):
+            path.unlink(missing_ok=True)
+
+    def _files(self, case: str) -> tuple[Path, Path]:
+        return image_path(self.folder, case, self.ending), label_path(self.folder, case, self.ending)
 
     def _free_name(self, source: Path, sha256: str) -> str:
-        relative = source.relative_to(self.root).as_posix()
-        name = case_name(relative[: -len(ending_of(source))])
+        name = case_name(name_without_ending(source.relative_to(self.root)))
         if name.casefold() not in self.names:
             return name
         lengths = (length for length in range(8, 65) if f"{name}_{sha256[:length]}".casefold() not in self.names)
         return f"{name}_{sha256[: next(lengths)]}"
 
 
-def _find_scans(source: Path) -> tuple[list[Path], int]:
-    """Every scan below a folder in the order of its path, and how many other files lie there."""
+def find_scans(source: Path) -> tuple[list[Path], int]:
+    """Every volume below a folder, or where it has none every 2D image, in the order of the paths; and how many other
+    files lie there.
+
+    Raises:
+        UserError: there is no such folder, or it holds neither.
+    """
     if not source.is_dir():
         raise UserError(f"{source} is not a folder.", "Give the folder of the scans: -i DIR")
-    scans, ignored = [], 0
+    scans, pictures, others = [], [], 0
     for folder, subfolders, files in os.walk(source):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in files:
-            is_scan = not name.startswith(".") and ending_of(Path(name)) is not None
-            scans += [Path(folder) / name] if is_scan else []
-            ignored += not is_scan
-    if not scans:
-        raise UserError(f"{source} holds no scans.", f"Scans end in {', '.join(ENDINGS)}.")
-    return sorted(scans, key=lambda path: path.relative_to(source).as_posix()), ignored
+            path, hidden = Path(folder) / name, name.startswith(".")
+            scans += [path] if not hidden and ending_of(path) is not None else []
+            pictures += [path] if not hidden and is_picture(path) else []
+            others += 1
+    found = scans or pictures
+    if not found:
+        raise UserError(f"{source} holds no scans.", f"Scans end in {', '.join((*ENDINGS, *PICTURE_ENDINGS))}.")
+    return sorted(found, key=lambda path: path.relative_to(source).as_posix()), others - len(found)
+
+
+def name_without_ending(relative: Path) -> str:
+    """A path with forward slashes, without the ending of a scan or 2D image."""
+    return relative.as_posix()[: -len(ending_of(relative) or relative.suffix)]
 
 
 def _examine_all(tasks: list[_Task], processes: int) -> Iterator[_Finding]:
@@ -241,27 +281,53 @@ def _examine_all(tasks: list[_Task], processes: int) -> Iterator[_Finding]:
 
 def _examine(task: _Task) -> _Finding:
     """Read one file, and stage its body mask (and its rewritten image) where it is good."""
+    stage = _stage_picture if task.ending == PICTURE_ENDING else _stage_volume
     try:
-        scan = load_scan(task.source)
+        return _Finding(task, origin=stage(task))
     except RejectedScan as reason:
         return _Finding(task, reason=str(reason))
+
+
+def _stage_volume(task: _Task) -> Origin:
+    scan = load_scan(task.source)
     mask = body_mask(scan.array, scan.image.affine, modality=task.modality)
-    _write_bytes(task.staging / "label.nii.gz", stored_bytes(_like(scan, mask)))
+    _write_bytes(_staged(task, "label"), stored_bytes(_like(scan, mask)))
     linked = ending_of(task.source) == FILE_ENDING
     if not linked:
-        _write_bytes(task.staging / "image.nii.gz", stored_bytes(scan.image))
-    origin = Origin(
+        _write_bytes(_staged(task, "image"), stored_bytes(scan.image))
+    return Origin(
         case="",
         source=str(task.source),
         sha256=source_sha256(task.source),
         shape="x".join(str(size) for size in scan.array.shape),
         spacing_mm="x".join(f"{size:.6g}" for size in scan.spacing),
         orientation=scan.orientation,
-        status="linked" if linked else "rewritten",
+        status="linked" if linked else _REWRITTEN,
         voxels_sha256=scan.voxels_sha256(),
         stamp=source_stamp(task.source),
     )
-    return _Finding(task, origin=origin)
+
+
+def _stage_picture(task: _Task) -> Origin:
+    picture = load_picture(task.source, colour=task.modality == RGB)
+    _write_bytes(_staged(task, "label"), png_bytes(picture_mask(picture.array)))
+    if not picture.as_stored:
+        _write_bytes(_staged(task, "image"), png_bytes(picture.array))
+    return Origin(
+        case="",
+        source=str(task.source),
+        sha256=source_sha256(task.source),
+        shape="x".join(str(size) for size in picture.array.shape[:2]),
+        spacing_mm="",
+        orientation="",
+        status="linked" if picture.as_stored else MADE_GREY if picture.lost_colour else _REWRITTEN,
+        voxels_sha256=picture.pixels_sha256(),
+        stamp=source_stamp(task.source),
+    )
+
+
+def _staged(task: _Task, name: str) -> Path:
+    return task.staging / f"{name}{task.ending}"
 
 
 def _like(scan: Scan, mask: np.ndarray) -> nibabel.Nifti1Image:

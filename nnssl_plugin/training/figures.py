@@ -1,5 +1,6 @@
 """What a person looks at while a method trains: progress.png and the method's own pictures."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ from torch import Tensor
 from nnssl_plugin.files import atomic_path
 from nnssl_plugin.pretext import Colours, Overlay
 
-PANELS = (
+Panel = tuple[str, Callable[[str], bool]]
+"""Title, and which logged series it shows."""
+PANELS: tuple[Panel, ...] = (
     ("Loss (solid: training, dashed: validation)", lambda k: k in ("train_losses", "val_losses")),
     ("Terms of the loss", lambda k: k.startswith(("train/", "val/"))),
     ("Learning rate", lambda k: k == "lrs"),
@@ -18,25 +21,27 @@ PANELS = (
     ("Skipped steps", lambda k: k == "skipped_steps"),
     ("Peak memory (GiB)", lambda k: k == "peak_memory_gib"),
 )
-"""Title of a panel → which logged series it shows."""
+"""Of a pretraining."""
 HEAT = "PuOr"
 """Colours of values in [-1, 1]: purple and orange, which colour-blind readers tell apart."""
 
 
-def draw_progress(history: dict[str, list], path: str | Path) -> None:
+def draw_progress(history: dict[str, list], path: str | Path, *, panels: Sequence[Panel] = PANELS) -> None:
     """One picture of everything that is logged per epoch.
 
     Args:
         history: name → one number per epoch.
         path: the PNG to write.
+        panels: an even number of them, two to a row.
     """
     plt = _pyplot()
     from matplotlib.ticker import MaxNLocator
 
     series = {k: np.asarray(v, dtype=float) for k, v in history.items() if len(v) and np.ndim(v[0]) == 0}
-    figure, axes = plt.subplots(4, 2, figsize=(15, 17))
-    figure.subplots_adjust(0.05, 0.04, 0.98, 0.97, hspace=0.35, wspace=0.15)
-    for axis, (title, belongs) in zip(axes.flat, PANELS, strict=True):
+    rows = len(panels) // 2
+    figure, axes = plt.subplots(rows, 2, figsize=(15, 4.25 * rows))
+    figure.subplots_adjust(0.06, 0.16 / rows, 0.98, 1 - 0.12 / rows, hspace=0.35, wspace=0.15)
+    for axis, (title, belongs) in zip(axes.flat, panels, strict=True):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         colours: dict[str, str] = {}  # a term has one colour in training and validation
         for name in filter(belongs, series):

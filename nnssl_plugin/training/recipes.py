@@ -1,7 +1,7 @@
 """Who learns how fast in fine-tuning: the parts of a network, groups of parameters, and the optimiser."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.networks.classifier import Classifier
 
 Group = dict[str, Any]
 """A group of an optimiser: ``params``, ``name``, ``lr_scale``, ``frozen_until`` (see ``schedules``)."""
@@ -23,6 +24,8 @@ class Parts:
     stage_name: str
     head: list[nn.Parameter]
     """Of the last layers, one output per class."""
+    rest_name: str = "decoder"
+    """What lies outside the stages: the decoder with the head, in a classifier the head alone."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,10 @@ OPTIMISATIONS = {
 
 
 def network_parts(network: nn.Module) -> Parts | None:
-    """The parts of a bare U-Net, Primus or SwinUNETR; ``None`` for other networks."""
+    """The parts of a bare U-Net, Primus or SwinUNETR, or of a classifier on one; ``None`` for other networks."""
+    if isinstance(network, Classifier):
+        parts = network_parts(network.backbone.network)
+        return parts and replace(parts, head=network.head_parameters(), rest_name="head")
     if hasattr(network, "eva"):
         return _primus_parts(network)
     if hasattr(network, "swinViT"):
@@ -66,8 +72,8 @@ def parameter_groups(network: nn.Module, *, layer_decay: float = 1.0, frozen_unt
                      trains: str = "all") -> list[Group]:
     """Groups for the optimiser: the decoder first (nnU-Net logs the first group's rate), then the encoder's stages.
 
-    Every parameter that ever moves is in one group, those that encoder and decoder share in the encoder's. The stem
-    counts to the first stage.
+    Every parameter that ever moves (of those that may: ``requires_grad``) is in one group, those that encoder and
+    decoder share in the encoder's. The stem counts to the first stage.
 
     Args:
         network: the bare network.
@@ -82,7 +88,7 @@ def parameter_groups(network: nn.Module, *, layer_decay: float = 1.0, frozen_unt
         UserError: for a network whose encoder has no stages.
     """
     if trains == "all" and layer_decay == 1 and not frozen_until:
-        return [_group("network", network.parameters())]
+        return [_group("network", (p for p in network.parameters() if p.requires_grad))]
     parts = network_parts(network)
     if parts is None:
         raise UserError(f"{type(network).__name__} has no encoder stages, which layer_decay, the freezing of the "
@@ -90,7 +96,7 @@ def parameter_groups(network: nn.Module, *, layer_decay: float = 1.0, frozen_unt
     if trains == "head":
         return [_group("head", parts.head)]
     staged = {id(p) for stage in parts.stages for p in stage}
-    decoder = _group("decoder", (p for p in network.parameters() if id(p) not in staged))
+    decoder = _group(parts.rest_name, (p for p in network.parameters() if p.requires_grad and id(p) not in staged))
     if trains == "decoder":
         return [decoder]
     depth = len(parts.stages)

@@ -10,25 +10,14 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnssl_plugin.checkpoints.adaptation import MIN_COVERAGE, adapt_weights, check_coverage
-from nnssl_plugin.checkpoints.files import read_checkpoint
-from nnssl_plugin.errors import UserError
 from nnssl_plugin.training.finetuning_settings import FinetuningSettings, read_settings
+from nnssl_plugin.training.planned_finetuning import load_planned_weights, planned_optimisation
 from nnssl_plugin.training.planned_network import PlannedNetworkTrainer
-from nnssl_plugin.training.recipes import (
-    build_optimizer,
-    freeze_the_rest,
-    optimisation_for,
-    parameter_groups,
-    rest_at_test_mode,
-)
-from nnssl_plugin.training.schedules import PolySchedule
+from nnssl_plugin.training.recipes import rest_at_test_mode
 
 CHECKPOINTS_PER_RUN = 20
 """Least number of times that ``checkpoint_latest.pth`` is written: every 50 of 1000 epochs, as in nnU-Net, and more
 often in short runs, so that ``--c`` never repeats more than a twentieth of them."""
-WARMUP = 0.05
-"""Fraction of the epochs that warm up where the plan says nothing: 50 of nnU-Net's 1000."""
 
 
 class PretrainedSegmentationTrainer(PlannedNetworkTrainer):
@@ -60,18 +49,9 @@ class PretrainedSegmentationTrainer(PlannedNetworkTrainer):
         super().initialize()
 
     def configure_optimizers(self):
-        settings, network = self.settings, _bare(self.network)
-        optimisation = optimisation_for(network, settings.optimiser)
-        self.initial_lr = settings.lr or optimisation.lr
-        self.weight_decay = optimisation.weight_decay if settings.weight_decay is None else settings.weight_decay
-        alone = settings.decoder_warmup_epochs
-        groups = parameter_groups(network, layer_decay=settings.layer_decay, trains=settings.trains,
-                                  frozen_until=alone or settings.frozen_encoder_epochs)
-        freeze_the_rest(network, groups)
-        optimizer = build_optimizer(groups, optimisation, lr=self.initial_lr, weight_decay=self.weight_decay)
-        warmup = WARMUP * self.num_epochs if settings.warmup_epochs is None else settings.warmup_epochs
-        return optimizer, PolySchedule(optimizer, lr=self.initial_lr, total=self.num_epochs, warmup=warmup,
-                                       first_cycle=alone)
+        optimizer, schedule = planned_optimisation(_bare(self.network), self.settings, epochs=self.num_epochs)
+        self.initial_lr, self.weight_decay = schedule.lr, optimizer.defaults["weight_decay"]
+        return optimizer, schedule
 
     def on_train_start(self):
         if not self.was_initialized:
@@ -95,16 +75,7 @@ class PretrainedSegmentationTrainer(PlannedNetworkTrainer):
             UserError: when the file is missing or unreadable, or covers less of the encoder than when it was written.
         """
         path = Path(self.preprocessed_dataset_folder_base, self.settings.weights)
-        if not path.is_file():
-            raise UserError(f"The weights {path} of plan {self.plans_manager.plans_name} are not there.",
-                            "Copy them there, or write them again with nnssl_plugin adapt.")
-        content = read_checkpoint(path)
-        adaptation = content.get("adaptation", {})
-        trained = adaptation.get("loaded", content.get("provenance", {}).get("trained"))
-        network = _bare(self.network)
-        state, report = adapt_weights(content["network_weights"], network, trained=trained)
-        check_coverage(report, minimum=adaptation.get("encoder_coverage", MIN_COVERAGE))
-        network.load_state_dict(state)
+        report = load_planned_weights(_bare(self.network), path, plans_name=self.plans_manager.plans_name)
         self.print_to_log_file(f"Loaded pretrained weights from {path}\n{report.table()}", add_timestamp=False)
 
     def _log_settings(self) -> None:

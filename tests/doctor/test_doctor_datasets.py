@@ -108,6 +108,23 @@ def test_triplets_and_embeddings_are_held_against_the_cases(environment):
     assert "none for 1 of 3 cases, such as c2" in look(environment)["triplets"].message
 
 
+def test_class_labels_are_held_against_the_cases(environment):
+    assert "class labels" not in look(environment)
+    block = {"targets": {"x": {"kind": "binary", "classes": ["no", "yes"]}}}
+    describe(raw_of(environment), classification=block)
+    assert look(environment)["class labels"].status == PROBLEM  # a block without a table
+    table = raw_of(environment) / "classification.csv"
+    table.write_text("case,subject,x\nc0,p,no\nc1,p,yes\nc2,q,no\n")
+    finding = look(environment)["class labels"]
+    assert finding.status == OK and finding.message == "x (binary, 2 classes); 3 of 3 cases, 2 subjects"
+    table.write_text("case,subject,x\nc0,p,no\nc1,p,yes\n")
+    assert look(environment)["class labels"].status == WARNING
+    table.write_text("case,subject,x\nc0,p,no\nc9,p,yes\n")
+    finding = look(environment)["class labels"]
+    assert finding.status == PROBLEM and "c9" in finding.message
+    assert finding.remedy == "nnssl_plugin prepare -d 501 --class-labels FILE.csv"
+
+
 def test_triplets_without_embeddings_or_with_a_broken_line_are_problems(environment):
     write_captions(environment, ["c0", "c1", "c2"], embedded=False)
     finding = look(environment)["triplets"]
