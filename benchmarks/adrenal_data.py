@@ -1,8 +1,9 @@
 """Lay out AdrenalMNIST3D (MedMNIST v2) for classification: NIfTI volumes and a table for each official split.
 
     python benchmarks/adrenal_data.py -i adrenalmnist3d_trainval.npz -o adrenal
-    nnssl_plugin prepare -i adrenal/train --class-labels adrenal/train.csv -d 511 -n Adrenal
+    nnssl_plugin prepare -i adrenal/train --class-labels adrenal/train.csv -d 511 -n Adrenal --modality noNorm
 
+The volumes are binary shapes, which a z-score inside their own mask would make constant.
 The official training split is what folds are made of. The official validation split is kept apart as the test set
 (``adrenal/test``, ``adrenal/test.csv``, for ``nnssl_plugin classify``). The archive does not say which volumes belong
 to one patient, so every volume is its own subject, nor how large a voxel is: 1 mm is written.

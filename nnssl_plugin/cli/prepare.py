@@ -26,9 +26,10 @@ def add_arguments(parser):
     parser.add_argument("-n", metavar="NAME", help="its name: DatasetID_NAME")
     parser.add_argument(
         "--modality",
-        choices=("MR", "CT", "grey", "RGB"),
-        help="MR: z-score normalisation; CT: intensities in HU, nnU-Net's CT normalisation (default: MR); "
-             "2D images: grey or RGB (default: grey)",
+        choices=("MR", "PET", "CT", "grey", "RGB", "noNorm", "rescale_to_0_1"),
+        help="MR, PET: z-score normalisation; CT: intensities in HU, nnU-Net's CT normalisation (default: MR); "
+             "2D images: grey or RGB (default: grey); noNorm: values as stored, for binary shapes; rescale_to_0_1: "
+             "each image stretched to [0, 1]",
     )
     parser.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
     parser.add_argument("--class-labels", metavar="CSV", help="take the scans that this table names, with classes")

@@ -14,8 +14,11 @@ PICTURE_ENDING = ".png"
 READERS = {FILE_ENDING: "NibabelIOWithReorient", PICTURE_ENDING: "NaturalImage2DIO"}
 """File ending of a dataset → nnU-Net's reader; that of volumes turns every case to RAS."""
 RGB = "RGB"
-MODALITIES = {FILE_ENDING: ("MR", "CT"), PICTURE_ENDING: ("grey", RGB, "MR")}
-"""File ending → what the images may be, the default first; nnU-Net normalises all but CT by z-score."""
+NORMALISATIONS = ("noNorm", "rescale_to_0_1")
+"""Channel names by which nnU-Net keeps the values as stored, or brings each image to [0, 1]."""
+MODALITIES = {FILE_ENDING: ("MR", "PET", "CT", *NORMALISATIONS), PICTURE_ENDING: ("grey", RGB, "MR", *NORMALISATIONS)}
+"""File ending → what the images may be, the default first. nnU-Net normalises by z-score where neither CT nor a
+normalisation is named; inside the mask that it crops to, a binary shape then has no contrast left."""
 
 
 def open_dataset(dataset_id: int, name: str, *, modality: str, source: Path, ending: str = FILE_ENDING) -> Path:
