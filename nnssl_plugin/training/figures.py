@@ -1,5 +1,6 @@
 """What a person looks at while a method trains: progress.png and the method's own pictures."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,13 +12,18 @@ from nnssl_plugin.pretext import Colours, Overlay
 
 Panel = tuple[str, Callable[[str], bool]]
 """Title, and which logged series it shows."""
+SEPARATION = ("diagnostics/silhouette", "diagnostics/cosine_gap")
+ELSEWHERE = (*SEPARATION, "diagnostics/token_std")
+"""Diagnostics with a panel of another kind."""
 PANELS: tuple[Panel, ...] = (
     ("Loss (solid: training, dashed: validation)", lambda k: k in ("train_losses", "val_losses")),
     ("Terms of the loss", lambda k: k.startswith(("train/", "val/"))),
     ("Learning rate", lambda k: k == "lrs"),
-    ("Spread of the features (0 = collapsed)", lambda k: k in ("feature_std", "effective_rank")),
+    ("Spread of the features (0 = collapsed)", lambda k: k in ("feature_std", "diagnostics/token_std")),
+    ("Effective rank of the features", lambda k: k == "effective_rank"),
     ("Seconds per epoch", lambda k: k in ("seconds_waiting", "seconds_computing")),
-    ("Diagnostics", lambda k: k.startswith("diagnostics/")),
+    ("Diagnostics", lambda k: k.startswith("diagnostics/") and not k.startswith(ELSEWHERE)),
+    ("Structures told apart (by labels)", lambda k: k.startswith(SEPARATION)),
     ("Skipped steps", lambda k: k == "skipped_steps"),
     ("Peak memory (GiB)", lambda k: k == "peak_memory_gib"),
 )
@@ -32,16 +38,19 @@ def draw_progress(history: dict[str, list], path: str | Path, *, panels: Sequenc
     Args:
         history: name → one number per epoch.
         path: the PNG to write.
-        panels: an even number of them, two to a row.
+        panels: two to a row; those without a series are left out.
     """
     plt = _pyplot()
     from matplotlib.ticker import MaxNLocator
 
     series = {k: np.asarray(v, dtype=float) for k, v in history.items() if len(v) and np.ndim(v[0]) == 0}
-    rows = len(panels) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(15, 4.25 * rows))
+    panels = [(title, belongs) for title, belongs in panels if any(map(belongs, series))]
+    rows = max(1, math.ceil(len(panels) / 2))
+    figure, axes = plt.subplots(rows, 2, figsize=(15, 4.25 * rows), squeeze=False)
     figure.subplots_adjust(0.06, 0.16 / rows, 0.98, 1 - 0.12 / rows, hspace=0.35, wspace=0.15)
-    for axis, (title, belongs) in zip(axes.flat, panels, strict=True):
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    for axis, (title, belongs) in zip(axes.flat, panels, strict=False):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         colours: dict[str, str] = {}  # a term has one colour in training and validation
         for name in filter(belongs, series):

@@ -120,6 +120,12 @@ def test_draws_views_similarities_and_components():
         assert Path(trainer.output_folder, "figures", f"{name}_epoch_0000.png").stat().st_size > 5_000
 
 
+def test_a_queue_longer_than_the_dataset_is_told():
+    trainer = run(**arguments(queue=600))
+    (log,) = Path(trainer.output_folder).glob("training_log*.txt")
+    assert "the queue holds 600 features" in log.read_text()
+
+
 def test_nnunet_finds_the_trainer_by_name():
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 

@@ -19,3 +19,13 @@ class S2DCPretrainer(Pretrainer):
 
     def build_task(self, backbone: Backbone) -> S2DC:
         return S2DC(backbone, self.method_settings, spacing=self.configuration_manager.spacing)
+
+    def get_dataloaders(self):
+        loaders = super().get_dataloaders()
+        if self.method_settings.queue > self.training_cases:
+            self.print_to_log_file(
+                f"NOTE: the queue holds {self.method_settings.queue} features and there are {self.training_cases} "
+                "training cases, so a case meets itself among its negatives. Fewer: nnssl_plugin plan -d ID -n NAME "
+                f"--set method.queue={max(1, self.training_cases // 2)}"
+            )
+        return loaders
