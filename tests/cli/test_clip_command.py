@@ -37,6 +37,7 @@ def weights(tmp_path, monkeypatch):
     return str(tmp_path / "tiny.pt")
 
 
+@pytest.mark.slow
 def test_pair_is_trained_measured_and_embeds_then_serves_caption(folder, weights, capsys):
     arguments = ["--model", "tiny-test", "--weights", weights, "--epochs", "2", "--lr", "1e-3", "--batch-size", "5"]
     assert main(["clip", "-d", "77", *arguments]) == 0
@@ -56,6 +57,7 @@ def test_pair_is_trained_measured_and_embeds_then_serves_caption(folder, weights
     assert f"--weights {folder / 'clip_pair'}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_weights_a_small_pair_is_trained_and_says_what_that_means(folder, capsys, caplog):
     assert main(["clip", "-d", "77", "--epochs", "1"]) == 0
     assert "no medical knowledge from outside" in caplog.text and "Only 2 cases are held out" in caplog.text

@@ -119,6 +119,7 @@ def test_triplets_bring_the_embeddings_of_their_case(open_batches, nnunet_enviro
         np.testing.assert_array_equal(batch["text_embedding"][i], batches.embeddings[case][1])
 
 
+@pytest.mark.slow
 def test_workers_keep_the_order(open_batches):
     batches = open_batches()
     stream = BatchStream(batches, range(3, 7), workers=2)

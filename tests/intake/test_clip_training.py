@@ -229,6 +229,7 @@ def test_prepared_images_are_what_the_encoders_transform_gives(raw, weights):
     assert (pairs.same_text[0] == pairs.same_text[4]) and (pairs.same_text[0] != pairs.same_text[1])
 
 
+@pytest.mark.slow
 def test_the_pair_learns_what_the_texts_say(raw, weights):
     tuned = fine_tune_pair(raw, weights=weights, **{**QUICK, "epochs": 10})
     assert (tuned.pairs, tuned.held_out) == (CASES, 6)
@@ -259,6 +260,7 @@ def test_saved_pair_is_the_one_that_was_measured_and_open_clip_reads_it(raw, wei
         assert Image.open(moved / figure).size[0] == 1080
 
 
+@pytest.mark.slow
 def test_saved_pair_can_be_the_start_of_another(raw, weights):
     settings = {**QUICK, "epochs": 1}
     first = fine_tune_pair(raw, weights=weights, **settings)
@@ -266,6 +268,7 @@ def test_saved_pair_can_be_the_start_of_another(raw, weights):
     assert not second.was_there and second.before == first.after
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(made, tmp_path, weights, monkeypatch):
     whole, broken = (shutil.copytree(made[0], tmp_path / name) for name in ("whole", "broken"))
     fine_tune_pair(whole, weights=weights, **QUICK)

@@ -296,6 +296,7 @@ def test_settings_come_from_a_plan_and_mistakes_are_named():
             settings_from({name: value}, Settings(), "plan")
 
 
+@pytest.mark.slow
 def test_t_1_four_blobs_are_overfitted():
     task = build(iterations=30)
     batch = make_batch()

@@ -87,6 +87,7 @@ def test_shapes_of_features_tokens_and_reconstruction(channels):
     assert backbone.reconstruct(features).shape == (2, channels, *PATCH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_v2", [True, False])
 def test_decode_then_segment_is_the_networks_own_forward(image, use_v2):
     backbone = build(use_v2=use_v2).eval()
@@ -103,6 +104,7 @@ def test_two_dimensions():
     assert backbone.reconstruct(features).shape == (2, 2, 64, 96)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_without_skips_only_the_bottleneck_counts(image):
     backbone = build()
@@ -124,6 +126,7 @@ def test_the_coarsest_map_reaches_the_whole_encoder(image):
     assert all(p.grad is None for name, p in backbone.network.named_parameters() if not name.startswith("swinViT."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skips", [True, False])
 def test_reconstruction_gives_everything_trained_a_gradient(image, skips):
     backbone = build()

@@ -127,6 +127,7 @@ def unlabelled(tmp_path_factory):
     return finished(tmp_path_factory.mktemp("unlabelled"), labelled=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report", ["labelled", "unlabelled"])
 def test_the_report_stands_alone(report, request):
     _, text = request.getfixturevalue(report)

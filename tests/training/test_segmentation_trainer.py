@@ -290,6 +290,7 @@ def test_weights_that_no_longer_fit_the_plan_are_refused(folder):
         subject.load_pretrained_weights()
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_loaded_through_its_wrapper(folder, tmp_path):
     subject = trainer(folder, layer_decay=0.5)
     subject.initialize()
@@ -317,6 +318,7 @@ def primus_folder(folder, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_primus_trains_as_nnunets_own_trainer_would_and_predicts(primus_folder, tmp_path):
     subject = trainer(primus_folder, plan="primus-toy", epochs=1)
     subject.initialize()

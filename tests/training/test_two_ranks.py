@@ -79,6 +79,7 @@ def train_med3dinsight(rank):
     return {"state": dict(trainer.task.state_dict()), "seen": seen, "cases": cases}
 
 
+@pytest.mark.slow
 def test_gradients_equal_those_of_one_process_with_all_samples(tmp_path):
     module = Coupled()
     module(*pairs()).backward()

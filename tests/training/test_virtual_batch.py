@@ -133,6 +133,7 @@ def test_training_in_chunks_is_training_on_the_batch():
         np.testing.assert_allclose(histories[0][name], histories[1][name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_in_chunks_resumes_exactly():
     settings = {"pretraining": {"batch_size": 4, "chunk_size": 2, "validation_iterations": 1}}
     reference = state_of(run(**settings))
