@@ -24,7 +24,6 @@ FOLDS = 5
 """Of cross-validation, for the warning about rare classes."""
 
 
-
 @dataclass(frozen=True)
 class LabelSummary:
     """What was written about the classes of a dataset."""
