@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float) -> Tensor:
+def info_nce(
+    query: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float, known: Tensor | None = None
+) -> Tensor:
     """Cross entropy of finding each query's positive among the negatives (S2DC, Eq. 1; He et al., MoCo, CVPR 2020).
 
     −log exp(q·p/τ) / (exp(q·p/τ) + Σ_k exp(q·n_k/τ)), mean over the queries. The paper's Eq. 1 prints τ outside the
@@ -22,6 +24,7 @@ def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *, temperature:
         positive: (B, D), one for each query.
         negatives: (K, D), shared by the queries; K may be 0.
         temperature: τ > 0.
+        known: (K,) bool, the negatives that count; ``None`` for all.
 
     Returns:
         () at least 0; log(1 + K) if all similarities are equal.
@@ -33,7 +36,10 @@ def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *, temperature:
     with torch.autocast(query.device.type, enabled=False):
         query, positive, negatives = _full_precision(query, positive, negatives)
         own = (query * positive).sum(-1, keepdim=True)
-        logits = torch.cat((own, query @ negatives.T), 1) / temperature
+        others = query @ negatives.T
+        if known is not None:
+            others = others.masked_fill(~known, -math.inf)
+        logits = torch.cat((own, others), 1) / temperature
         return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 
@@ -121,8 +127,9 @@ def sinkhorn_with_dustbin(similarity: Tensor, *, dustbin: float, iterations: int
 class FeatureQueue(nn.Module):
     """The latest features, first in, first out: the negatives of a contrastive loss (MoCo).
 
-    State is in buffers, so that a run resumes with the same negatives. It starts with random unit vectors. Fed with
-    the features gathered from all ranks, all ranks hold the same queue.
+    State is in buffers, so that a run resumes with the same negatives. It starts with random unit vectors, which
+    ``known`` tells from features: as negatives they would reward a network that maps every image to one direction, far
+    from all of them. Fed with the features gathered from all ranks, all ranks hold the same queue.
 
     Args:
         size: number of features kept.
@@ -134,6 +141,13 @@ class FeatureQueue(nn.Module):
         self.register_buffer("features", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         """Row of the oldest feature, which is replaced next."""
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+        """Number of rows that hold a feature."""
+
+    @property
+    def known(self) -> Tensor:
+        """(size,) bool, False for rows that still hold what they started with."""
+        return torch.arange(len(self.features), device=self.filled.device) < self.filled
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, applied: Tensor) -> None:
@@ -149,6 +163,7 @@ class FeatureQueue(nn.Module):
         places = (self.pointer + skipped + torch.arange(len(newest), device=newest.device)) % size
         self.features.index_copy_(0, places, torch.where(applied, newest, self.features[places]))
         self.pointer.add_(number * applied).remainder_(size)
+        self.filled.add_(number * applied).clamp_(max=size)
 
 
 class _ShiftedLogSumExp(torch.autograd.Function):

@@ -8,10 +8,12 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from nnssl_plugin.methods.s2dc.heads import RunningNorm
 from nnssl_plugin.methods.s2dc.objective import S2DC
 from nnssl_plugin.methods.s2dc.settings import Settings
 from nnssl_plugin.methods.s2dc.views import join
 from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.objectives.collapse import feature_std
 from nnssl_plugin.training.virtual_batch import backward_in_chunks
 
 SMALL = {"hidden": 16, "dim": 8, "queue": 12, "token_stride": 4}
@@ -62,6 +64,7 @@ def copied(state):
 @pytest.mark.parametrize("channels, dims, size", [(1, 3, (16, 16, 16)), (4, 3, (8, 24, 16)), (2, 2, (32, 24))])
 def test_terms_are_finite_and_reach_the_whole_encoder_and_both_heads(residual, channels, dims, size):
     task = make_task(channels, dims=dims, residual=residual)
+    task.queue.enqueue(torch.randn(12, 8), torch.tensor(True))  # an empty one has nothing to tell from
     terms = task(make_views(task, make_batch(2, channels, size)), 0.0)
     assert set(terms) == {"global", "p2p", "p2s", "total"}
     torch.testing.assert_close(terms["total"], terms["global"] + terms["p2p"] + terms["p2s"])
@@ -196,7 +199,7 @@ def test_the_teacher_follows_and_the_keys_are_queued():
         for key, value in module.state_dict().items():
             old = teacher[f"{name}.module.{key}"]
             torch.testing.assert_close(task.teacher[name].module.state_dict()[key], (old + value) / 2)
-    keys = task._keys
+    keys = task._step["key"]
     torch.testing.assert_close(task.queue.features[:2], keys)
     assert (keys.norm(dim=1) - 1).abs().max() < 1e-5 and not keys.requires_grad
 
@@ -221,6 +224,7 @@ def test_loaded_weights_reach_the_teacher():
 def test_equal_logits_give_the_logarithm_of_the_queue():
     task = make_task(queue=12)
     task.queue.features.zero_()
+    task.queue.filled.fill_(12)
     outputs = {"query": torch.zeros(3, 8), "key": torch.zeros(3, 8)}
     assert task.loss(outputs, 0.0)["global"].item() == pytest.approx(math.log(13), abs=1e-6)
 
@@ -301,3 +305,30 @@ def test_pictures_show_both_views_and_the_tokens(grid):
     pictures = task.pictures(make_views(task, make_batch(2, 2, size)))
     assert set(pictures) == {"views", "similarity", "components"}
     assert all(image.shape == size for _, image in pictures["views"])
+
+
+def test_running_norm_is_a_batch_norm_of_earlier_steps():
+    norm, generator = RunningNorm(5, momentum=0.5), torch.Generator().manual_seed(0)
+    first = 3 + torch.tensor([0.01, 0.1, 1, 2, 0]) * torch.randn(64, 5, generator=generator)
+    torch.testing.assert_close(norm(first), first)  # nothing is known yet
+    norm.update(first, torch.tensor(False))
+    torch.testing.assert_close(norm(first), first)
+    norm.update(first * float("nan"), torch.tensor(False))
+    norm.update(first, torch.tensor(True))
+    expected = (first - first.mean(0)) / (first.var(0, correction=0) + 1e-6).sqrt()
+    torch.testing.assert_close(norm(first), expected, rtol=1e-2, atol=1e-2)
+    norm.update(first + 4, torch.tensor(True))  # the newer step weighs twice as much as the older one
+    torch.testing.assert_close((norm.mean / norm.weight), first.mean(0) + 4 * 2 / 3)
+
+
+def test_the_global_features_of_instance_normalised_images_do_not_collapse():
+    task = make_task(queue=24)
+    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(40):
+        image = torch.randn(4, 1, 16, 16, 16, generator=torch.Generator().manual_seed(step % 6))
+        views = make_views(task, {"image": image, "available": torch.ones(4, 1, dtype=torch.bool)}, seed=step)
+        optimizer.zero_grad()
+        task(views, 0.0)["total"].backward()
+        optimizer.step()
+        task.after_step(0.0, torch.tensor(True))
+    assert feature_std(task.diagnostics(views)["features"]) > 0.3

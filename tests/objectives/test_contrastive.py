@@ -48,6 +48,28 @@ def test_info_nce_equals_a_naive_cross_entropy(batch, negatives):
     torch.testing.assert_close(loss, F.cross_entropy(logits, torch.zeros(batch, dtype=torch.long)))
 
 
+def test_negatives_that_are_not_known_count_nowhere():
+    query, positive, negatives = units(3, 6), units(3, 6, seed=1), units(5, 6, seed=2)
+    known = torch.tensor([True, False, True, True, False])
+    masked = info_nce(query, positive, negatives, temperature=0.2, known=known)
+    torch.testing.assert_close(masked, info_nce(query, positive, negatives[known], temperature=0.2))
+    query.requires_grad_()
+    none = info_nce(query, positive, negatives, temperature=0.2, known=torch.zeros(5, dtype=torch.bool))
+    none.backward()
+    assert none == 0 and (query.grad == 0).all()
+
+
+def test_the_queue_tells_features_from_what_it_started_with():
+    queue, yes = FeatureQueue(5, 4), torch.tensor(True)
+    assert queue.known.tolist() == [False] * 5
+    queue.enqueue(torch.randn(3, 4), torch.tensor(False))
+    assert not queue.known.any()
+    queue.enqueue(torch.randn(3, 4), yes)
+    assert queue.known.tolist() == [True] * 3 + [False] * 2
+    queue.enqueue(torch.randn(3, 4), yes)
+    assert queue.known.all()
+
+
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 def test_equal_similarities_give_the_logarithm_of_the_candidates(temperature):
     query = units(1, 8).expand(4, -1)

@@ -20,6 +20,43 @@ class TokenNorm(nn.Module):
         return (tokens - mean) * (variance + 1e-5).rsqrt()
 
 
+class RunningNorm(nn.Module):
+    """Standardise each feature by the mean and deviation that it had in earlier steps; nothing learned.
+
+    Behind the instance normalisations of a planned network the pooled features of all images are nearly the same
+    vector, and a contrastive term over them collapses. The public code's BatchNorm takes that vector off, by the
+    statistics of the batch; those of earlier steps keep samples independent of each other.
+
+    Args:
+        width: C.
+        momentum: share of the statistics that is kept in a step.
+    """
+
+    def __init__(self, width: int, momentum: float = 0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("weight", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("square", torch.zeros(width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., C) → (..., C) in float32; unchanged before the first :meth:`update`."""
+        features = features.float()
+        weight = self.weight.clamp(min=torch.finfo(torch.float32).tiny)
+        mean = self.mean / weight
+        variance = (self.square / weight - mean.square()).clamp(min=0)
+        return torch.where(self.weight > 0, (features - mean) * (variance + 1e-6).rsqrt(), features)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, applied: Tensor) -> None:
+        """Take in the features (B, C) of a step of all ranks; nothing changes where ``applied`` () is False."""
+        share = (1 - self.momentum) * applied
+        features = torch.where(applied, features.float(), 0.0)
+        for kept, new in ((self.mean, features.mean(0)), (self.square, features.square().mean(0)),
+                          (self.weight, torch.ones_like(self.weight))):
+            kept.mul_(1 - share).add_(share * new)
+
+
 def token_head(width: int, hidden: int, dim: int) -> nn.Sequential:
     """(B, N, width) → (B, N, dim)."""
     return _perceptron(width, hidden, dim, TokenNorm)

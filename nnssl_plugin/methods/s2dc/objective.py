@@ -19,7 +19,7 @@ from nnssl_plugin.methods.s2dc.correspondence import (
     patch_to_structure_loss,
     visible_patches,
 )
-from nnssl_plugin.methods.s2dc.heads import global_head, token_head
+from nnssl_plugin.methods.s2dc.heads import RunningNorm, global_head, token_head
 from nnssl_plugin.methods.s2dc.pictures import anchor_similarity_pictures, principal_component_pictures
 from nnssl_plugin.methods.s2dc.settings import Settings
 from nnssl_plugin.methods.s2dc.views import augmented_copy, cut, join, second_view
@@ -78,12 +78,13 @@ class S2DC(PretextTask):
             "tokens": token_head(token_width, settings.hidden, settings.dim),
             "pooled": global_head(backbone.channels[-1], settings.hidden, settings.dim),
         })
+        self.norms = nn.ModuleDict({name: RunningNorm(backbone.channels[-1]) for name in ("student", "teacher")})
         self.teacher = nn.ModuleDict({
             "backbone": Teacher(backbone, settings.momentum),
             "heads": Teacher(self.heads, settings.momentum),
         })
         self.queue = FeatureQueue(settings.queue, settings.dim)
-        self._keys: Tensor  # of the step at hand, which loss() leaves to after_step()
+        self._step: Views  # outputs of the step at hand, which loss() leaves to after_step()
 
     @torch.no_grad()
     def views(self, batch: Batch, generator: torch.Generator) -> Views:
@@ -96,22 +97,32 @@ class S2DC(PretextTask):
         return views | ({"labels": batch["labels"]} if "labels" in batch else {})
 
     def encode(self, views: Views) -> tuple[Views, Terms]:
-        """``query`` and ``key`` (B, D) of the global term, of length 1; losses ``p2p`` and ``p2s`` (B,)."""
+        """``query`` and ``key`` (B, D) of the global term, of length 1, the pooled features (B, C) that they come from,
+        and losses ``p2p`` and ``p2s`` (B,)."""
         student = self._read(self.backbone, views["image"])
         with torch.no_grad():
             teacher = self._read(self.teacher["backbone"].module, views["warped"])
         matching = self._match(student, teacher, views)
+        pooled, others = _chosen(student.pooled, views), self._teachers_pooled(teacher, views)
         outputs = {
-            "query": self._query(student, views),
-            "key": self._key(teacher, views),
+            "query": self._query(pooled),
+            "key": self._key(others),
+            "student_pooled": pooled.detach(),
+            "teacher_pooled": others,
         }
         return outputs, self._own_losses(matching)
 
     def loss(self, outputs: Views, progress: float) -> Terms:
         """L_g of Eq. 1 over the samples of all ranks, against the features of earlier steps."""
-        self._keys = outputs["key"].detach()
-        negatives, temperature = self.queue.features, self.settings.temperature
-        return {"global": info_nce(outputs["query"], self._keys, negatives, temperature=temperature)}
+        self._step = {name: values.detach() for name, values in outputs.items()}
+        contrast = info_nce(
+            outputs["query"],
+            self._step["key"],
+            self.queue.features,
+            temperature=self.settings.temperature,
+            known=self.queue.known,
+        )
+        return {"global": contrast}
 
     def weights(self, progress: float) -> dict[str, float]:
         """Eq. 9: 1, 1 and 1, unless set otherwise."""
@@ -120,10 +131,12 @@ class S2DC(PretextTask):
 
     @torch.no_grad()
     def after_step(self, progress: float, applied: Tensor) -> None:
-        """The teacher follows the student; the keys of this step become negatives."""
+        """The teacher follows the student; the keys of this step become negatives, its features statistics."""
         self.teacher["backbone"].update(self.backbone, applied)
         self.teacher["heads"].update(self.heads, applied)
-        self.queue.enqueue(self._keys, applied)
+        for name, norm in self.norms.items():
+            norm.update(self._step[f"{name}_pooled"], applied)
+        self.queue.enqueue(self._step["key"], applied)
 
     @torch.no_grad()
     def on_weights_loaded(self) -> None:
@@ -146,7 +159,7 @@ class S2DC(PretextTask):
             "matching_accuracy": found.sum() / matching.matches.sum().clamp(min=1),
             "matched_share": matching.matches.any(2).float().mean(),
             "token_std": feature_std(student.tokens.flatten(0, 1)),
-            "features": self._query(student, views),
+            "features": self._query(_chosen(student.pooled, views)),
         }
         return numbers | (_separation(student, views["labels"]) if "labels" in views else {})
 
@@ -207,18 +220,22 @@ class S2DC(PretextTask):
             p2p = p2p + non_match_loss(matching.log_assignment, matching.matches)
         return {"p2p": p2p, "p2s": patch_to_structure_loss(matching.log_assignment, matching.matches, similarity)}
 
-    def _query(self, student: Reading, views: Views) -> Tensor:
-        """The student's feature (B, D) of V, or of its chosen sub-volume."""
-        return _unit(self.heads["pooled"](_chosen(student.pooled, views)))
+    def _query(self, pooled: Tensor) -> Tensor:
+        """The student's feature (B, D), of length 1, from its pooled ones (B, C)."""
+        return _unit(self.heads["pooled"](self.norms["student"](pooled)))
 
     @torch.no_grad()
-    def _key(self, teacher: Reading, views: Views) -> Tensor:
-        """The teacher's feature (B, D): of V', or of the copy of the chosen sub-volume."""
-        pooled = teacher.pooled[:, 0]
-        if "copy" in views:
-            network = self.teacher["backbone"].module
-            pooled = network.pooled(network.features(views["copy"]))
-        return _unit(self.teacher["heads"].module["pooled"](pooled))
+    def _key(self, pooled: Tensor) -> Tensor:
+        """The teacher's feature (B, D), of length 1, from its pooled ones (B, C)."""
+        return _unit(self.teacher["heads"].module["pooled"](self.norms["teacher"](pooled)))
+
+    @torch.no_grad()
+    def _teachers_pooled(self, teacher: Reading, views: Views) -> Tensor:
+        """The teacher's pooled features (B, C): of V', or of the copy of the chosen sub-volume."""
+        if "copy" not in views:
+            return teacher.pooled[:, 0]
+        network = self.teacher["backbone"].module
+        return network.pooled(network.features(views["copy"]))
 
 
 def _chosen(pooled: Tensor, views: Views) -> Tensor:
