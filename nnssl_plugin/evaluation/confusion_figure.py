@@ -24,6 +24,7 @@ def draw_confusion(predictions: Predictions):
     if target.kind != MULTILABEL:
         size = 3.5 + 0.75 * len(target.classes)
         figure, axis = plt.subplots(figsize=(max(5.5, size), max(4.5, size - 0.8)), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)  # inches; names outside the axes end at its edge
         _draw_table(axis, truth.T.astype(int) @ answers.astype(int), target.classes)
         figure.suptitle(f"{heading(predictions)}: what was taken for what", fontsize="medium")
         axis.set_xlabel("predicted")
