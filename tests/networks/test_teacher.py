@@ -201,7 +201,9 @@ def test_another_network_is_refused():
 
 
 def test_a_network_without_parameters_is_no_error():
-    Teacher(nn.Identity(), 0.5).update(nn.Identity(), DONE)
+    teacher = Teacher(nn.Identity(), 0.5)
+    teacher.update(nn.Identity(), DONE)
+    assert torch.equal(teacher(torch.ones(2)), torch.ones(2))
 
 
 def test_nothing_is_read_on_the_host():
