@@ -94,7 +94,7 @@ def test_the_checkpoint_keeps_teacher_and_queue_beside_the_network():
     checkpoint = torch.load(Path(trainer.output_folder, "checkpoint_final.pth"), weights_only=True)
     kept = checkpoint["ssl_state"]["task"]
     assert kept["queue.features"].shape == (6, 8)
-    assert {key.partition(".")[0] for key in kept} == {"backbone", "heads", "teacher", "queue"}
+    assert {key.partition(".")[0] for key in kept} == {"backbone", "heads", "teacher", "norms", "queue"}
     assert not any(key.startswith("backbone.network.") for key in kept)
     assert checkpoint["provenance"]["trained"] == ["encoder.", "decoder.encoder."]
     assert checkpoint["provenance"]["method"] == "s2dc"
