@@ -21,18 +21,18 @@ from nnssl_plugin.intake.scans import stored_bytes
 
 CLASSES = ("normal", "hyperplasia")
 """Of MedMNIST's labels 0 and 1 (hyperplasia stands for hyperplasia and masses)."""
-SPLITS = {"train": "train", "val": "test"}
-"""Official split → what it is here."""
+SPLITS = {"train": ("train", ""), "val": ("test", "_0000")}
+"""Official split → what it is here, and what its files add to the case: ``classify`` reads channels from the name."""
 
 
-def write_split(archive, official: str, folder: Path) -> int:
-    """Volumes below ``folder`` and ``folder``.csv beside it; returns their number."""
+def write_split(archive, official: str, folder: Path, *, channel: str) -> int:
+    """Volumes ``CASE`` + ``channel`` below ``folder``, and ``folder``.csv beside it; returns their number."""
     images, labels = archive[f"{official}_images"], archive[f"{official}_labels"].ravel()
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (volume, label) in enumerate(zip(images, labels, strict=True)):
         name = f"{official}_{number:04d}"
-        with atomic_path(folder / f"{name}.nii.gz") as temporary:
+        with atomic_path(folder / f"{name}{channel}.nii.gz") as temporary:
             temporary.write_bytes(stored_bytes(nibabel.Nifti1Image(volume, np.eye(4))))
         rows.append((name, CLASSES[int(label)]))
     with atomic_path(folder.with_suffix(".csv")) as temporary, temporary.open("w", newline="") as stream:
@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("-o", required=True, type=Path, help="folder to write")
     args = parser.parse_args()
     with np.load(args.i, allow_pickle=False) as archive:
-        counts = {name: write_split(archive, official, args.o / name) for official, name in SPLITS.items()}
+        counts = {name: write_split(archive, official, args.o / name, channel=channel)
+                  for official, (name, channel) in SPLITS.items()}
     print(", ".join(f"{count} {name}" for name, count in counts.items()), f"volumes in {args.o}")
 
 

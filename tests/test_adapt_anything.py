@@ -156,12 +156,13 @@ def test_every_route_brings_the_same_weights_and_losses(folder, monkeypatch):
     environment = environment_for(folder, search_path())
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "PATH"):
         monkeypatch.setenv(name, environment[name])
-    rows = weight_routes.main([
+    *rows, scratch = weight_routes.main([
         "-d", TARGET_ID, "-p", "residual", "-w", str(pretrained(folder, "residual")), "-o", str(folder / "routes"),
-        "--iterations", "2", "--routes", "adapt", "import", "stock"])
+        "--iterations", "2", "--routes", "adapt", "import", "stock", "scratch"])
     assert [row["route"] for row in rows] == ["adapt", "import", "stock"]
     assert rows[0]["adapted_sha256"] == rows[1]["adapted_sha256"]
     assert len({(row["trained_sha256"], row["train_loss"], row["validation_loss"]) for row in rows}) == 1
+    assert scratch["train_loss"] != rows[0]["train_loss"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 
 from nnssl_plugin.class_labels import read_table
+from nnssl_plugin.inference.images import find_images
 
 
 def run(repository, script, *arguments):
@@ -20,12 +21,14 @@ def test_official_splits_of_adrenalmnist_stay_apart(repository, tmp_path):
               "val_images": rng.integers(0, 2, (2, 6, 7, 8), dtype=np.uint8), "val_labels": [[1], [0]]}
     np.savez(tmp_path / "a.npz", **arrays)
     assert run(repository, "adrenal_data.py", "-i", tmp_path / "a.npz", "-o", tmp_path / "out").startswith("3 train, 2")
-    for official, name in (("train", "train"), ("val", "test")):
+    for official, name, channel in (("train", "train", ""), ("val", "test", "_0000")):
         rows = read_table(tmp_path / "out" / f"{name}.csv")
         assert [row["diagnosis"] == "hyperplasia" for row in rows] == np.ravel(arrays[f"{official}_labels"]).tolist()
         for row, volume in zip(rows, arrays[f"{official}_images"], strict=True):
-            image = nibabel.load(tmp_path / "out" / name / f"{row['case']}.nii.gz")
+            image = nibabel.load(tmp_path / "out" / name / f"{row['case']}{channel}.nii.gz")
             np.testing.assert_array_equal(np.asarray(image.dataobj), volume)
+    cases, left_out = find_images(tmp_path / "out" / "test", ".nii.gz")  # as classify reads them
+    assert list(cases) == [row["case"] for row in read_table(tmp_path / "out" / "test.csv")] and not left_out
 
 
 def test_tables_name_the_images_that_are_there(repository, tmp_path):
