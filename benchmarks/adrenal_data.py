@@ -16,8 +16,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from nnssl_plugin.files import atomic_path
-from nnssl_plugin.intake.scans import stored_bytes
+from nnssl_plugin.io.files import atomic_path
+from nnssl_plugin.io.scans import stored_bytes
 
 CLASSES = ("normal", "hyperplasia")
 """Of MedMNIST's labels 0 and 1 (hyperplasia stands for hyperplasia and masses)."""

@@ -10,7 +10,7 @@ import argparse
 import csv
 from pathlib import Path
 
-from nnssl_plugin.files import atomic_path
+from nnssl_plugin.io.files import atomic_path
 
 
 def labels_of(captions: Path) -> list[tuple[str, str]]:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnssl_plugin.files import write_json
+from nnssl_plugin.io.files import write_json
 from nnssl_plugin.methods.s2dc.correspondence import patch_correspondence
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.teacher import Teacher
-from nnssl_plugin.objectives.geometry import AffineRange, random_affine
+from nnssl_plugin.transforms.affine import AffineRange, random_affine
 
 WARM_UP = 2
 """Rounds that are thrown away: the first ones allocate."""

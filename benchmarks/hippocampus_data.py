@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from nnssl_plugin.files import write_json
+from nnssl_plugin.io.files import write_json
 
 NAME = "HippocampusLabelled"
 

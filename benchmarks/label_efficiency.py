@@ -28,7 +28,7 @@ from study_steps import (
 )
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.files import atomic_path, read_json, write_json
+from nnssl_plugin.io.files import atomic_path, read_json, write_json
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 STUDY_COPY = "study.json"

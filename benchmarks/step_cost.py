@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnssl_plugin.files import read_json, write_json
+from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.networks.backbone import Backbone
 
 TRAIN = 0

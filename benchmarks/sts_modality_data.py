@@ -11,7 +11,7 @@ import argparse
 import csv
 from pathlib import Path
 
-from nnssl_plugin.files import atomic_path
+from nnssl_plugin.io.files import atomic_path
 
 MODALITIES = ("CT", "PET", "MR_T1")
 

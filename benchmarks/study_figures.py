@@ -7,7 +7,7 @@ import numpy as np
 from study_file import Study
 from study_results import ALL_LABELS, Run, labelled_cases
 
-from nnssl_plugin.files import atomic_path
+from nnssl_plugin.io.files import atomic_path
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers tell apart."""

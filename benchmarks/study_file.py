@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.evaluation.label_fractions import nested_subsets
-from nnssl_plugin.files import read_json
+from nnssl_plugin.io.files import read_json
+from nnssl_plugin.nnunet.label_fractions import nested_subsets
 
 ENDING = ".nii.gz"
 CASE = "{case}"

@@ -12,11 +12,11 @@ import numpy as np
 from study_file import ENDING, Arm, Study
 from study_steps import fold_folder, separation_file
 
-from nnssl_plugin.checkpoints.files import read_checkpoint
-from nnssl_plugin.evaluation.comparison import paired_bootstrap
-from nnssl_plugin.evaluation.label_fractions import nested_subsets
-from nnssl_plugin.evaluation.probes import table as separation_table
-from nnssl_plugin.files import read_json
+from nnssl_plugin.checkpoints.format.files import read_checkpoint
+from nnssl_plugin.io.files import read_json
+from nnssl_plugin.nnunet.label_fractions import nested_subsets
+from nnssl_plugin.statistics.bootstrap import paired_bootstrap
+from nnssl_plugin.tasks.probing.tokens import table as separation_table
 
 ALL_LABELS = "mean"
 """Name of the mean over the labels of a case."""

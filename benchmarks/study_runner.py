@@ -14,7 +14,7 @@ from study_steps import Step, environment, executable, training_environment
 from tqdm import tqdm
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.files import read_json, write_json
+from nnssl_plugin.io.files import read_json, write_json
 
 TO_BE_CONTINUED = 75
 """Exit code of a pretraining that stopped early with a checkpoint."""

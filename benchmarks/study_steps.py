@@ -12,7 +12,7 @@ from typing import Any
 from study_file import ENDING, Arm, Selection, Study, files_by_case, split_folds
 
 from nnssl_plugin.cli.env import search_path
-from nnssl_plugin.files import write_json
+from nnssl_plugin.io.files import write_json
 
 UNLABELLED_ID, LABELLED_ID = 501, 502
 UNLABELLED, LABELLED = f"Dataset{UNLABELLED_ID}_StudyUnlabelled", f"Dataset{LABELLED_ID}_StudyLabelled"

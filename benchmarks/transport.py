@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.files import write_json
+from nnssl_plugin.io.files import write_json
 from nnssl_plugin.objectives.partial_transport import mahalanobis_cost, mpot_loss, partial_transport_plan
 
 COLUMNS = {

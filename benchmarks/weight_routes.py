@@ -23,12 +23,12 @@ import os
 import subprocess
 from pathlib import Path
 
-from nnssl_plugin.checkpoints.files import read_checkpoint
-from nnssl_plugin.checkpoints.provenance import weights_hash
-from nnssl_plugin.checkpoints.source import read_source
+from nnssl_plugin.checkpoints.format.files import read_checkpoint
+from nnssl_plugin.checkpoints.format.provenance import weights_hash
+from nnssl_plugin.checkpoints.sources.source import read_source
 from nnssl_plugin.cli.env import VARIABLE, search_path
-from nnssl_plugin.files import read_json, write_json
-from nnssl_plugin.plan_files import dataset_folder, input_channels, read_dataset_json, read_plan
+from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.nnunet.plans import dataset_folder, input_channels, read_dataset_json, read_plan
 
 TRAINER, STOCK = "PretrainedSegmentationTrainer", "SeededStockTrainer"
 ADAPTED = ("adapt", "folder", "import", "nnssl", "nnunet")

@@ -25,7 +25,7 @@ class Method:
     settings: str
     """Dotted path of the dataclass behind the ``method`` part of a plan's ``pretraining`` block."""
     training: str
-    """Dotted path of the method's default :class:`~nnssl_plugin.pretext.TrainingSettings`."""
+    """Dotted path of the method's default :class:`~nnssl_plugin.pretraining.settings.TrainingSettings`."""
     paper: Paper
     licence: str
     """SPDX identifier of our implementation (not of the paper's own code or weights)."""

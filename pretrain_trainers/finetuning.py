@@ -1,6 +1,6 @@
 """Fine-tuning trainers, for nnU-Net's -tr: re-exports only, as nnU-Net forgets the modules of this folder."""
 
-from nnssl_plugin.training.classification import PretrainedClassificationTrainer
-from nnssl_plugin.training.segmentation import PretrainedSegmentationTrainer
+from nnssl_plugin.tasks.classification.trainer import PretrainedClassificationTrainer
+from nnssl_plugin.tasks.segmentation.trainer import PretrainedSegmentationTrainer
 
 __all__ = ["PretrainedClassificationTrainer", "PretrainedSegmentationTrainer"]

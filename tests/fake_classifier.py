@@ -7,8 +7,8 @@ import torch
 from fake_dataset import fake_plan
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl_plugin.class_labels import Target
-from nnssl_plugin.data.class_batches import case_inputs
+from nnssl_plugin.nnunet.case_labels import Target
+from nnssl_plugin.tasks.classification.batches import case_inputs
 
 BINARY = Target("malignancy", "binary", ("benign", "malignant"))
 FINDINGS = Target("findings", "multilabel", ("cyst", "mass"))

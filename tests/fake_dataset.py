@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-from nnssl_plugin.files import write_json
-from nnssl_plugin.triplets import TRIPLETS_FILE, Embeddings, Triplet, text_sha256, write_embeddings, write_triplets
+from nnssl_plugin.data.triplets import TRIPLETS_FILE, Embeddings, Triplet, text_sha256, write_embeddings, write_triplets
+from nnssl_plugin.io.files import write_json
 
 NAME = "Dataset901_Fake"
 

@@ -7,7 +7,7 @@ import torch
 from fake_dataset import NAME, write_fake_dataset
 from toy_method import ToyPretrainer
 
-from nnssl_plugin.files import read_json
+from nnssl_plugin.io.files import read_json
 
 
 def make_trainer(*, trainer_class=ToyPretrainer, resume: str | None = None, fold="all", **dataset):

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from nnssl_plugin.cli.main import VERBS
-from nnssl_plugin.pretext import TrainingSettings
-from nnssl_plugin.training.classification_settings import ClassificationSettings
-from nnssl_plugin.training.segmentation import FinetuningSettings
+from nnssl_plugin.pretraining.settings import TrainingSettings
+from nnssl_plugin.tasks.classification.settings import ClassificationSettings
+from nnssl_plugin.tasks.segmentation.trainer import FinetuningSettings
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 

@@ -5,31 +5,30 @@ from importlib.util import resolve_name
 
 import pytest
 
-LEAVES = {"errors", "files", "planes", "triplets", "class_labels", "phantoms", "plan_edits", "plan_files"}
-"""Helper modules at the top, and what a room may always import."""
-
-MAY_IMPORT = {
-    **{leaf: LEAVES for leaf in LEAVES},
-    "objectives": LEAVES,
-    "networks": LEAVES | {"objectives"},
-    "pretext": LEAVES | {"objectives", "networks"},
-    "data": LEAVES | {"objectives", "networks", "pretext"},
-    "checkpoints": LEAVES | {"objectives", "networks", "pretext"},
-    "training": LEAVES | {"objectives", "networks", "pretext", "data", "checkpoints", "evaluation"},
-    "methods": LEAVES | {"objectives", "networks", "pretext", "data", "checkpoints", "training"},
-    "registry": LEAVES | {"methods"},
-    "intake": LEAVES,
-    "evaluation": LEAVES | {"objectives", "networks", "data", "checkpoints"},
-    "inference": LEAVES | {"data", "checkpoints", "training", "evaluation"},
-    "quickstart": LEAVES | {"checkpoints", "evaluation", "intake", "training"},
-    "doctor": LEAVES | {"registry", "pretrain_trainers"},
-    "pretrain_trainers": {"training", "methods"},
-    "plans": set(),
-}
-"""Room → rooms that it may import; ``cli`` stands on top of all of them."""
-
-WITHOUT_NNUNET = {"objectives", "networks", "pretext", "registry", *LEAVES - {"plan_edits", "plan_files"}}
-"""Rooms that are read and tested without nnU-Net."""
+FLOORS = (
+    ("io", "errors", "settings"),
+    ("objectives", "transforms", "diagnostics", "statistics", "networks"),
+    ("nnunet",),
+    ("data", "checkpoints"),
+    ("training",),
+    ("captions", "pretraining", "finetuning", "intake"),
+    ("tasks",),
+    ("methods",),
+    ("pretrain_trainers", "plans", "registry"),
+    ("doctor", "quickstart"),
+    ("cli",),
+)
+"""Packages from the ground up: each may import what stands on lower floors; those of the ground one another too."""
+FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}
+FORBIDDEN = {"intake": {"training", "checkpoints"}, "registry": set(FLOOR) - set(FLOORS[0])}
+"""Package → packages of lower floors that it may not import all the same."""
+FOLDERS_APART = ("methods", "tasks")
+"""Packages whose folders may not import one another: a method no other method, a task no other task."""
+WITHOUT_NNUNET = {*FLOORS[0], *FLOORS[1], "registry"}
+"""Packages that are read and tested without nnU-Net; in a method's folder only ``trainer.py`` knows it."""
+WITHOUT_A_TRAINER = {"nnssl_plugin.training.pictures", "nnssl_plugin.pretraining.pretext",
+                     "nnssl_plugin.pretraining.settings"}
+"""Modules of the trainers' packages that know no nnU-Net: all that the other files of a method may import of them."""
 
 
 def imported_modules(module: str, source: str) -> list[str]:
@@ -47,21 +46,24 @@ def imported_modules(module: str, source: str) -> list[str]:
 
 def wrong_imports(module: str, source: str) -> list[str]:
     """The imports of ``module`` (a dotted name) that run against the arrows."""
-    parts = module.split(".")
-    room = parts[1] if len(parts) > 1 else ""
-    in_method = room == "methods" and parts[-1] != "trainer"
-    wrong = []
-    for name in imported_modules(module, source):
-        target = name.split(".")[1] if name.startswith("nnssl_plugin.") else ""
-        if name.split(".")[0] == "nnunetv2":
-            against = room in WITHOUT_NNUNET or in_method
-        elif not target or target == "__version__" or target == room or room == "cli":
-            against = False
-        else:
-            against = target not in MAY_IMPORT[room] or (in_method and target == "training")
-        if against:
-            wrong.append(f"{module} imports {name}")
-    return wrong
+    return [f"{module} imports {name}" for name in imported_modules(module, source) if _against(module, name)]
+
+
+def _against(module: str, name: str) -> bool:
+    parts, imported = module.split("."), name.split(".")
+    package = parts[1] if len(parts) > 1 else ""
+    in_method = package == "methods" and parts[-1] != "trainer"
+    if imported[0] == "nnunetv2":
+        return package in WITHOUT_NNUNET or in_method
+    if imported[0] != "nnssl_plugin" or len(imported) == 1 or imported[1] == "__version__":
+        return False
+    if imported[1] == package:
+        return package in FOLDERS_APART and imported[2:3] != parts[2:3]
+    if imported[1] in FORBIDDEN.get(package, ()):
+        return True
+    if in_method and imported[1] in ("training", "pretraining"):
+        return name not in WITHOUT_A_TRAINER
+    return FLOOR[imported[1]] >= FLOOR[package] and imported[1] not in FLOORS[0]
 
 
 def modules(repository):
@@ -71,9 +73,9 @@ def modules(repository):
             yield ".".join(prefix + parts), path.read_text()
 
 
-def test_every_room_has_a_rule(repository):
-    rooms = {name.split(".")[1] for name, _ in modules(repository)} - {"__init__", "cli"}
-    assert rooms <= set(MAY_IMPORT)
+def test_every_package_stands_on_a_floor(repository):
+    packages = {name.split(".")[1] for name, _ in modules(repository)} - {"__init__"}
+    assert packages <= set(FLOOR)
 
 
 def test_imports_run_along_the_arrows(repository):
@@ -83,16 +85,23 @@ def test_imports_run_along_the_arrows(repository):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("nnssl_plugin.objectives.masking", "from nnssl_plugin.networks.backbone import Backbone"),
-        ("nnssl_plugin.objectives.masking", "def f():\n    from ..networks import backbone"),
-        ("nnssl_plugin.objectives.masking", "import nnunetv2.paths"),
-        ("nnssl_plugin.training.pretrainer", "from nnssl_plugin import methods"),
-        ("nnssl_plugin.training.pretrainer", "import nnssl_plugin.registry"),
+        ("nnssl_plugin.transforms.masks", "from nnssl_plugin.networks.backbone import Backbone"),
+        ("nnssl_plugin.transforms.masks", "def f():\n    from ..networks import backbone"),
+        ("nnssl_plugin.transforms.masks", "import nnunetv2.paths"),
+        ("nnssl_plugin.pretraining.pretrainer", "from nnssl_plugin import methods"),
+        ("nnssl_plugin.pretraining.pretrainer", "import nnssl_plugin.registry"),
         ("nnssl_plugin.checkpoints.adapt", "from nnssl_plugin.methods.med3dinsight.settings import Settings"),
         ("nnssl_plugin.data.cases", "from nnssl_plugin.methods import med3dinsight"),
-        ("nnssl_plugin.methods.med3dinsight.objective", "from nnssl_plugin.training.pretrainer import Pretrainer"),
+        ("nnssl_plugin.methods.med3dinsight.objective", "from nnssl_plugin.pretraining.pretrainer import Pretrainer"),
         ("nnssl_plugin.methods.med3dinsight.views", "from nnunetv2.paths import nnUNet_raw"),
-        ("nnssl_plugin.intake.prepare", "from nnssl_plugin.training import pretrainer"),
+        ("nnssl_plugin.methods.s2dc.views", "from nnssl_plugin.training.figures import draw_progress"),
+        ("nnssl_plugin.methods.s2dc.objective", "from nnssl_plugin.methods.med3dinsight.psat import QueryEmbedding"),
+        ("nnssl_plugin.tasks.probing.tokens", "from nnssl_plugin.tasks.segmentation.runs import find_run"),
+        ("nnssl_plugin.tasks.segmentation.trainer", "from nnssl_plugin.methods.s2dc.settings import Settings"),
+        ("nnssl_plugin.checkpoints.format.files", "from nnssl_plugin.data.cases import Cases"),
+        ("nnssl_plugin.intake.scans", "from nnssl_plugin.captions.triplets import Volume"),
+        ("nnssl_plugin.intake.unlabelled", "from nnssl_plugin.training import launch"),
+        ("nnssl_plugin.registry", "from nnssl_plugin.methods.s2dc.settings import Settings"),
         ("nnssl_plugin.errors", "from nnssl_plugin.cli.main import main"),
     ],
 )
@@ -107,7 +116,10 @@ def test_an_import_against_the_arrows_is_found(module, source):
         ("nnssl_plugin.networks.backbone", "import torch\nfrom nnssl_plugin.errors import UserError"),
         ("nnssl_plugin.cli.adapt", "from nnssl_plugin.checkpoints.adapt import adapt"),
         ("nnssl_plugin.cli.main", "from nnssl_plugin import __version__"),
-        ("nnssl_plugin.training.segmentation", "from . import schedules\nfrom ..checkpoints import safe_reading"),
+        ("nnssl_plugin.methods.s2dc.pictures", "from nnssl_plugin.training.pictures import Overlay"),
+        ("nnssl_plugin.methods.brainmvp.finetuning", "from nnssl_plugin.tasks.segmentation import trainer"),
+        ("nnssl_plugin.intake.unlabelled", "from nnssl_plugin.io.scans import load_scan"),
+        ("nnssl_plugin.tasks.segmentation.trainer", "from . import schedules\nfrom ...checkpoints import format"),
     ],
 )
 def test_an_import_along_the_arrows_passes(module, source):

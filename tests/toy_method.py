@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nnssl_plugin.pretext import Needs, PretextTask, TrainingSettings
-from nnssl_plugin.training.pretrainer import Pretrainer
+from nnssl_plugin.data.batch import Needs
+from nnssl_plugin.pretraining.pretext import PretextTask
+from nnssl_plugin.pretraining.pretrainer import Pretrainer
+from nnssl_plugin.pretraining.settings import TrainingSettings
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnssl_plugin.training.finetuning_settings import read_settings
+from nnssl_plugin.finetuning.settings import read_settings
 
 
 class SeededStockTrainer(nnUNetTrainer):

@@ -32,7 +32,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    from nnssl_plugin.checkpoints.finetuning import Changes, adapt_checkpoint
+    from nnssl_plugin.checkpoints.adaptation.finetuning_plan import Changes, adapt_checkpoint
 
     adapted = adapt_checkpoint(
         args.d, name=args.n, weights=args.w, configuration=args.c, plans_name=args.p, from_scratch=args.from_scratch,

@@ -21,9 +21,10 @@ def add_arguments(parser):
 def run(args):
     import logging
 
-    from nnssl_plugin.intake.captioners import CAPTIONERS
-    from nnssl_plugin.intake.embeddings import store_embeddings
-    from nnssl_plugin.intake.triplets import caption_dataset, raw_dataset_folder
+    from nnssl_plugin.captions.captioners import CAPTIONERS
+    from nnssl_plugin.captions.embeddings import store_embeddings
+    from nnssl_plugin.captions.triplets import caption_dataset
+    from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     folder = raw_dataset_folder(args.d)

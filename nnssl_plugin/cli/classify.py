@@ -25,7 +25,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    from nnssl_plugin.inference.classify import classify_images
+    from nnssl_plugin.tasks.classification.inference import classify_images
 
     found = classify_images(args.i, args.o, args.m, folds=args.f, checkpoint=args.chk, mirroring=args.tta,
                             device=args.device, segmentations=args.seg, explanations=args.explain)

@@ -26,10 +26,10 @@ def add_arguments(parser):
 def run(args):
     import logging
 
-    from nnssl_plugin.intake.clip_fine_tuning import fine_tune_pair
-    from nnssl_plugin.intake.embeddings import store_embeddings
-    from nnssl_plugin.intake.retrieval import retrieval_table
-    from nnssl_plugin.intake.triplets import raw_dataset_folder
+    from nnssl_plugin.captions.clip.fine_tuning import fine_tune_pair
+    from nnssl_plugin.captions.embeddings import store_embeddings
+    from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder
+    from nnssl_plugin.statistics.ranking import retrieval_table
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("nnssl_plugin").setLevel(logging.INFO)

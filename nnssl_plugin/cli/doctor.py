@@ -16,7 +16,7 @@ from nnssl_plugin.doctor.examination import examination
 from nnssl_plugin.doctor.finding import PROBLEM
 from nnssl_plugin.doctor.report import as_json, section_lines, summary
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.files import write_json
+from nnssl_plugin.io.files import write_json
 
 
 def add_arguments(parser):

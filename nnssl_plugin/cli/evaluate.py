@@ -83,8 +83,8 @@ def run(args):
 
 
 def _tokens(args):
-    from nnssl_plugin.evaluation.probes import evaluate_tokens, table
-    from nnssl_plugin.files import write_json
+    from nnssl_plugin.io.files import write_json
+    from nnssl_plugin.tasks.probing.tokens import evaluate_tokens, table
 
     result = evaluate_tokens(args.d, args.p, configuration=args.c, weights=args.w, fold=args.f, cases=args.cases,
                              stride=args.stride, device=args.device)
@@ -94,8 +94,8 @@ def _tokens(args):
 
 
 def _segmentation(args):
-    from nnssl_plugin.evaluation.segmentation import evaluate_segmentation
-    from nnssl_plugin.evaluation.summaries import table
+    from nnssl_plugin.tasks.segmentation.evaluation import evaluate_segmentation
+    from nnssl_plugin.tasks.segmentation.summaries import table
 
     evaluation = evaluate_segmentation(
         _named_places(args.i), args.o, references=args.ref, dataset_json=args.djfile, folds=args.f,
@@ -110,7 +110,7 @@ def _segmentation(args):
 
 
 def _classification(args):
-    from nnssl_plugin.evaluation.classification import class_table, evaluate_classification, model_folders
+    from nnssl_plugin.tasks.classification.evaluation import class_table, evaluate_classification, model_folders
 
     places = _named_places(args.i) if args.i else model_folders(args.d, args.tr, args.p, args.c)
     evaluation = evaluate_classification(places, args.o, folds=args.f, references=args.ref, dataset_json=args.djfile)

@@ -35,7 +35,7 @@ def run(args):
     if args.zip:
         raise UserError("--zip packs a fine-tuned model; a shared folder is shared as it is.", "Add --stock, or leave "
                         "--zip out.")
-    from nnssl_plugin.checkpoints.export import export_checkpoint
+    from nnssl_plugin.checkpoints.sharing.export import export_checkpoint
     from nnssl_plugin.registry import METHODS
 
     exported = export_checkpoint(args.w, args.o, layout=args.format, results=args.results, licence=args.licence,
@@ -49,7 +49,7 @@ def run(args):
 
 
 def _stock(args):
-    from nnssl_plugin.checkpoints.stock import export_stock
+    from nnssl_plugin.checkpoints.sharing.stock import export_stock
 
     model = export_stock(args.w, args.o, archive=args.zip)
     print(f"wrote {model.folder} ({', '.join(model.folds)})")

@@ -17,7 +17,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    from nnssl_plugin.checkpoints.importing import import_weights
+    from nnssl_plugin.checkpoints.sharing.importing import import_weights
 
     print(f"wrote {import_weights(args.source, args.o, trust=args.trust)}")
     print(f"next: nnssl_plugin adapt -d TARGET_ID -w {args.o} -n NAME")

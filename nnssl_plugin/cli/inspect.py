@@ -16,8 +16,8 @@ def add_arguments(parser):
 
 
 def run(args):
-    from nnssl_plugin.checkpoints.inspection import inspect_file, screen
-    from nnssl_plugin.files import write_json
+    from nnssl_plugin.checkpoints.sources.inspection import inspect_file, screen
+    from nnssl_plugin.io.files import write_json
 
     report = inspect_file(args.file, mapping=args.mapping)
     print(screen(report))

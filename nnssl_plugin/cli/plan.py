@@ -53,15 +53,15 @@ def run(args):
 
 
 def _edited(args):
-    from nnssl_plugin.plan_edits import write_edited_plan
+    from nnssl_plugin.nnunet.plan_edits import write_edited_plan
 
     return write_edited_plan(args.d, args.n, source=args.p, presets=args.preset, assignments=args.assignments,
                              overwrite=args.overwrite)
 
 
 def _like(args):
-    from nnssl_plugin.checkpoints.like import plan_like
-    from nnssl_plugin.checkpoints.source import read_source
+    from nnssl_plugin.checkpoints.adaptation.like import plan_like
+    from nnssl_plugin.checkpoints.sources.source import read_source
 
     source = read_source(args.like, mapping=args.mapping)
     return plan_like(args.d, source, name=args.n, plans_name=args.p, configuration=args.c, spacing=args.spacing,

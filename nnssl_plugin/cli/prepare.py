@@ -46,7 +46,7 @@ def run(args):
         from nnssl_plugin.intake.unlabelled import prepare_dataset
 
         return _report(prepare_dataset(args.i, _number(args.d), args.n, modality=args.modality, processes=args.np))
-    from nnssl_plugin.intake.class_datasets import prepare_class_dataset
+    from nnssl_plugin.intake.labelled import prepare_class_dataset
 
     summary, labelled = prepare_class_dataset(args.i, _number(args.d), args.n, table=args.class_labels,
                                               targets=args.target, modality=args.modality, processes=args.np)
@@ -75,7 +75,7 @@ def _number(dataset):
 
 
 def _label(args):
-    from nnssl_plugin.intake.class_datasets import label_dataset
+    from nnssl_plugin.intake.labelled import label_dataset
 
     _report_labels(label_dataset(args.d, table=args.class_labels, targets=args.target))
 
@@ -102,8 +102,8 @@ def _report(summary):
 
 
 def _report_labels(labelled):
-    from nnssl_plugin.class_labels import some
-    from nnssl_plugin.intake.class_datasets import describe, warn_of_rare_classes
+    from nnssl_plugin.intake.labelled import describe, warn_of_rare_classes
+    from nnssl_plugin.io.text import some
 
     print(f"{labelled.path}: {len(labelled.labels.cases)} cases with class labels.")
     print("\n".join(describe(labelled.labels)))

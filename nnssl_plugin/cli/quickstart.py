@@ -28,8 +28,8 @@ def add_arguments(parser):
 
 def run(args):
     from nnssl_plugin.quickstart.commands import Stopped
+    from nnssl_plugin.quickstart.run import walk
     from nnssl_plugin.quickstart.scans import Setting
-    from nnssl_plugin.quickstart.walk import walk
     from nnssl_plugin.training.interruption import TO_BE_CONTINUED
 
     images, labels = (str(path.resolve()) if path else None for path in (args.images, args.labels))

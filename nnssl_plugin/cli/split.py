@@ -21,7 +21,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    from nnssl_plugin.data.class_splits import dataset_class_splits, has_class_labels
+    from nnssl_plugin.tasks.classification.folds import dataset_class_splits, has_class_labels
 
     classification = has_class_labels(args.d)
     if args.fractions is None or classification:  # nnU-Net's own folds would ignore classes and subjects
@@ -33,8 +33,8 @@ def run(args):
 
 
 def _show_class_folds(dataset, splits, labels):
-    from nnssl_plugin.data.class_splits import SPLITS_FILE
-    from nnssl_plugin.plan_files import dataset_folder
+    from nnssl_plugin.nnunet.plans import dataset_folder
+    from nnssl_plugin.tasks.classification.folds import SPLITS_FILE
 
     print(f"{dataset_folder(dataset) / SPLITS_FILE}:\n\nfold  training  validation  validation cases per class")
     for number, fold in enumerate(splits):
@@ -45,8 +45,8 @@ def _show_class_folds(dataset, splits, labels):
 
 
 def _append_fractions(args):
-    from nnssl_plugin.evaluation.label_fractions import SPLITS_FILE, read_fraction_folds, write_fraction_folds
-    from nnssl_plugin.plan_files import dataset_folder
+    from nnssl_plugin.nnunet.label_fractions import SPLITS_FILE, read_fraction_folds, write_fraction_folds
+    from nnssl_plugin.nnunet.plans import dataset_folder
 
     folds = write_fraction_folds(args.d, fold=args.f, fractions=[p / 100 for p in args.fractions], seed=args.seed)
     folder = dataset_folder(args.d)

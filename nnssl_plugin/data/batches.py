@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from nnssl_plugin.data.batch import Batch, Needs
 from nnssl_plugin.data.cases import CaseFacts, Cases
 from nnssl_plugin.data.windows import random_origin, read_labels, read_window, resize, resize_labels
-from nnssl_plugin.planes import PLANES
-from nnssl_plugin.pretext import Batch, Needs
+from nnssl_plugin.nnunet.planes import PLANES
 
 FOREGROUND_SHARE = 1 / 3
 """Share of random windows placed around a foreground voxel (nnU-Net's oversampling of 33 %)."""

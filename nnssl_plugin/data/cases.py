@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnssl_plugin.data.slices import slice_in_case
+from nnssl_plugin.data.triplets import Triplet
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.triplets import Triplet
+from nnssl_plugin.nnunet.slice_positions import slice_in_case
 
 FOREGROUND_POINTS = 256
 """Foreground voxels remembered per case: enough to place windows, small enough to keep for every case."""

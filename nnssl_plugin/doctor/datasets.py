@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnssl_plugin import class_labels
 from nnssl_plugin.doctor.finding import GIB, OK, PROBLEM, WARNING, Finding
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.files import read_json
+from nnssl_plugin.io.files import read_json
+from nnssl_plugin.nnunet import case_labels as class_labels
 
 KEYS = ("channel_names", "labels", "numTraining", "file_ending")
 """What nnU-Net asks of dataset.json."""
@@ -176,7 +176,7 @@ def _class_labels(raw: Path, cases: list[tuple[str, Path]], description: Mapping
 
 
 def _triplets(raw: Path, cases: list[tuple[str, Path]]) -> list[Finding]:
-    from nnssl_plugin import triplets  # numpy and nibabel: only where a dataset is named
+    from nnssl_plugin.data import triplets  # numpy and nibabel: only where a dataset is named
 
     caption = f"nnssl_plugin caption -d {int(raw.name[7:10])}"
     if not (raw / triplets.TRIPLETS_FILE).is_file():

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
-from nnssl_plugin.intake.scans import RejectedScan
+from nnssl_plugin.io.scans import RejectedScan
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SMALLEST = 8

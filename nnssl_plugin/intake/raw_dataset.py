@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.files import read_json, write_json
-from nnssl_plugin.intake.provenance import PROVENANCE_FILE, Origin, write_rows
+from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, write_rows
+from nnssl_plugin.io.files import read_json, write_json
 
 RAW = "nnUNet_raw"
 FILE_ENDING = ".nii.gz"

@@ -15,10 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.files import atomic_path
-from nnssl_plugin.intake.bodymask import body_mask
-from nnssl_plugin.intake.pictures import PICTURE_ENDINGS, is_picture, load_picture, picture_mask, png_bytes
-from nnssl_plugin.intake.provenance import (
+from nnssl_plugin.intake.body_mask import body_mask
+from nnssl_plugin.intake.ledger import (
     PROVENANCE_FILE,
     REJECTED_FILE,
     Origin,
@@ -28,6 +26,7 @@ from nnssl_plugin.intake.provenance import (
     source_stamp,
     write_rows,
 )
+from nnssl_plugin.intake.pictures import PICTURE_ENDINGS, is_picture, load_picture, picture_mask, png_bytes
 from nnssl_plugin.intake.raw_dataset import (
     FILE_ENDING,
     MODALITIES,
@@ -39,7 +38,8 @@ from nnssl_plugin.intake.raw_dataset import (
     open_dataset,
     write_dataset_json,
 )
-from nnssl_plugin.intake.scans import ENDINGS, RejectedScan, Scan, ending_of, load_scan, stored_bytes
+from nnssl_plugin.io.files import atomic_path
+from nnssl_plugin.io.scans import ENDINGS, RejectedScan, Scan, ending_of, load_scan, stored_bytes
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.quickstart.road import Step
+from nnssl_plugin.quickstart.steps import Step
 from nnssl_plugin.training.interruption import TO_BE_CONTINUED
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
@@ -52,7 +52,7 @@ def continued(step: Step) -> Step:
 
     A damaged one (nnU-Net's own are not written atomically) is removed, so that the next best is taken.
     """
-    from nnssl_plugin.checkpoints.files import read_checkpoint  # PyTorch takes seconds to import
+    from nnssl_plugin.checkpoints.format.files import read_checkpoint  # PyTorch takes seconds to import
 
     for name in CHECKPOINTS if step.results is not None else ():
         path = step.results / name

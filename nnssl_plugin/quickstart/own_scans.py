@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.raw_dataset import case_name
-from nnssl_plugin.intake.scans import ENDINGS, RejectedScan, ending_of, load_scan, read_volume
+from nnssl_plugin.io.scans import ENDINGS, RejectedScan, ending_of, load_scan, read_volume
 
 MOST_LABELLED, MOST_UNLABELLED = 20, 16
 """Scans with and without labels that are used; more are left out by a seeded choice."""

@@ -6,8 +6,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from nnssl_plugin.files import atomic_path
-from nnssl_plugin.planes import RAS_AXIS
+from nnssl_plugin.io.files import atomic_path
+from nnssl_plugin.nnunet.planes import RAS_AXIS
 from nnssl_plugin.quickstart.results import ALL_LABELS, Scores
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from nnssl_plugin.files import atomic_path
-from nnssl_plugin.planes import stored_axis
+from nnssl_plugin.data.triplets import read_triplets
+from nnssl_plugin.io.files import atomic_path
+from nnssl_plugin.nnunet.planes import stored_axis
 from nnssl_plugin.quickstart import pages, pictures
-from nnssl_plugin.quickstart.journal import Journal
 from nnssl_plugin.quickstart.pages import code, figure, paragraph, section, table
 from nnssl_plugin.quickstart.results import ALL_LABELS, Scores, difference, read_history, read_scores, spread
-from nnssl_plugin.quickstart.road import ARMS, PRETRAINING, SETTINGS, TARGET, fold_folder
-from nnssl_plugin.triplets import read_triplets
+from nnssl_plugin.quickstart.state import Journal
+from nnssl_plugin.quickstart.steps import ARMS, PRETRAINING, SETTINGS, TARGET, fold_folder
 
 REPORT = "report.html"
 PICTURES = "report"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nnssl_plugin.evaluation.comparison import Interval, paired_bootstrap
-from nnssl_plugin.files import read_json
-from nnssl_plugin.quickstart.road import ARMS, fold_folder
+from nnssl_plugin.io.files import read_json
 from nnssl_plugin.quickstart.scans import Selection
+from nnssl_plugin.quickstart.steps import ARMS, fold_folder
+from nnssl_plugin.statistics.bootstrap import Interval, paired_bootstrap
 
 ALL_LABELS = "mean of the labels"
 
@@ -82,6 +82,6 @@ def describe_dice(folder: Path, selection: Selection) -> list[str]:
 
 def read_history(folder: Path, arm: str | None = None) -> dict[str, list]:
     """What was logged per epoch: in an arm of the fine-tuning, or in the pretraining."""
-    from nnssl_plugin.checkpoints.files import read_checkpoint  # PyTorch takes seconds to import
+    from nnssl_plugin.checkpoints.format.files import read_checkpoint  # PyTorch takes seconds to import
 
     return read_checkpoint(fold_folder(folder, arm) / "checkpoint_final.pth")["logging"]

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.files import write_json
-from nnssl_plugin.phantoms import write_phantoms
+from nnssl_plugin.io.files import write_json
 from nnssl_plugin.quickstart.own_scans import (
     LEAST_TRAINING,
     SmallCase,
@@ -20,7 +19,8 @@ from nnssl_plugin.quickstart.own_scans import (
     number_labels,
     save_small,
 )
-from nnssl_plugin.quickstart.road import TARGET
+from nnssl_plugin.quickstart.phantoms import write_phantoms
+from nnssl_plugin.quickstart.steps import TARGET
 
 SHAPE = (24, 40, 32)
 SPACING_MM = (2.5, 2.5, 2.5)

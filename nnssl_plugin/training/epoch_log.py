@@ -6,7 +6,7 @@ import sys
 import torch
 from torch import Tensor
 
-from nnssl_plugin.objectives.collapse import effective_rank, feature_std
+from nnssl_plugin.diagnostics.collapse import effective_rank, feature_std
 
 COLLAPSED_STD = 0.01
 """Spread of the features (1 = isotropic) below which a run is called collapsed."""

@@ -5,7 +5,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnssl_plugin.plan_files import takes_deep_supervision
+from nnssl_plugin.nnunet.plans import takes_deep_supervision
 
 
 class PlannedNetworkTrainer(nnUNetTrainer):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.files import read_json, write_json
-from nnssl_plugin.phantoms import write_phantoms
+from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.quickstart.phantoms import write_phantoms
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package

@@ -12,7 +12,7 @@ from torch import nn
 
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.teacher import Teacher
-from nnssl_plugin.plan_files import build_network
+from nnssl_plugin.nnunet.plans import build_network
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, not a package
 step_cost, correspondence = __import__("step_cost"), __import__("correspondence")

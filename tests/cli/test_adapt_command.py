@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from fake_dataset import NAME, fake_plan, write_fake_dataset
 
-from nnssl_plugin.checkpoints.files import save_checkpoint
+from nnssl_plugin.checkpoints.format.files import save_checkpoint
 from nnssl_plugin.cli.main import main
-from nnssl_plugin.files import read_json
-from nnssl_plugin.plan_files import build_network
+from nnssl_plugin.io.files import read_json
+from nnssl_plugin.nnunet.plans import build_network
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from nnssl_plugin.cli.main import main
+from nnssl_plugin.data.triplets import read_embeddings, read_triplets
 from nnssl_plugin.intake.unlabelled import prepare_dataset
-from nnssl_plugin.triplets import read_embeddings, read_triplets
 
 
 @pytest.fixture

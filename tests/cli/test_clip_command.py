@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nnssl_plugin.cli.main import main
-from nnssl_plugin.files import write_json
-from nnssl_plugin.triplets import Triplet, load_embeddings, read_embeddings, read_triplets, write_triplets
+from nnssl_plugin.data.triplets import Triplet, load_embeddings, read_embeddings, read_triplets, write_triplets
+from nnssl_plugin.io.files import write_json
 
 TINY = {
     "embed_dim": 16,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from small_pretraining import pretrain_one_step
 
-from nnssl_plugin.checkpoints.export import WRITERS
+from nnssl_plugin.checkpoints.sharing.export import WRITERS
 from nnssl_plugin.cli.main import main
-from nnssl_plugin.files import write_json
+from nnssl_plugin.io.files import write_json
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from nnssl_plugin.cli.main import main
-from nnssl_plugin.files import read_json
+from nnssl_plugin.io.files import read_json
 
 
 class Calls:

@@ -11,8 +11,8 @@ from small_primus import with_primus
 
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.files import read_json, write_json
-from nnssl_plugin.plan_edits import check_plan, edit_plan, parse_assignment, read_preset, write_edited_plan
+from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.nnunet.plan_edits import check_plan, edit_plan, parse_assignment, read_preset, write_edited_plan
 
 DATASET_JSON = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "body": 1}}
 FEATURES = "configurations.3d_fullres.architecture.arch_kwargs.features_per_stage"

@@ -7,11 +7,11 @@ import pytest
 import torch
 from fake_dataset import NAME, write_fake_dataset
 
+from nnssl_plugin.data.batch import Needs
 from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.data.cases import Cases
-from nnssl_plugin.data.labels import structure_labels
 from nnssl_plugin.data.windows import read_labels, resize_labels
-from nnssl_plugin.pretext import Needs
+from nnssl_plugin.nnunet.labels import structure_labels
 
 NAMES = [f"case_{i:02d}" for i in range(6)]
 
@@ -87,7 +87,7 @@ def test_only_validation_batches_bring_labels_and_only_of_structures(nnunet_envi
     from pretraining_harness import make_trainer
     from toy_method import Toy, ToyPretrainer
 
-    from nnssl_plugin.training.pretrainer import TRAIN, VALIDATE
+    from nnssl_plugin.pretraining.pretrainer import TRAIN, VALIDATE
 
     class Labelled(Toy):
         needs = Needs(modalities=2, labels=True)

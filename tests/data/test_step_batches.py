@@ -5,13 +5,13 @@ import pytest
 import torch
 from fake_dataset import NAME, write_fake_dataset
 
+from nnssl_plugin.data.batch import Needs
 from nnssl_plugin.data.batches import BatchStream, StepBatches
 from nnssl_plugin.data.cases import Cases, available_channels
+from nnssl_plugin.data.triplets import read_embeddings, read_triplets
 from nnssl_plugin.data.windows import random_origin, read_window, resize
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.files import write_json
-from nnssl_plugin.pretext import Needs
-from nnssl_plugin.triplets import read_embeddings, read_triplets
+from nnssl_plugin.io.files import write_json
 
 NAMES = [f"case_{i:02d}" for i in range(6)]
 

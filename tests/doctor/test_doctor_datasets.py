@@ -7,9 +7,9 @@ import nibabel
 import numpy as np
 import pytest
 
+from nnssl_plugin.data.triplets import Embeddings, Triplet, text_sha256, write_embeddings, write_triplets
 from nnssl_plugin.doctor.datasets import CHECKPOINTS, dataset_findings, find_dataset, room_needed
 from nnssl_plugin.doctor.finding import OK, PROBLEM, WARNING
-from nnssl_plugin.triplets import Embeddings, Triplet, text_sha256, write_embeddings, write_triplets
 
 NAME = "Dataset501_Scans"
 SHAPES = [(8, 9, 10), (7, 5, 3), (6, 6, 6)]

@@ -151,7 +151,7 @@ def test_the_path_must_be_set_and_lead_to_the_shelf(shelf, tmp_path):
 def test_the_expected_trainers_are_those_of_the_shelf_and_the_registry():
     expected = expected_trainers(own_shelf())
     assert expected["Med3DInsightPretrainer"] == "nnssl_plugin.methods.med3dinsight.trainer"
-    assert expected["PretrainedSegmentationTrainer"] == "nnssl_plugin.training.segmentation"
+    assert expected["PretrainedSegmentationTrainer"] == "nnssl_plugin.tasks.segmentation.trainer"
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from nnssl_plugin.intake.bodymask import body_mask
+from nnssl_plugin.intake.body_mask import body_mask
 
 
 def share_equal(mask, truth):

@@ -6,8 +6,8 @@ from PIL import ExifTags, Image
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.pictures import load_picture, picture_mask, png_bytes
-from nnssl_plugin.intake.scans import RejectedScan
 from nnssl_plugin.intake.unlabelled import find_scans, made_grey, prepare_dataset
+from nnssl_plugin.io.scans import RejectedScan
 
 
 def noise(shape, dtype=np.uint8, seed=0):
@@ -90,7 +90,7 @@ def test_a_folder_of_images_becomes_a_dataset_that_nnunet_reads(raw, source, mod
     from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-    from nnssl_plugin.files import read_json
+    from nnssl_plugin.io.files import read_json
 
     arrays = {"a": noise((20, 24, 3), seed=1), "b": noise((16, 30), seed=2), "deep_c": noise((18, 18, 3), seed=3)}
     write(source / "a.png", arrays["a"])

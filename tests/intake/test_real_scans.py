@@ -6,10 +6,10 @@ import nibabel
 import numpy as np
 import pytest
 
-from nnssl_plugin.intake.captioners import TemplateCaptioner
-from nnssl_plugin.intake.triplets import caption_dataset
+from nnssl_plugin.captions.captioners import TemplateCaptioner
+from nnssl_plugin.captions.triplets import caption_dataset
+from nnssl_plugin.data.triplets import read_triplets
 from nnssl_plugin.intake.unlabelled import prepare_dataset
-from nnssl_plugin.triplets import read_triplets
 
 
 def copy_some(data_folder, relative, source, *, count):

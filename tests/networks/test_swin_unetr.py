@@ -17,7 +17,7 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.networks import swin_unetr
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.swin_unetr import SwinUNETR
-from nnssl_plugin.plan_files import build_network, takes_deep_supervision
+from nnssl_plugin.nnunet.plans import build_network, takes_deep_supervision
 
 CLASS = "nnssl_plugin.networks.swin_unetr.SwinUNETR"
 WIDTHS = (12, 24, 48, 96, 192)

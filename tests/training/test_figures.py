@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl_plugin.pretext import Colours, Overlay
-from nnssl_plugin.training.figures import draw_pictures
+from nnssl_plugin.training.pictures import Colours, Overlay, draw_pictures
 
 
 def drawn(images, tmp_path):

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnssl_plugin.data.batch import Batch, Needs
 from nnssl_plugin.methods.med3dinsight.psat import PlaneSliceAwareTransformer
 from nnssl_plugin.methods.med3dinsight.settings import Settings
 from nnssl_plugin.methods.med3dinsight.views import corrupt
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.objectives.partial_transport import mahalanobis_cost, mpot_loss, project_psd
-from nnssl_plugin.pretext import Batch, Needs, PretextTask, Terms, Views
+from nnssl_plugin.pretraining.pretext import PretextTask, Terms, Views
 
 
 class Med3DInsight(PretextTask):

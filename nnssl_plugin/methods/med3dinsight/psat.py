@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnssl_plugin.planes import PLANES
+from nnssl_plugin.nnunet.planes import PLANES
 
 
 class PlaneSliceAwareTransformer(nn.Module):

@@ -3,8 +3,8 @@
 from nnssl_plugin.methods.med3dinsight.objective import Med3DInsight
 from nnssl_plugin.methods.med3dinsight.settings import TRAINING, Settings
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.training.batches import embedding_size
-from nnssl_plugin.training.pretrainer import Pretrainer
+from nnssl_plugin.pretraining.batches import embedding_size
+from nnssl_plugin.pretraining.pretrainer import Pretrainer
 
 
 class Med3DInsightPretrainer(Pretrainer):

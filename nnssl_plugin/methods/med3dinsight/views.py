@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nnssl_plugin.methods.med3dinsight.settings import Settings
-from nnssl_plugin.objectives.masking import fill_masked, random_block_mask
+from nnssl_plugin.transforms.masks import fill_masked, random_block_mask
 
 
 def corrupt(image: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:

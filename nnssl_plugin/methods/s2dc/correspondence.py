@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_plugin.objectives.geometry import grid_centres, invert_affine, transform_points
+from nnssl_plugin.transforms.affine import grid_centres, invert_affine, transform_points
 
 LEAST_VISIBLE = 0.5
 """Share of a patch that must lie in the field of view."""

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnssl_plugin.data.batch import Batch, Needs
+from nnssl_plugin.diagnostics.collapse import feature_std
+from nnssl_plugin.diagnostics.separation import cosine_gap, silhouette, token_labels
 from nnssl_plugin.methods.s2dc.correspondence import (
     non_match_loss,
     patch_correspondence,
@@ -25,10 +28,8 @@ from nnssl_plugin.methods.s2dc.settings import Settings
 from nnssl_plugin.methods.s2dc.views import augmented_copy, cut, join, second_view
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.teacher import Teacher
-from nnssl_plugin.objectives.collapse import feature_std
 from nnssl_plugin.objectives.contrastive import FeatureQueue, info_nce, log_dual_softmax, sinkhorn_with_dustbin
-from nnssl_plugin.objectives.separation import cosine_gap, silhouette, token_labels
-from nnssl_plugin.pretext import Batch, Needs, PretextTask, Terms, Views
+from nnssl_plugin.pretraining.pretext import PretextTask, Terms, Views
 
 
 class Reading(NamedTuple):

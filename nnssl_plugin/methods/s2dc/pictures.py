@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nnssl_plugin.pretext import Colours, Overlay
+from nnssl_plugin.training.pictures import Colours, Overlay
 
 Pictures = list[tuple[str, Tensor | Overlay | Colours]]
 """Titled pictures of one file, as ``PretextTask.pictures`` gives them."""

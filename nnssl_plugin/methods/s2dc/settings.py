@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.pretext import TrainingSettings
+from nnssl_plugin.pretraining.settings import TrainingSettings
 
 ASSIGNMENTS = ("dual_softmax", "sinkhorn")
 

@@ -3,7 +3,7 @@
 from nnssl_plugin.methods.s2dc.objective import S2DC
 from nnssl_plugin.methods.s2dc.settings import TRAINING, Settings
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.training.pretrainer import Pretrainer
+from nnssl_plugin.pretraining.pretrainer import Pretrainer
 
 
 class S2DCPretrainer(Pretrainer):

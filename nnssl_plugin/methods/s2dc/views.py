@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nnssl_plugin.methods.s2dc.settings import Settings
-from nnssl_plugin.objectives.geometry import AffineRange, random_affine, warp_image
-from nnssl_plugin.pretext import Views
+from nnssl_plugin.pretraining.pretext import Views
+from nnssl_plugin.transforms.affine import AffineRange, random_affine, warp_image
 
 
 def second_view(image: Tensor, settings: Settings, *, spacing: Sequence[float], generator: torch.Generator) -> Views:

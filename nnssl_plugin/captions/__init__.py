@@ -1,0 +1,1 @@
+"""Slices of volumes, their texts, and the embeddings of both."""

@@ -1,0 +1,261 @@
+"""The model card of shared weights, in the sections of Hugging Face's template, from what the provenance says.
+
+Template: ``huggingface_hub/templates/modelcard_template.md``. Nothing is claimed that the checkpoint does not say.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.files import read_json
+
+LICENCES = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
+            "cc-by-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0"}
+"""Identifiers of the hub's list that weights usually have; another one is written as ``other`` with its name."""
+NNUNET_BIBTEX = """@article{isensee2021nnunet,
+  title   = {nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation},
+  author  = {Isensee, Fabian and Jaeger, Paul F. and Kohl, Simon A. A. and Petersen, Jens and Maier-Hein, Klaus H.},
+  journal = {Nature Methods},
+  volume  = {18},
+  pages   = {203--211},
+  year    = {2021},
+  doi     = {10.1038/s41592-020-01008-z}
+}"""
+USAGE = {
+    "safetensors": """With `nnssl_plugin` installed:
+
+```bash
+nnssl_plugin import THIS_FOLDER -o pretrained.pth
+nnssl_plugin adapt -d TARGET_ID -w pretrained.pth -n {method}
+nnUNetv2_train TARGET_ID {configuration} 0 -p nnUNetPlans-{method} -tr PretrainedSegmentationTrainer
+```
+
+`TARGET_ID` is a labelled dataset that nnU-Net has planned and preprocessed. `adapt` reports what became of every
+tensor. The optimiser's state is not part of this folder: the pretraining cannot be resumed from it.""",
+    "nnunet": """```bash
+nnUNetv2_train TARGET_ID {configuration} 0 -p PLANS -pretrained_weights pretrained_weights.pth
+```
+
+`PLANS` must describe the network of `plans.json` beside this card, with as many input channels.""",
+    "nnssl": """```bash
+nnUNetv2_preprocess_like_nnssl -d TARGET_ID -n {method} -pc checkpoint_final.pth -am like_pretrained
+```
+
+The files are those that nnssl's repositories have, for the fine-tuning commands of nnssl and of nnU-Net.""",
+}
+"""Layout of the folder → how to get started with it."""
+MODALITIES = {"CT": "computed-tomography", "MR": "magnetic-resonance-imaging"}
+
+
+class PaperLike(Protocol):
+    """A paper, as ``nnssl_plugin.registry`` holds it."""
+
+    title: str
+    authors: tuple[str, ...]
+    venue: str
+    year: int | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Means of one of nnU-Net's ``summary.json``, without its cases."""
+
+    name: str
+    dice: float
+    iou: float | None
+    per_label: dict[str, float]
+    """Label → Dice."""
+
+
+def model_card(
+    provenance: Mapping[str, Any],
+    *,
+    layout: str,
+    weights: Mapping[str, Tensor],
+    sha256: str,
+    results: Sequence[Results] = (),
+    papers: Mapping[str, PaperLike] | None = None,
+) -> str:
+    """The card as Markdown with YAML in front.
+
+    Args:
+        provenance: of the checkpoint (``provenance.describe_pretraining``).
+        layout: key of :data:`USAGE`.
+        weights: the network's state dict, for its size.
+        sha256: hash of the weights (``provenance.weights_hash``).
+        results: what :func:`read_results` gave.
+        papers: method → its paper, for a full BibTeX entry.
+    """
+    method, network = provenance["method"], provenance["network"]["class"].rpartition(".")[2]
+    paper = (papers or {}).get(method)
+    sections = [
+        _front_matter(provenance),
+        f"# Model Card for {network} pretrained with {method}\n\n{_summary(provenance)}",
+        _details(provenance, weights, paper, sha256),
+        _uses(),
+        _limitations(provenance),
+        "## How to Get Started with the Model\n\n"
+        + USAGE[layout].format(method=method, configuration=provenance["configuration"]),
+        _training(provenance),
+        f"## Evaluation\n\n{_results_table(results)}",
+        f"## Citation\n\n**BibTeX:**\n\n```bibtex\n{_bibtex(provenance, paper)}\n```\n\n"
+        "**APA:**\n\n" + "\n".join(f"- {citation}" for citation in _citations(provenance)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def read_results(text: str) -> Results:
+    """The means of a ``summary.json`` of nnU-Net's, named by the folders that nnU-Net gave it.
+
+    Args:
+        text: ``FILE`` or ``NAME=FILE``.
+
+    Raises:
+        UserError: for a file that is not there or no summary.
+    """
+    name, separator, file = text.rpartition("=")
+    path = Path(file)
+    try:
+        content = read_json(path)
+        mean = content["foreground_mean"]
+        per_label = {label: float(values["Dice"]) for label, values in content["mean"].items()}
+        return Results(name if separator else _name_of(path), float(mean["Dice"]),
+                       float(mean["IoU"]) if "IoU" in mean else None, per_label)
+    except OSError as error:
+        raise UserError(f"There is no summary {path}.", "Name a summary.json that nnU-Net wrote.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a summary of nnU-Net's ({type(error).__name__}: {error}).",
+                        "Name fold_X/validation/summary.json or the output of nnUNetv2_evaluate_folder.") from error
+
+
+def _name_of(path: Path) -> str:
+    """Dataset, trainer__plans__configuration and fold of the path; nothing else of it, which might be private."""
+    parts = [part for part in path.resolve().parts if re.fullmatch(r"Dataset\d{3}_\w+|.+__.+__.+|fold_\w+", part)]
+    return ", ".join(parts) or "summary"
+
+
+def _front_matter(provenance: Mapping[str, Any]) -> str:
+    """YAML; JSON strings and lists are YAML too."""
+    licence = str(provenance["licence"])
+    known = licence.lower() in LICENCES
+    lines = [f"license: {licence.lower() if known else 'unknown' if licence == 'not stated' else 'other'}"]
+    if not known and licence != "not stated":
+        lines.append(f"license_name: {json.dumps(licence)}")
+    modalities = {MODALITIES[c] for channel in provenance["channels"] for c in MODALITIES if channel.startswith(c)}
+    tags = ["medical-imaging", "self-supervised-learning", "nnU-Net", provenance["method"], *sorted(modalities)]
+    lines += ["library_name: nnssl_plugin", "pipeline_tag: image-feature-extraction", f"tags: {json.dumps(tags)}"]
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _summary(provenance: Mapping[str, Any]) -> str:
+    cases = provenance["data"]["cases"]
+    return (f"Weights for fine-tuning with nnU-Net v2, pretrained without labels on {cases} "
+            f"case{'' if cases == 1 else 's'} ({', '.join(provenance['channels'])}).")
+
+
+def _details(provenance: Mapping[str, Any], weights: Mapping[str, Tensor], paper: PaperLike | None, sha256: str) -> str:
+    memory = {(t.data_ptr(), tuple(t.shape)): t.numel() for t in weights.values()}
+    kwargs = provenance["network"]["kwargs"]
+    lines = [
+        f"- **Model type:** `{provenance['network']['class']}`, {sum(memory.values()):,} parameters, "
+        f"{len(provenance['channels'])} input channel(s)",
+        f"- **Method:** {provenance['method']}" + (f", {paper.title} ({', '.join(paper.authors)})" if paper else ""),
+        f"- **License:** {provenance['licence']}",
+        f"- **SHA-256 of the weights:** `{sha256}` (keys, shapes and values, whatever file they are in)",
+    ]
+    origin = provenance.get("continued_from")
+    if origin:
+        lines.append(f"- **Finetuned from model:** {origin.get('method', origin.get('kind', 'not stated'))}, licence "
+                     f"{origin.get('licence', 'not stated')}, weights `{origin.get('weights_sha256', 'not stated')}`")
+    shape = [f"`{key}` {json.dumps(kwargs[key])}" for key in ("features_per_stage", "strides", "kernel_sizes")
+             if key in kwargs]
+    return "## Model Details\n\n### Model Description\n\n" + "\n".join(lines) + (
+        f"\n- **Architecture:** {'; '.join(shape)}" if shape else "")
+
+
+def _uses() -> str:
+    return ("## Uses\n\n### Direct Use\n\nInitial weights for fine-tuning, and features. The segmentation layers were "
+            "not trained: the network does not segment anything as it is.\n\n### Out-of-Scope Use\n\nDiagnosis, "
+            "treatment and any other clinical decision. Research software; not a medical device.")
+
+
+def _limitations(provenance: Mapping[str, Any]) -> str:
+    trained = ", ".join(f"`{prefix}`" for prefix in provenance["trained"])
+    return ("## Bias, Risks, and Limitations\n\nPretraining trained the tensors whose keys begin with "
+            f"{trained}; every other tensor is as it was initialised. The weights know images of the kind, resolution "
+            "and intensities described below, from the scanners and patients of one collection; how they do on others "
+            "has to be measured. Compare with training from scratch on the same folds.")
+
+
+def _training(provenance: Mapping[str, Any]) -> str:
+    packages = ", ".join(f"{name} {number}" for name, number in provenance["packages"].items() if number)
+    sizes = " × ".join(f"{size:g}" for size in provenance["spacing_mm"])
+    patch = " × ".join(map(str, provenance["patch_size"]))
+    settings = {**provenance["training"], **{f"method.{k}": v for k, v in provenance["settings"].items()}}
+    rows = "\n".join(f"| `{name}` | {_cell(value)} |" for name, value in settings.items())
+    data = provenance["data"]
+    return (
+        f"## Training Details\n\n### Training Data\n\n{data['dataset']}: {data['cases']} cases, channels "
+        f"{', '.join(provenance['channels'])}. The images, the names of the cases and their labels, if any, are not "
+        "part of these files.\n\n### Training Procedure\n\n#### Preprocessing\n\n"
+        f"nnU-Net's plan `{provenance['plans_name']}`, configuration `{provenance['configuration']}`: spacing {sizes} "
+        f"mm and patches of {patch} voxels in the plan's axes (`transpose_forward` "
+        f"{provenance['transpose_forward']}), normalisation {', '.join(provenance['normalisation'])} per channel, "
+        f"orientation {provenance['orientation']} (reader {provenance['reader']}).\n\n"
+        f"#### Training Hyperparameters\n\nOptimiser steps: {provenance['steps']:,}. Finished "
+        f"{provenance['date'][:10]}, with {packages}.\n\n| setting | value |\n|---|---|\n{rows}"
+    )
+
+
+def _results_table(results: Sequence[Results]) -> str:
+    if not results:
+        return "No results were given with these weights."
+    labels = list(dict.fromkeys(label for result in results for label in result.per_label))
+    head = ["result", "mean Dice", "mean IoU", *(f"Dice of {label}" for label in labels)]
+    lines = [head, ["---"] * len(head)]
+    for result in results:
+        numbers = [result.dice, result.iou, *(result.per_label.get(label) for label in labels)]
+        lines.append([_cell(result.name), *map(_number, numbers)])
+    return "nnU-Net's means over the cases, after fine-tuning.\n\n" + "\n".join(
+        f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _citations(provenance: Mapping[str, Any]) -> list[str]:
+    """Those of the method, then those of the weights that it started from."""
+    found = list(provenance["citations"])
+    origin = provenance.get("continued_from")
+    while origin:
+        found += [citation for citation in origin.get("citations", []) if isinstance(citation, str)]
+        origin = origin.get("continued_from")
+    return list(dict.fromkeys(found))
+
+
+def _bibtex(provenance: Mapping[str, Any], paper: PaperLike | None) -> str:
+    """An entry for the method (of its paper where it is known, else one per citation), and nnU-Net's."""
+    method = re.sub(r"\W", "", provenance["method"])
+    entries = [
+        f"@misc{{{method}{'' if number == 0 else number + 1},\n  note = {{{citation}}}\n}}"
+        for number, citation in enumerate(_citations(provenance))
+    ]
+    if paper is not None:
+        fields = {"title": f"{{{paper.title}}}", "author": " and ".join(paper.authors),
+                  "howpublished": paper.venue, "year": paper.year or ""}
+        rows = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
+        entries = [f"@misc{{{method},\n{rows}\n}}", *entries[1:]]
+    return "\n\n".join([*entries, NNUNET_BIBTEX])

@@ -1,0 +1,1 @@
+"""Weights from whatever file they come in: recognised, renamed, described."""

@@ -1,0 +1,282 @@
+"""What a file with weights is, in one screen; nothing is built, and no code of the file runs."""
+
+import json
+import math
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nnssl_plugin.checkpoints.format.provenance import weights_hash
+from nnssl_plugin.checkpoints.sources.source import NNSSL, NNUNET, OWN, Source, read_source
+from nnssl_plugin.io.files import read_json
+
+UNSTATED = "not stated"
+NOTHING = (None, "", [], {})
+WIDTH = 118
+"""Columns of the screen."""
+LABEL = 15
+"""Columns of the names on the left."""
+MOST_LINES = 2
+"""Lines that one entry of the screen may take."""
+MOST_CITATIONS = 3
+HEALTH = {
+    "feature_std": "feature spread (1 is healthy, 0 collapsed)",
+    "effective_rank": "effective rank",
+    "train_losses": "training loss",
+    "val_losses": "validation loss",
+    "ema_fg_dice": "foreground Dice (moving average)",
+}
+"""Series of nnU-Net's log → how the screen names their last number."""
+SAID = {
+    OWN: "a checkpoint of nnssl_plugin",
+    NNUNET: "a checkpoint of nnU-Net (supervised training)",
+    NNSSL: "a pretraining checkpoint of MIC-DKFZ/nnssl",
+    "plain": "a file of PyTorch with a state dict",
+    "safetensors": "a safetensors file",
+}
+SHOWN_ARGUMENTS = ("features_per_stage", "strides", "n_blocks_per_stage", "n_conv_per_stage", "embed_dim", "eva_depth",
+                   "eva_numheads", "patch_embed_size", "input_shape", "feature_size", "depths", "num_heads")
+"""Arguments of a network that say what it is."""
+
+
+def inspect_file(path: str | Path, *, mapping: str | Path | None = None) -> dict[str, Any]:
+    """Everything that a file with weights says about itself, in plain types.
+
+    Args:
+        path: whatever :func:`~nnssl_plugin.checkpoints.sources.source.read_source` reads.
+        mapping: a table for the keys of foreign weights.
+
+    Returns:
+        the fields of the JSON report; None where the file is silent.
+
+    Raises:
+        UserError: for a file that cannot be read without running code, and what ``read_source`` raises.
+    """
+    path = Path(path)
+    source = read_source(path, mapping=mapping)
+    known = source.provenance
+    report = {
+        "file": str(path),
+        "bytes": _size(path),
+        "kind": source.kind,
+        "what": _what(source),
+        "taken": list(known.get("taken", [])),
+        "method": known.get("method"),
+        "date": known.get("date"),
+        "network": source.network,
+        "parameters": count_parameters(source.weights),
+        "tensors": len(source.weights),
+        "first_keys": list(source.weights)[:3],
+        "trained": None if source.trained is None else list(source.trained),
+        "input_channels": source.input_channels,
+        **{name: known.get(name) for name in ("channels", "normalisation", "spacing_mm", "patch_size", "orientation",
+                                              "transpose_forward", "data", "steps", "licence", "packages")},
+        "plans_name": known.get("plans_name") or (source.plans or {}).get("plans_name"),
+        "configuration": source.configuration or known.get("configuration"),
+        "epochs": _epochs(source.content),
+        "health": _health(source, path),
+        "citations": _citations(known.get("citations") or source.content.get("citations") or []),
+        "hash": _hash(source),
+        "use": _use(source, path, mapping),
+    }
+    return json.loads(json.dumps(report, default=str))
+
+
+def screen(report: Mapping[str, Any]) -> str:
+    """The report as at most 40 lines of text; "not stated" where the file is silent."""
+    size = f"{report['bytes'] / 2**20:,.1f} MiB"
+    lines = [f"{report['file']} ({size})", f"  {report['what']}", ""]
+    for label, value in _entries(report):
+        lines += _entry(label, value)
+    lines += ["", "use it with:"]
+    lines += [f"  {command}" for command in report["use"]]
+    return "\n".join(lines)
+
+
+def count_parameters(weights: Mapping[str, Tensor]) -> int:
+    """Floating-point numbers in a state dict; tensors that share their memory count once."""
+    places = {(value.data_ptr(), value.shape): value.numel() for value in weights.values() if value.is_floating_point()}
+    return sum(places.values())
+
+
+def _entries(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    data = report["data"] or {}
+    return [
+        ("method", _text(report["method"])),
+        ("written", _text(report["date"])),
+        ("network", _network(report)),
+        ("weights", f"{report['parameters']:,} parameters in {report['tensors']} tensors"),
+        ("trained", _trained(report["trained"])),
+        ("input", _stated(report, "{} channels", "input_channels", "meaning {}", "channels")),
+        ("normalisation", _text(report["normalisation"])),
+        ("geometry", _stated(report, "spacing {} mm", "spacing_mm", "patch {} voxels", "patch_size")),
+        ("orientation", _stated(report, "{}", "orientation", "transposed by {}", "transpose_forward")),
+        ("trained on", _stated(data, "{}", "dataset", "{} cases", "cases")),
+        ("trained for", _stated(report, "{} steps", "steps", "{} epochs", "epochs")),
+        ("plan", _stated(report, "{}", "plans_name", "{}", "configuration")),
+        ("health", _healthy(report["health"])),
+        ("licence", _text(report["licence"])),
+        ("cite", _cited(report["citations"])),
+        ("hash", report["hash"]),
+        *([("read as", "; ".join(report["taken"]))] if report["taken"] else []),
+        *([("first keys", ", ".join(report["first_keys"]))] if report["network"] is None else []),
+    ]
+
+
+def _stated(values: Mapping[str, Any], first: str, one: str, second: str, other: str) -> str:
+    """Two values in their sentences; one that the file does not state is named, or both at once."""
+    if all(values.get(name) in NOTHING for name in (one, other)):
+        return UNSTATED
+    said = [sentence.format(_text(values.get(name))) if values.get(name) not in NOTHING else
+            f"{name.replace('_', ' ')} {UNSTATED}" for sentence, name in ((first, one), (second, other))]
+    return ", ".join(said)
+
+
+def _entry(label: str, value: str) -> list[str]:
+    wrapped = textwrap.wrap(value, WIDTH - LABEL, break_on_hyphens=False) or [UNSTATED]
+    if len(wrapped) > MOST_LINES:
+        last = textwrap.shorten(" ".join(wrapped[MOST_LINES - 1:]), WIDTH - LABEL, placeholder=" …")
+        wrapped = [*wrapped[: MOST_LINES - 1], last]
+    return [f"{name:<{LABEL}}{line}" for name, line in zip([label, *[""] * len(wrapped)], wrapped, strict=False)]
+
+
+def _what(source: Source) -> str:
+    if "adaptation" in source.content:
+        return "weights that nnssl_plugin adapt wrote for fine-tuning"
+    trainer = source.content.get("trainer_name")
+    kind = "a folder of shared weights" if source.path.is_dir() else SAID[source.kind]
+    return kind + (f", written by {trainer}" if trainer else "")
+
+
+def _network(report: Mapping[str, Any]) -> str:
+    network = report["network"]
+    if network is None:
+        return UNSTATED
+    arguments = [f"{name} {_compact(network['kwargs'][name])}" for name in SHOWN_ARGUMENTS if name in network["kwargs"]]
+    name = network["class"].rpartition(".")[2]
+    return f"{name}: {', '.join(arguments)}" if arguments else name
+
+
+def _trained(prefixes: Sequence[str] | None) -> str:
+    if prefixes is None:
+        return "everything, as far as the file says"
+    if len(prefixes) > 10:
+        return f"{len(prefixes)} tensors came from the pretraining; the rest is fresh"
+    return f"{', '.join(prefixes) or 'nothing'}; the rest is as it was initialised"
+
+
+def _healthy(health: Mapping[str, float]) -> str:
+    said = [f"{HEALTH[name]} {health[name]:.4g}" for name in HEALTH if name in health]
+    if "skipped_steps" in health:
+        said.append(f"skipped steps {health['skipped_steps']:.0f}")
+    return ", ".join(said) or UNSTATED
+
+
+def _health(source: Source, path: Path) -> dict[str, float]:
+    """The last numbers of the log, or of ``quality.json`` beside the file; skipped steps are summed."""
+    log = source.content.get("logging")
+    log = log if isinstance(log, Mapping) else {}
+    last = {name: _last(series) for name, series in log.items()}
+    quality = _quality(path)
+    numbers = {name: last.get(name, quality.get(name)) for name in HEALTH}
+    skipped = _numbers(log.get("skipped_steps"))
+    numbers["skipped_steps"] = sum(skipped) if skipped else quality.get("skipped_steps")
+    return {name: float(value) for name, value in numbers.items() if isinstance(value, Real)}
+
+
+def _quality(path: Path) -> dict[str, Any]:
+    file = (path if path.is_dir() else path.parent) / "quality.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = read_json(file)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _last(series: Any) -> float | None:
+    numbers = _numbers(series)
+    return numbers[-1] if numbers else None
+
+
+def _numbers(series: Any) -> list[float]:
+    """The finite numbers of a logged series."""
+    if not isinstance(series, (list, tuple)):
+        return []
+    return [float(value) for value in series if isinstance(value, Real) and math.isfinite(value)]
+
+
+def _epochs(content: Mapping[str, Any]) -> int | None:
+    epochs = content.get("current_epoch", content.get("epoch"))
+    return int(epochs) if isinstance(epochs, Real) else None
+
+
+def _citations(stated: Any) -> list[str]:
+    """Citations as texts; nnssl and nnU-Net keep them in groups, each with its ``apa_citations``."""
+    if isinstance(stated, str):
+        return [stated]
+    texts: list[str] = []
+    for entry in stated:
+        texts += [str(text) for text in entry.get("apa_citations", [])] if isinstance(entry, Mapping) else [str(entry)]
+    return texts
+
+
+def _cited(citations: Sequence[str]) -> str:
+    more = f" (and {len(citations) - MOST_CITATIONS} more)" if len(citations) > MOST_CITATIONS else ""
+    return "; ".join(citations[:MOST_CITATIONS]) + more if citations else UNSTATED
+
+
+def _hash(source: Source) -> str:
+    recorded = source.provenance.get("weights_sha256")
+    if not recorded or "adaptation" in source.content:
+        return UNSTATED
+    if weights_hash(source.weights) == recorded:
+        return f"the weights are those that the file describes (sha256 {recorded[:12]}…)"
+    return "THE WEIGHTS ARE NOT THOSE THAT THE FILE DESCRIBES: they were changed after the training"
+
+
+def _use(source: Source, path: Path, mapping: str | Path | None) -> list[str]:
+    """Commands that take the file, as they are typed."""
+    if "adaptation" in source.content:
+        plan = (source.plans or {}).get("plans_name", "PLANS")
+        configuration = source.configuration or "3d_fullres"
+        return [f"nnUNetv2_train TARGET_ID {configuration} 0 -p {plan} -tr PretrainedSegmentationTrainer",
+                f"nnUNetv2_train TARGET_ID {configuration} 0 -p {plan} -pretrained_weights {path}"]
+    table = f" --mapping {mapping}" if mapping else ""
+    commands = [f"nnssl_plugin adapt -d TARGET_ID -w {path} -n {_name(source)}{table}"]
+    if source.network is None and not mapping:
+        commands.append(f"{commands[0]} --mapping TABLE   (where its keys are not those of the plan's network)")
+    if source.kind == NNUNET:
+        commands.append(f"nnUNetv2_train TARGET_ID {source.configuration} 0 -pretrained_weights {path}"
+                        "   (where the plans describe the same network)")
+    return commands
+
+
+def _name(source: Source) -> str:
+    """A name for the fine-tuning plan, from the method."""
+    method = str(source.provenance.get("method") or "pretrained").partition(",")[0]
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", method).strip("-.").lower() or "pretrained"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
+
+
+def _text(value: Any) -> str:
+    if value in NOTHING:
+        return UNSTATED
+    return ", ".join(str(entry) for entry in value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _compact(value: Any) -> str:
+    """Arguments per stage without spaces, equal axes once: ``[[2, 2, 2]]`` is ``[2]``."""
+    if isinstance(value, (list, tuple)):
+        flat = [entry[0] if isinstance(entry, (list, tuple)) and len(set(entry)) == 1 else entry for entry in value]
+        return json.dumps(flat, separators=(",", ":"))
+    return str(value)

@@ -1,0 +1,36 @@
+"""What one step of a method sees, and what the method needs of it."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Batch = dict[str, Any]
+"""What one step sees; tensors are on the device, B samples, spatial sizes in voxels of the plan's spacing:
+
+``image`` (B, C, *window) float32, the plan's normalised intensities, 0 outside the case;
+``available`` (B, C) bool, the channels that the case really has; ``cases`` list of B names;
+``origin`` (B, dims) float, voxel of the case at which the window starts (negative where padded);
+``extent`` (B, dims) float, size of the window in voxels of the case (differs from *window* where it was resized);
+with triplets also ``plane`` (B,) int (index into ``planes.PLANES``), ``slice_axis`` (B,) int (spatial axis of ``image``
+that the slice is normal to), ``slice_position`` (B,) float in [0, 1] (place of the slice along that axis of the
+window), ``image_embedding`` and ``text_embedding`` (B, E) float32;
+with labels, in validation batches of datasets that label structures, also ``labels`` (B, *window) int16: the case's
+segmentation in the same window, -1 outside the case.
+"""
+@dataclass(frozen=True)
+class Needs:
+    """What the batches of a method must hold."""
+
+    window: Literal["crop", "whole", "slice"] = "crop"
+    """``crop``: a random window (a third of them around foreground); ``whole``: the whole case resized to the
+    window; ``slice``: a random window that contains the slice of the case's triplet."""
+    margin: float | tuple[float, ...] = 1.0
+    """Size of the window over the plan's patch size, for methods that move inside it; one number, or one per axis."""
+    triplets: bool = False
+    """The batch brings a slice, its place, and the frozen embeddings of slice and text."""
+    modalities: int = 1
+    """Channels that a case must really have to be used."""
+    dimensions: tuple[int, ...] = (2, 3)
+    """Spatial dimensions of the configurations that the method supports."""
+    labels: bool = False
+    """Validation batches bring ``labels`` for diagnostics, where the dataset labels structures; training batches
+    never do."""

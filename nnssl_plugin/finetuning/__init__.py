@@ -1,0 +1,1 @@
+"""Fine-tuning: its settings, its groups of parameters, and the weights that a plan names."""

@@ -1,0 +1,53 @@
+"""Body masks: the one label of an unlabelled scan, so that stock planning, normalisation and sampling work on it."""
+
+import numpy as np
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+
+from nnssl_plugin.nnunet.planes import stored_axis
+
+BODY_HU = -500.0
+"""Between air (-1000 HU) and tissue (-100 HU and more)."""
+COMPONENT_SHARE = 0.1
+"""Components smaller than this share of the largest are dropped; both of two legs stay."""
+CLIP_PERCENTILES = (0.5, 99.5)
+
+
+def body_mask(array: np.ndarray, affine: np.ndarray, *, modality: str) -> np.ndarray:
+    """The body in a scan: thresholded, largest components kept, holes filled in axial slices.
+
+    CT is cut at :data:`BODY_HU`. Everything else is cut by Otsu's threshold (Otsu 1979) of the intensities clipped
+    to :data:`CLIP_PERCENTILES`. Where that leaves nothing, all voxels above the minimum are taken.
+
+    Args:
+        array: (I, J, K) finite intensities of any range, not constant.
+        affine: (4, 4) voxel-to-world matrix in RAS mm.
+        modality: ``CT`` (intensities in HU) or another.
+
+    Returns:
+        (I, J, K) uint8, 1 inside the body; at least one voxel is 1.
+    """
+    foreground = array > BODY_HU if modality == "CT" else _otsu_foreground(array)
+    if not foreground.any():
+        return (array > array.min()).astype(np.uint8)
+    axis, _ = stored_axis(affine, "axial")
+    return _fill_slices(_large_components(foreground), axis).astype(np.uint8)
+
+
+def _otsu_foreground(array: np.ndarray) -> np.ndarray:
+    low, high = np.percentile(array, CLIP_PERCENTILES)
+    clipped = np.clip(array, low, high)
+    return clipped > threshold_otsu(clipped) if low < high else np.zeros(array.shape, dtype=bool)
+
+
+def _large_components(foreground: np.ndarray) -> np.ndarray:
+    components, _ = ndimage.label(foreground)
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0  # the background
+    return (sizes >= COMPONENT_SHARE * sizes.max())[components]
+
+
+def _fill_slices(mask: np.ndarray, axis: int) -> np.ndarray:
+    """Airways leave the volume at its border, so a hole in 3D is rare; in a slice, lungs and sinuses are holes."""
+    filled = [ndimage.binary_fill_holes(plane) for plane in np.moveaxis(mask, axis, 0)]
+    return np.moveaxis(np.stack(filled), 0, axis)

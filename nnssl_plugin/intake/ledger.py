@@ -1,0 +1,88 @@
+"""The two tables beside a prepared dataset: where each case came from, and what was refused and why."""
+
+import csv
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.files import atomic_path
+from nnssl_plugin.io.scans import file_parts
+
+PROVENANCE_FILE = "provenance.csv"
+REJECTED_FILE = "rejected.csv"
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One accepted case."""
+
+    case: str
+    source: str  # absolute path
+    sha256: str  # of the source's bytes
+    shape: str  # voxels along the stored axes, "35x51x35"
+    spacing_mm: str
+    orientation: str  # of the source, for example LPS
+    status: str  # linked, copied (where links are not possible), rewritten, or made grey (rewritten without its colour)
+    voxels_sha256: str  # the same for the same voxels in another container
+    stamp: str  # size and time of change, by which an unchanged source is recognised
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One refused file."""
+
+    source: str
+    reason: str
+    stamp: str
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Read a table written by :func:`write_rows`; an absent file is an empty table.
+
+    Raises:
+        UserError: a column is missing.
+    """
+    if not path.is_file():
+        return []
+    names = [field.name for field in fields(kind)]
+    with path.open(encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        missing = set(names) - set(reader.fieldnames or ())
+        if missing:
+            raise UserError(
+                f"{path} lacks the columns {', '.join(sorted(missing))}.",
+                "Restore it, or prepare the scans into a dataset of another ID.",
+            )
+        return [kind(**{name: line[name] or "" for name in names}) for line in reader]
+
+
+def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
+    """Write a table as CSV with a header line, atomically."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=[field.name for field in fields(kind)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def source_stamp(path: Path) -> str:
+    """Size and time of change of the files that hold a scan, as text; empty where they cannot be asked."""
+    try:
+        stats = [part.stat() for part in file_parts(path)]
+    except OSError:
+        return ""
+    return ";".join(f"{stat.st_size}@{stat.st_mtime_ns}" for stat in stats)
+
+
+def source_sha256(path: Path) -> str:
+    """SHA-256 over the bytes of the files that hold a scan."""
+    digest = hashlib.sha256()
+    for part in file_parts(path):
+        with part.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Pretraining: the contract of a method and the trainer under every method."""

@@ -1,0 +1,499 @@
+"""The nnU-Net trainer under every pretraining method: it owns everything but the method itself.
+
+While training, ``self.network`` is the method's :class:`PretextTask`; checkpoints hold the bare network of the plan.
+Batch, views and dropout of step k depend on (seed, rank, k) alone, and all state counts steps, so that a run can stop
+anywhere and go on with the same weights, bit for bit on a CPU.
+"""
+
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from os.path import join
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import Tensor, autocast
+
+from nnssl_plugin.checkpoints.format.files import read_checkpoint, save_checkpoint
+from nnssl_plugin.checkpoints.format.provenance import describe_pretraining, nnssl_adaptation_plan, nnssl_citations
+from nnssl_plugin.data.batch import Batch
+from nnssl_plugin.data.batches import BatchStream, StepBatches
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.files import write_json
+from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.pretraining.batches import open_batches
+from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_entry
+from nnssl_plugin.pretraining.pretext import PretextTask, Terms
+from nnssl_plugin.pretraining.settings import TrainingSettings
+from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks, encode_in_chunks
+from nnssl_plugin.settings import settings_from
+from nnssl_plugin.training.distributed import any_rank, average_gradients, device_of_rank, gather_samples, wrapping_for
+from nnssl_plugin.training.epoch_log import EpochLog
+from nnssl_plugin.training.epoch_sums import EpochSums
+from nnssl_plugin.training.figures import draw_progress
+from nnssl_plugin.training.interruption import TO_BE_CONTINUED, Interruption
+from nnssl_plugin.training.pictures import draw_pictures
+from nnssl_plugin.training.planned_network import PlannedNetworkTrainer
+from nnssl_plugin.training.schedules import CosineSchedule
+
+TRAIN, VALIDATE = 0, 1
+"""Streams of randomness: the same step draws different numbers for training and for validation."""
+STEPS_BETWEEN_AGREEMENTS = 10
+"""With several ranks, steps between two looks at whether any was asked to stop (each look waits for the device)."""
+BARE = "backbone.network."
+"""Prefix of the bare network's keys in the task's state."""
+SECONDS_BETWEEN_PICTURES = 30
+"""Shortest time between two drawings of progress.png."""
+DEFAULT_DEVICE = torch.device("cuda")
+
+
+class Pretrainer(PlannedNetworkTrainer):
+    """Base of the pretraining trainers; a method gives its settings, its citation, and :meth:`build_task`.
+
+    Settings come from the plan's ``pretraining`` block: the fields of ``TrainingSettings``, and ``method`` with the
+    fields of the method's own settings.
+    """
+
+    method: str
+    training_defaults = TrainingSettings()
+    method_defaults: Any
+    citations: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = DEFAULT_DEVICE,
+    ):
+        self.step = 0
+        block = dict(plans.get("pretraining", {}))
+        self.initial_weights = take_weights_entry(block)
+        self.continued_from: dict[str, Any] | None = None
+        self.method_settings = settings_from(
+            block.pop("method", {}), self.method_defaults, "pretraining.method of the plan"
+        )
+        self.training_settings = settings_from(block, self.training_defaults, "the plan's pretraining block")
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp:
+            self.device = device_of_rank(device)
+            self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
+        self.num_epochs = self.training_settings.epochs
+        self.num_val_iterations_per_epoch = self.training_settings.validation_iterations
+        self.initial_lr = self.training_settings.lr
+        self.weight_decay = self.training_settings.weight_decay
+        self.enable_deep_supervision = False
+        self.inference_allowed_mirroring_axes = None
+        self.task: PretextTask
+        self.generator = torch.Generator(self.device)
+        self.sums = EpochSums(self.device)
+        self.validation_sums = EpochSums(self.device)
+        self.interruption = Interruption()
+        self.log = EpochLog(self.logger)
+        self._drawn = time.monotonic()
+
+    def build_task(self, backbone: Backbone) -> PretextTask:
+        """The method around the planned network; ``self.method_settings`` holds its settings."""
+        raise TypeError(f"{type(self).__name__} must define build_task()")
+
+    # ------------------------------------------------------------------ steps
+
+    @property
+    def num_iterations_per_epoch(self) -> int:
+        """Steps left in the current epoch: fewer than planned after a stop in its middle."""
+        return (self.current_epoch + 1) * self.training_settings.iterations_per_epoch - self.step
+
+    @num_iterations_per_epoch.setter
+    def num_iterations_per_epoch(self, value: int) -> None:
+        """nnU-Net's constructor sets its own default here; the plan's pretraining block decides."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.num_epochs * self.training_settings.iterations_per_epoch
+
+    # ------------------------------------------------------------------ building
+
+    def initialize(self) -> None:
+        """Build network and task from the seed; wrap them for this device where there are several ranks."""
+        torch.manual_seed(self.training_settings.seed)
+        with wrapping_for(self.device):
+            super().initialize()
+        if self.is_ddp:
+            self.task.gather = gather_samples
+        self._log_settings()
+
+    def configure_optimizers(self):
+        """Put the task in the network's place, the one moment between building and wrapping."""
+        backbone = Backbone(self.network, self.num_input_channels)
+        self.task = self.network = self.build_task(backbone).to(self.device)
+        if super()._do_i_compile():
+            for module in self.network.modules():
+                if isinstance(module, Backbone):  # a teacher's too
+                    module.compile_parts()
+        groups = self.task.parameter_groups()
+        # Adam with decoupled decay; the fused kernels skip a step on the device when found_inf is set
+        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, weight_decay=self.weight_decay, fused=True)
+        warmup = self.training_settings.warmup_epochs * self.training_settings.iterations_per_epoch
+        return optimizer, CosineSchedule(optimizer, lr=self.initial_lr, total=self.total_steps, warmup=warmup)
+
+    def _do_i_compile(self) -> bool:
+        """The task is not compiled as a whole; ``configure_optimizers`` compiles the backbone in place."""
+        return False
+
+    def _build_loss(self) -> None:
+        """The task holds the losses."""
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """The network is built without it: pretraining reads the decoder before its segmentation layers."""
+
+    def plot_network_architecture(self) -> None:
+        """nnU-Net's plot feeds one image, which a task does not take."""
+
+    def _set_batch_size_and_oversample(self) -> None:
+        """The batch size counts samples per rank (nnU-Net's plan counts them over all ranks)."""
+        self.batch_size = self.training_settings.batch_size or self.configuration_manager.batch_size
+
+    def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
+        """Training batches from the present step on, and the same few validation batches for every epoch."""
+        train_cases, validation_cases = self.do_split()
+        self.training_cases = len(train_cases)
+        workers = get_allowed_n_proc_DA()
+        steps = range(self.step, self.total_steps)
+        train = self._stream(self._batches(train_cases, TRAIN), steps, workers)
+        again = list(range(self.num_val_iterations_per_epoch)) * (self.num_epochs - self.current_epoch)
+        return train, self._stream(self._batches(validation_cases, VALIDATE), again, min(workers, 1))
+
+    def _batches(self, cases: list[str], purpose: int) -> StepBatches:
+        return open_batches(self, cases, stream=(self.training_settings.seed, purpose), labels=purpose == VALIDATE)
+
+    def _stream(self, batches: StepBatches, steps, workers: int) -> BatchStream:
+        return BatchStream(batches, steps, workers=workers, pin_memory=self.device.type == "cuda")
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.step == 0 and self.initial_weights is not None:
+            self.continued_from = start_from(self, self.initial_weights)
+        self.interruption.watch()
+
+    def on_train_epoch_start(self) -> None:
+        self.network.train()
+        self.print_to_log_file(f"\nEpoch {self.current_epoch} of {self.num_epochs}")
+        self._epoch_started, self.dataloader_train.waited = time.perf_counter(), 0.0
+
+    def train_step(self, batch: Batch) -> dict:
+        """One step: views, forward, backward, update. The pretrainer itself never waits for the device here."""
+        progress = self.step / self.total_steps
+        self.lr_scheduler.step(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        views = self._views(batch, TRAIN, self.step)
+        terms = self._backward(views, progress)
+        applied = self._update(terms["total"])
+        self.task.after_step(progress, applied)
+        self.sums.add(terms, applied)
+        self.step += 1
+        if self.num_iterations_per_epoch > 0 and self._should_stop():
+            self._stop()
+        return {}
+
+    def _views(self, batch: Batch, purpose: int, step: int) -> dict[str, Tensor]:
+        """Views of a batch; seeds everything that draws numbers in this step, dropout included."""
+        seed, dropout_seed = self._seeds(purpose, step)
+        torch.manual_seed(dropout_seed)
+        self.generator.manual_seed(seed)
+        moved = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        with torch.no_grad():
+            return self.task.views(moved, self.generator)
+
+    def _seeds(self, purpose: int, step: int) -> tuple[int, int]:
+        """Seeds of the views and of dropout."""
+        entropy = [self.training_settings.seed, purpose, self.local_rank, step]
+        seed, dropout_seed = np.random.SeedSequence(entropy).generate_state(2, np.uint64) >> np.uint64(1)
+        return int(seed), int(dropout_seed)
+
+    @property
+    def _in_chunks(self) -> dict[str, Any] | None:
+        """How the batch is encoded in chunks, or ``None`` where it is encoded at once."""
+        size = self.training_settings.chunk_size
+        if size is None or size >= self.batch_size:
+            return None
+        return {"chunk_size": size, "seed": self._seeds(TRAIN, self.step)[1], "precision": self._precision}
+
+    def _backward(self, views: dict[str, Tensor], progress: float) -> Terms:
+        """Forward and backward of the batch; the terms of the loss."""
+        scale = _unscaled if self.grad_scaler is None else self.grad_scaler.scale
+        chunks = self._in_chunks
+        if chunks is None:
+            with self._precision():
+                terms = self.network(views, progress)
+            scale(terms["total"]).backward()
+            return terms
+        terms = backward_in_chunks(self.task, views, progress, scale=scale, **chunks)
+        if self.is_ddp:  # the chunks went around its wrapper
+            average_gradients(self.task.parameters())
+        return terms
+
+    def _precision(self):
+        """nnU-Net's rule: mixed precision on CUDA only."""
+        return autocast("cuda") if self.device.type == "cuda" else nullcontext()
+
+    def _update(self, total: Tensor) -> Tensor:
+        """Clipping and the optimiser's step; () bool on the device: False if a value was not finite."""
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        clipped = [p for g in self.optimizer.param_groups if g.get("clip", True) for p in g["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(clipped, self.training_settings.gradient_clip)
+        broken = (~torch.isfinite(norm + total.detach())).float()
+        for group in self.optimizer.param_groups:
+            if not group.get("clip", True):
+                broken += sum((~torch.isfinite(p.grad)).any().float() for p in group["params"] if p.grad is not None)
+        if self.is_ddp:
+            dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+        broken = broken.clamp(max=1)
+        self._step_optimizer(broken)
+        return broken == 0
+
+    def _step_optimizer(self, broken: Tensor) -> None:
+        """Step unless ``broken`` is 1, which only the device reads: fused optimisers honour ``found_inf``."""
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, broken
+        self.optimizer.step()
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        seconds = time.perf_counter() - self._epoch_started
+        means = self.sums.means()
+        self._log_value("train_losses", means.pop("total", float("nan")))
+        self._log_value("lrs", self.optimizer.param_groups[0]["lr"])
+        for name, value in means.items():
+            self._log_value(f"train/{name}", value)
+        self._log_value("skipped_steps", float(self.sums.skipped))
+        self._log_value("seconds_waiting", self.dataloader_train.waited)
+        self._log_value("seconds_computing", seconds - self.dataloader_train.waited)
+        self._stop_if_broken()
+        self.sums.reset()
+
+    def _stop_if_broken(self) -> None:
+        streak, limit = int(self.sums.longest_streak), self.training_settings.max_skipped_in_a_row
+        if streak >= limit:
+            raise UserError(
+                f"{streak} steps in a row had a non-finite loss or gradient (epoch {self.current_epoch}): stopped.",
+                f"The last good checkpoint is {join(self.output_folder, 'checkpoint_latest.pth')}. Look for NaN in the "
+                "images, then try a lower lr: nnssl_plugin plan -d ID -n NAME --set lr=1e-5",
+            )
+
+    # ------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self) -> None:
+        self.network.eval()
+        self.validation_sums.reset()
+        self._features: list[Tensor] = []
+
+    def validation_step(self, batch: Batch) -> dict:
+        """Loss terms and diagnostics of one of the fixed validation batches."""
+        index = len(self._features)
+        views = self._views(batch, VALIDATE, index)
+        terms = self._forward(views)
+        with self._precision():
+            diagnostics = self.task.diagnostics(self._first_chunk(views))
+        self._features.append(diagnostics.pop("features", torch.zeros(0, device=self.device)))
+        numbers = {f"diagnostics/{name}": value for name, value in diagnostics.items()}
+        always = torch.ones((), dtype=torch.bool, device=self.device)
+        self.validation_sums.add({f"val/{name}": value for name, value in terms.items()}, always)
+        self.validation_sums.add_known(numbers)
+        if index == 0 and self._figures_are_due():
+            self._draw(views)
+        return {}
+
+    def _forward(self, views: dict[str, Tensor]) -> Terms:
+        """The terms of a validation batch."""
+        progress, chunks = self.step / self.total_steps, self._in_chunks
+        if chunks is None:
+            with self._precision():
+                return self.network(views, progress)
+        encoded = encode_in_chunks(self.task, views, **chunks)
+        with self._precision():
+            return self.task.terms(*encoded, progress)
+
+    def _first_chunk(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As many samples as are ever encoded at once."""
+        return {name: value[: self.training_settings.chunk_size] for name, value in views.items()}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        means = self.validation_sums.means()
+        self._log_value("val_losses", means.pop("val/total", float("nan")))
+        for name, value in means.items():
+            self._log_value(name, value)
+        warning = self.log.collapse(self._features, self.current_epoch)
+        if warning:
+            self.print_to_log_file(warning)
+
+    def _figures_are_due(self) -> bool:
+        done = self.current_epoch + 1
+        return self.local_rank == 0 and (done % self.training_settings.figure_every == 0 or done == self.num_epochs)
+
+    def _draw(self, views: dict[str, Tensor]) -> None:
+        for name, images in self.task.pictures(views).items():
+            draw_pictures(images, join(self.output_folder, "figures", f"{name}_epoch_{self.current_epoch:04d}.png"))
+
+    # ------------------------------------------------------------------ ends
+
+    def on_epoch_end(self) -> None:
+        self._log_value("epoch_end_timestamps", time.time())
+        self._log_value("peak_memory_gib", self.log.peak_memory(self.device))
+        self.print_to_log_file(self.log.summary(self.current_epoch, self.num_epochs))
+        self.current_epoch += 1
+        self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
+        self._draw_progress()
+        if self.current_epoch < self.num_epochs and self._should_stop(now=True):
+            self._stop()
+
+    def _draw_progress(self) -> None:
+        """Draw progress.png after the last epoch, and now and then before: it can cost more than a short epoch."""
+        drawn_recently = time.monotonic() - self._drawn < SECONDS_BETWEEN_PICTURES
+        if self.local_rank != 0 or (drawn_recently and self.current_epoch < self.num_epochs):
+            return
+        draw_progress(self.log.history(), join(self.output_folder, "progress.png"))
+        self._drawn = time.monotonic()
+
+    def on_train_end(self) -> None:
+        self.interruption.release()
+        super().on_train_end()
+        for stream in (self.dataloader_train, self.dataloader_val):
+            stream.close()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """There are no labels to validate on: write the last epoch's numbers and say what comes next."""
+        if self.local_rank == 0:
+            write_json(join(self.output_folder, "quality.json"), self.log.last())
+            checkpoint = join(self.output_folder, "checkpoint_final.pth")
+            self.print_to_log_file(f"Pretrained weights: {checkpoint}")
+            self.print_to_log_file(f"Next: nnssl_plugin adapt -d TARGET_ID -w {checkpoint} -n {self.method}")
+
+    def _should_stop(self, now: bool = False) -> bool:
+        """Whether to stop after this step; all ranks agree, every few steps or ``now``."""
+        wanted = self.interruption.requested()
+        if not self.is_ddp:
+            return wanted
+        if not now and self.step % STEPS_BETWEEN_AGREEMENTS:
+            return False
+        return any_rank(wanted, self.device)
+
+    def _stop(self) -> None:
+        """Save and leave with the exit code that says: continue with --c."""
+        self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
+        self.print_to_log_file(
+            f"Stopped by {self.interruption.reason or 'another rank'} after step {self.step} of {self.total_steps}; "
+            "the same command with --c goes on from here."
+        )
+        sys.exit(TO_BE_CONTINUED)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write an nnU-Net checkpoint of the bare network, with the task's own state beside it (see docs/reference)."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        epochs = self.step // self.training_settings.iterations_per_epoch
+        save_checkpoint(
+            {
+                "network_weights": self.task.backbone.network.state_dict(),
+                "optimizer_state": self.optimizer.state_dict(),
+                "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+                "logging": self.log.history(epochs),
+                "_best_ema": None,
+                "current_epoch": epochs,
+                "init_args": self.my_init_kwargs,
+                "trainer_name": type(self).__name__,
+                "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+                "ssl_state": {"task": self._task_state(), "step": self.step, "epoch_sums": self.sums.state()},
+                "provenance": self._provenance(),
+                "nnssl_adaptation_plan": nnssl_adaptation_plan(
+                    self.plans_manager.plans,
+                    self.configuration_name,
+                    network=self.task.backbone.network,
+                    input_channels=self.num_input_channels,
+                ),
+                "citations": nnssl_citations(self.method, self.citations),
+            },
+            filename,
+        )
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Go on exactly where the checkpoint was written."""
+        if not self.was_initialized:
+            self.initialize()
+        checkpoint = filename_or_checkpoint
+        if not isinstance(checkpoint, dict):
+            checkpoint = read_checkpoint(filename_or_checkpoint, device=self.device)
+        if not {"ssl_state", "optimizer_state"} <= checkpoint.keys():
+            raise UserError("The checkpoint holds no pretraining to continue (ssl_state and optimizer_state; a shared "
+                            "folder leaves the optimiser out).", "Start without --c.")
+        state = checkpoint["ssl_state"]
+        self._load_task(state["task"] | {BARE + key: value for key, value in checkpoint["network_weights"].items()})
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self.step = state["step"]
+        self.continued_from = checkpoint.get("provenance", {}).get("continued_from")
+        self.sums.load(state["epoch_sums"])
+        self.current_epoch = checkpoint["current_epoch"]
+        self.logger.load_checkpoint(checkpoint["logging"])
+
+    def _load_task(self, state: dict[str, Tensor]) -> None:
+        try:
+            self.task.load_state_dict(state)
+        except RuntimeError as error:  # keys or shapes differ
+            raise UserError(
+                f"The checkpoint does not fit the plan: {str(error).splitlines()[1].strip()[:200]}",
+                "Restore the plan's network and pretraining block, or start without --c.",
+            ) from error
+
+    def _task_state(self) -> dict[str, Tensor]:
+        """What the task holds beyond the bare network."""
+        return {key: value for key, value in self.task.state_dict().items() if not key.startswith(BARE)}
+
+    def _provenance(self) -> dict:
+        origin, trained = self.continued_from or {}, self.task.backbone.trained_prefixes()
+        described = describe_pretraining(
+            method=self.method,
+            settings=asdict(self.method_settings),
+            training=asdict(self.training_settings),
+            plans=self.plans_manager.plans,
+            configuration=self.configuration_name,
+            dataset_json=self.dataset_json,
+            trained=list(dict.fromkeys([*trained, *origin.get("trained", ())])),
+            steps=self.step,
+            cases=self.training_cases,
+            citations=list(self.citations),
+            licence=self.dataset_json.get("licence", "not stated"),
+            weights=self.task.backbone.network.state_dict(),
+        )
+        return described | ({"continued_from": origin} if origin else {})
+
+    # ------------------------------------------------------------------ logging
+
+    def _log_value(self, name: str, value: float) -> None:
+        self.log.add(name, float(value), self.current_epoch)
+
+    def _log_settings(self) -> None:
+        """Print every setting that differs from the method's default, old → new."""
+        pairs = ((self.training_settings, self.training_defaults), (self.method_settings, self.method_defaults))
+        for chosen, default in pairs:
+            for name, value in asdict(chosen).items():
+                if value != getattr(default, name):
+                    self.print_to_log_file(f"Setting {name}: {getattr(default, name)} → {value} (plan)")
+        planned = self.configuration_manager.batch_size
+        if self.batch_size != planned:
+            self.print_to_log_file(f"Batch size: {planned} (planned) → {self.batch_size} per rank (pretraining block)")
+
+
+def _unscaled(total: Tensor) -> Tensor:
+    return total

@@ -1,0 +1,1 @@
+"""What is done with weights: a folder per task."""

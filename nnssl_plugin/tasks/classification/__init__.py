@@ -1,0 +1,1 @@
+"""Image classification on nnU-Net's plans, folds and files."""

@@ -1,0 +1,179 @@
+"""How good a classifier is: every measure of a set of predictions, with intervals over subjects, and its files."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnssl_plugin.io.files import write_json
+from nnssl_plugin.nnunet.case_labels import BINARY, MULTILABEL, Target
+from nnssl_plugin.tasks.classification.metrics import BINS, class_measures, indicators
+from nnssl_plugin.tasks.classification.predictions import (
+    Predictions,
+    make_predictions,
+    name_suffix,
+    predicted_labels,
+    write_predictions,
+)
+
+CONFIDENCE, SAMPLES, SEED = 0.95, 2000, 0
+CHUNK = 2**20
+"""Weights that are held at once (8 MiB)."""
+OF_CLASS = ("sensitivity", "specificity", "ppv", "npv", "f1", "auroc", "average_precision")
+
+
+def write_validation(folder: str | Path, target: Target, cases: Sequence[str], subjects: Sequence[str], labels,
+                     probabilities, *, targets: Sequence[Target] = ()) -> dict[str, Any]:
+    """Write ``predictions.csv``, ``summary.json`` and the figures of one target, and return the summary.
+
+    Args:
+        folder: for example ``fold_0/validation``.
+        target: what was predicted.
+        cases: N names.
+        subjects: of the cases; intervals come from drawing subjects.
+        labels: as :func:`make_predictions` takes them.
+        probabilities: (N, K) in [0, 1].
+        targets: all targets of the run; with several, names of files end in ``_TARGET``.
+
+    Raises:
+        UserError: a probability is NaN or out of range, or numbers do not belong together.
+    """
+    predictions = make_predictions(target, cases, subjects, labels, probabilities)
+    return write_predictions_and_summary(folder, predictions, targets=targets)
+
+
+def write_predictions_and_summary(folder: str | Path, predictions: Predictions, *, targets: Sequence[Target] = (),
+                                  more: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The files of :func:`write_validation`, with further entries of ``summary.json`` in ``more``."""
+    from nnssl_plugin.tasks.classification.figures import draw_class_figures
+
+    folder, target = Path(folder), predictions.target
+    suffix = name_suffix(target, targets)
+    summary = summarise_predictions(predictions) | {"intervals": subject_intervals(predictions)} | (more or {})
+    write_predictions(folder / f"predictions{suffix}.csv", predictions)
+    write_json(folder / f"summary{suffix}.json", summary)
+    draw_class_figures(folder, predictions, summary["intervals"], suffix=suffix)
+    return summary
+
+
+def class_summary(labels, probabilities, *, target: Target, subjects: Sequence[str]) -> dict[str, Any]:
+    """Every measure, ready for JSON: quick enough for every epoch, without intervals.
+
+    A measure that is not defined is null, and ``undefined`` says why. Definitions: docs/how-to/classify.md.
+
+    Args:
+        labels: N class indices, or (N, K) indicators or tuples of indices of a multi-label target.
+        probabilities: (N, K) in [0, 1].
+        target: kind and classes.
+        subjects: of the cases.
+    """
+    cases = [str(i) for i in range(len(subjects))]
+    return summarise_predictions(make_predictions(target, cases, subjects, labels, probabilities))
+
+
+def summarise_predictions(predictions: Predictions) -> dict[str, Any]:
+    """:func:`class_summary` of a table."""
+    target, labels = predictions.target, predictions.labels
+    answers = predicted_labels(predictions.probabilities, target)
+    truth, predicted = indicators(labels, target), indicators(answers, target)
+    found = class_measures(labels, predictions.probabilities, np.ones((1, len(labels))), target=target)
+    values = {name: None if np.isnan(value[0]) else float(value[0]) for name, value in found.items()}
+    per_class = {
+        name: {"cases": int(truth[:, k].sum()), "predicted": int(predicted[:, k].sum())}
+        | {measure: values[f"{measure}/{name}"] for measure in OF_CLASS}
+        for k, name in enumerate(target.classes)
+    }
+    return {
+        "target": target.name,
+        "kind": target.kind,
+        "classes": list(target.classes),
+        "cases": len(labels),
+        "subjects": len(set(predictions.subjects)),
+        **{name: value for name, value in values.items() if "/" not in name},
+        "per_class": per_class,
+        "confusion_matrix": confusion(truth, predicted, target),
+        "calibration_bins": BINS,
+        "undefined": dict(_reasons(values, truth, target)),
+    }
+
+
+def confusion(truth: np.ndarray, predicted: np.ndarray, target: Target) -> list:
+    """Counts [true class][predicted class]; of a multi-label target one [[TN, FP], [FN, TP]] per class.
+
+    Args:
+        truth: (N, K) bool.
+        predicted: (N, K) bool.
+        target: kind and classes.
+    """
+    if target.kind != MULTILABEL:
+        return (truth.T.astype(int) @ predicted.astype(int)).tolist()
+    pairs = [(np.stack([~t, t]).astype(int), np.stack([~p, p]).astype(int))
+             for t, p in zip(truth.T, predicted.T, strict=True)]
+    return [(real @ claimed.T).tolist() for real, claimed in pairs]
+
+
+def subject_intervals(predictions: Predictions) -> dict[str, list[float | None]]:
+    """Percentile bootstrap intervals of every measure, name → [low, high], from drawing subjects with replacement.
+
+    All cases of a drawn subject count. Draws in which a measure is not defined are left out; where that is more than
+    every tenth, or there is a single subject, the interval is [null, null].
+    """
+    if len(set(predictions.subjects)) < 2:
+        names = class_measures(predictions.labels, predictions.probabilities, np.ones((1, len(predictions.cases))),
+                               target=predictions.target)
+        return {name: [None, None] for name in names}
+    drawn = resampled_measures([predictions])[0]
+    return {name: percentile_interval(values) for name, values in drawn.items()}
+
+
+def resampled_measures(runs: Sequence[Predictions]) -> list[dict[str, np.ndarray]]:
+    """Measures of runs over the same cases, name → (SAMPLES,), the same subjects drawn for all."""
+    parts = [[class_measures(run.labels, run.probabilities, weights, target=run.target) for run in runs]
+             for weights in _drawn_weights(runs[0].subjects)]
+    return [{name: np.concatenate([part[i][name] for part in parts]) for name in parts[0][i]}
+            for i in range(len(runs))]
+
+
+def percentile_interval(values: np.ndarray) -> list[float | None]:
+    """[low, high] of the defined values; [null, null] where more than every tenth is not defined."""
+    defined = values[~np.isnan(values)]
+    if len(defined) < 0.9 * len(values):
+        return [None, None]
+    return [float(edge) for edge in np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])]
+
+
+def _drawn_weights(subjects: Sequence[str]) -> Iterator[np.ndarray]:
+    """How often each case counts in each draw, in chunks (S, N)."""
+    names, subject_of = np.unique(np.asarray(subjects), return_inverse=True)
+    rng = np.random.default_rng(SEED)
+    rows = max(1, CHUNK // len(subject_of))
+    for start in range(0, SAMPLES, rows):
+        number = min(rows, SAMPLES - start)
+        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=number)
+        yield drawn[:, subject_of].astype(float)
+
+
+def _reasons(values: dict[str, float | None], truth: np.ndarray, target: Target) -> Iterator[tuple[str, str]]:
+    """Why a measure is null, or a mean leaves out a class."""
+    named = list(zip(target.classes, truth.T, strict=True))
+    absent = [name for name, has in named if not has.any()]
+    universal = [name for name, has in named if has.all()]
+    for measure, value in values.items():
+        if value is None:
+            yield measure, _why_null(measure, absent, universal)
+    if absent and target.kind != BINARY:
+        yield "means", f"means over classes leave out {', '.join(absent)}: no case has it"
+
+
+def _why_null(measure: str, absent: list[str], universal: list[str]) -> str:
+    name = measure.partition("/")[2]
+    if name in absent:
+        return f"no case has {name}"
+    if name in universal:
+        return f"every case has {name}"
+    if name:
+        return f"{name} is predicted for no case, or for every case"
+    if measure == "quadratic_kappa":
+        return "all cases have one class and it is predicted for all"
+    return "all cases have one class"

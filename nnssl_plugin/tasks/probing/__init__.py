@@ -1,0 +1,1 @@
+"""Probing: what frozen features tell apart."""

@@ -1,0 +1,1 @@
+"""Segmentation: fine-tuning through nnU-Net, and its evaluation."""

@@ -1,0 +1,1 @@
+"""What moves or hides voxels, made on the device: affine views and masks."""

@@ -1,0 +1,230 @@
+"""One slice per case: which, how it looks, and what the template says of it."""
+
+import itertools
+import json
+
+import nibabel
+import numpy as np
+import pytest
+
+from nnssl_plugin.captions.captioners import SliceFacts, TemplateCaptioner, modality_of
+from nnssl_plugin.captions.triplets import Volume, caption_dataset, choose_triplet, slice_facts, slice_image
+from nnssl_plugin.data.triplets import Triplet, read_triplets, write_triplets
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.nnunet.planes import PLANES, RAS_AXIS
+from nnssl_plugin.nnunet.raw_folders import training_files
+
+ORIENTATIONS = ["RAS", "LPS", "PSR", "ASL", "IPR", "SRA"]
+
+
+def stored(ras_array, ras_affine, codes):
+    """The same volume, stored in another orientation."""
+    image = nibabel.Nifti1Image(ras_array, ras_affine)
+    ras = nibabel.orientations.axcodes2ornt("RAS")
+    turned = image.as_reoriented(nibabel.orientations.ornt_transform(ras, nibabel.orientations.axcodes2ornt(codes)))
+    return Volume(turned.get_fdata(dtype=np.float32), turned.affine)
+
+
+def draft(plane, index, volume, **fields):
+    axis = [PLANES_OF[c] for c in nibabel.aff2axcodes(volume.affine)].index(plane)
+    return Triplet("c", plane, index, volume.array.shape[axis], **{"text": "", "captioner": "t", **fields})
+
+
+PLANES_OF = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
+
+
+@pytest.fixture
+def dataset(raw, phantom):
+    """A raw dataset of three cases, the last stored sagittally, made by hand as any nnU-Net dataset."""
+    folder = raw / "Dataset007_Any"
+    for index, codes in enumerate(["RAS", "LPS", "PSR"]):
+        volume = stored(phantom(index), np.diag([1.0, 2.0, 3.0, 1.0]), codes)
+        for where, array in (("imagesTr/c{}_0000", volume.array), ("labelsTr/c{}", volume.array > 50)):
+            path = folder / f"{where.format(index)}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(array.astype(np.float32), volume.affine), path)
+    content = {"channel_names": {"0": "T2"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps({**content, "numTraining": 3}))
+    return folder
+
+
+def test_every_plane_and_every_slice_with_body_is_drawn_and_no_other():
+    body = np.zeros((6, 7, 8), dtype=bool)
+    body[1:3, 4:7, 5] = True
+    drawn = {choose_triplet(f"c{n}", body, np.eye(4), seed=0)[:2] for n in range(400)}
+    expected = {("sagittal", i) for i in (1, 2)} | {("coronal", j) for j in (4, 5, 6)} | {("axial", 5)}
+    assert drawn == expected
+
+
+def test_planes_are_drawn_uniformly_and_slices_too():
+    body = np.ones((4, 4, 4), dtype=bool)
+    draws = [choose_triplet(f"c{n}", body, np.eye(4), seed=1)[:2] for n in range(1200)]
+    counts = [draws.count(pair) for pair in itertools.product(PLANES, range(4))]
+    assert sum(counts) == 1200
+    assert all(58 < count < 142 for count in counts)  # 100 expected, 4.4 standard deviations
+
+
+def test_draw_depends_on_seed_and_case_alone():
+    body = np.ones((30, 31, 32), dtype=bool)
+    first = [choose_triplet(f"c{n}", body, np.eye(4), seed=0) for n in range(20)]
+    assert first == [choose_triplet(f"c{n}", body, np.eye(4), seed=0) for n in reversed(range(20))][::-1]
+    assert first != [choose_triplet(f"c{n}", body, np.eye(4), seed=1) for n in range(20)]
+
+
+def test_without_label_the_whole_image_counts():
+    drawn = {choose_triplet(f"c{n}", np.zeros((3, 3, 3)), np.eye(4), seed=0)[:2] for n in range(200)}
+    assert drawn == set(itertools.product(PLANES, range(3)))
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+@pytest.mark.parametrize("plane", PLANES)
+def test_slice_is_the_anatomical_one_however_the_volume_is_stored(codes, plane):
+    """The picture of an anatomical slice does not depend on the storage, and is the slice cut out of RAS by hand."""
+    ras = np.random.default_rng(0).uniform(size=(5, 6, 7)).astype(np.float32)
+    volume = stored(ras, np.eye(4), codes)
+    position = 2
+    axis = [PLANES_OF[code] for code in codes].index(plane)
+    index = position if codes[axis] in "RAS" else volume.array.shape[axis] - 1 - position
+    cut = np.take(ras, position, axis=RAS_AXIS[plane])
+    expected = np.empty(cut.shape[::-1])
+    for row, column in np.ndindex(*expected.shape):  # rows run down from S (axial: A), columns from R (sagittal: A)
+        expected[row, column] = cut[cut.shape[0] - 1 - column, cut.shape[1] - 1 - row]
+    expected = np.rint((expected - cut.min()) / (cut.max() - cut.min()) * 255)
+    picture = slice_image(volume, draft(plane, index, volume))
+    assert picture.dtype == np.uint8
+    for channel in range(3):
+        np.testing.assert_allclose(picture[..., channel], expected, atol=1)
+    facts = slice_facts(volume, draft(plane, index, volume), modality="MR")
+    assert facts.position == pytest.approx(position / (ras.shape[RAS_AXIS[plane]] - 1))
+
+
+def test_landmarks_lie_where_a_radiologist_expects_them():
+    ras = np.zeros((9, 9, 9), dtype=np.float32)
+    ras[8, 4, 4], ras[4, 8, 4], ras[4, 4, 8] = 1, 2, 3  # right, anterior, superior
+    volume = Volume(ras, np.eye(4))
+    corner = {plane: slice_image(volume, draft(plane, 4, volume))[..., 0] for plane in PLANES}
+    assert corner["axial"][4, 0] > 0 and corner["axial"][0, 4] == 255  # right on the left, anterior on top
+    assert corner["coronal"][4, 0] > 0 and corner["coronal"][0, 4] == 255  # right on the left, superior on top
+    assert corner["sagittal"][4, 0] > 0 and corner["sagittal"][0, 4] == 255  # anterior on the left
+
+
+def test_pixels_become_square():
+    array = np.random.default_rng(0).uniform(size=(10, 20, 6)).astype(np.float32)
+    volume = Volume(array, np.diag([1.0, 0.5, 4.0, 1.0]))
+    assert slice_image(volume, draft("axial", 2, volume)).shape == (20, 20, 3)  # 10 mm by 10 mm at 0.5 mm
+    assert slice_image(volume, draft("coronal", 2, volume)).shape == (24, 10, 3)  # 24 mm high, 10 mm wide, 1 mm
+    assert slice_image(volume, draft("sagittal", 2, volume)).shape == (48, 20, 3)
+    facts = slice_facts(volume, draft("coronal", 2, volume), modality="")
+    assert facts.extent_mm == pytest.approx((10, 24)) and facts.spacing_mm == pytest.approx(0.5)
+
+
+def test_constant_nan_and_huge_slices_are_pictures():
+    array = np.zeros((4, 4, 4), dtype=np.float32)
+    array[0, 0, 1], array[1, 1, 1], array[2, 2, 2] = np.nan, 1.7e6, np.inf
+    volume = Volume(array, np.eye(4))
+    assert slice_image(volume, draft("axial", 0, volume)).max() == 0
+    middle = slice_image(volume, draft("axial", 1, volume))
+    assert middle.max() == 255 and (middle > 0).sum() == 3
+    assert slice_image(volume, draft("axial", 2, volume)).max() == 0
+
+
+def test_triplet_that_does_not_fit_the_image_is_refused(phantom):
+    volume = Volume(phantom(), np.eye(4))
+    with pytest.raises(UserError, match="counts 99 axial slices"):
+        slice_image(volume, Triplet("c", "axial", 3, 99, "text", "t"))
+
+
+def test_template_states_what_the_file_knows_and_no_more():
+    facts = SliceFacts("c", "CT", "axial", 0.62, (350.0, 280.4), 1.5, "abdomen")
+    assert TemplateCaptioner().describe(np.zeros((2, 2, 3)), facts) == (
+        "An axial CT slice of the abdomen, in the middle third of the volume, 62% of the way from inferior to "
+        "superior. It shows 350 mm by 280 mm; neighbouring slices are 1.5 mm apart."
+    )
+    bare = TemplateCaptioner().describe(np.zeros((2, 2, 3)), SliceFacts("c", "", "sagittal", 1.0, (3.0, 4.0), 1.0, ""))
+    assert bare.startswith("A sagittal slice, in the right third of the volume, 100% of the way from left to right.")
+
+
+def test_channel_names_that_choose_a_normalisation_are_no_modality():
+    assert modality_of({"channel_names": {"0": "T1", "1": "T2"}}) == "T1"
+    assert modality_of({"modality": {"0": "CT"}}) == "CT"
+    assert [modality_of({"channel_names": {"0": n}}) for n in ("noNorm", "zscore", "rescale_to_0_1")] == [""] * 3
+
+
+def test_any_dataset_gets_one_line_per_case_on_a_slice_with_label(dataset):
+    summary = caption_dataset(dataset, TemplateCaptioner(), seed=3, body_part="knee")
+    triplets = read_triplets(dataset)
+    assert (summary.added, summary.kept, list(triplets)) == (3, 0, ["c0", "c1", "c2"])
+    for case, triplet in triplets.items():
+        label = nibabel.load(dataset / "labelsTr" / f"{case}.nii.gz")
+        axis = [PLANES_OF[code] for code in nibabel.aff2axcodes(label.affine)].index(triplet.plane)
+        assert triplet.n_slices == label.shape[axis]
+        assert np.take(label.get_fdata(), triplet.slice, axis=axis).any()
+        assert "T2 slice of the knee" in triplet.text and triplet.captioner == "template"
+    line = json.loads((dataset / "triplets.jsonl").read_text().splitlines()[0])
+    assert {"case", "plane", "slice", "n_slices", "text", "captioner"} <= set(line)
+
+
+def test_second_run_keeps_lines_and_adding_cases_never_changes_others(dataset):
+    first = caption_dataset(dataset, TemplateCaptioner(), body_part="knee")
+    before = read_triplets(dataset)
+    assert caption_dataset(dataset, TemplateCaptioner()) == type(first)(first.path, added=0, kept=3)
+    for where in ("imagesTr/{}_0000.nii.gz", "labelsTr/{}.nii.gz"):
+        (dataset / where.format("b")).write_bytes((dataset / where.format("c0")).read_bytes())
+    summary = caption_dataset(dataset, TemplateCaptioner())
+    after = read_triplets(dataset)
+    assert (summary.added, summary.kept, set(after)) == (1, 3, {"b", *before})
+    assert {case: after[case] for case in before} == before
+
+
+def test_other_seed_or_body_part_rewrites_and_foreign_lines_stay(dataset):
+    caption_dataset(dataset, TemplateCaptioner())
+    lines = read_triplets(dataset)
+    mine = Triplet("c1", "axial", 3, 16, "I wrote this.", "radiologist")
+    write_triplets(dataset, {**lines, "c1": mine}.values())
+    assert caption_dataset(dataset, TemplateCaptioner(), seed=5).added == 2
+    assert caption_dataset(dataset, TemplateCaptioner(), seed=5, body_part="hip").added == 2
+    after = read_triplets(dataset)
+    assert after["c1"] == mine
+    assert "of the hip" in after["c0"].text and after["c0"].seed == 5
+
+
+def test_dataset_dict_several_channels_and_absent_labels(raw, dataset, phantom):
+    folder = raw / "Dataset008_Dict"
+    folder.mkdir()
+    nibabel.save(nibabel.Nifti1Image(phantom(8), np.eye(4)), folder / "second.nii.gz")
+    image = dataset / "imagesTr" / "c2_0000.nii.gz"
+    case = {"images": [str(image), "second.nii.gz"], "label": "absent.nii.gz"}
+    names = {"0": "FLAIR", "1": "T1"}
+    content = {"channel_names": names, "labels": {}, "file_ending": ".nii.gz", "dataset": {"x": case}}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    caption_dataset(folder, TemplateCaptioner())
+    triplet = read_triplets(folder)["x"]
+    shape = dict(zip((PLANES_OF[c] for c in "PSR"), nibabel.load(image).shape, strict=True))
+    assert triplet.n_slices == shape[triplet.plane] and "FLAIR slice" in triplet.text
+
+
+def test_other_captioner_sees_the_picture_and_its_text_becomes_one_line(dataset):
+    class Brightness:
+        name = "brightness"
+
+        def describe(self, slice_image, facts):
+            assert slice_image.ndim == 3 and slice_image.shape[2] == 3
+            return f"  {facts.plane},\nmean {slice_image.mean():.1f}\n"
+
+    caption_dataset(dataset, Brightness())
+    assert all("\n" not in t.text and t.text.startswith(t.plane) for t in read_triplets(dataset).values())
+
+
+def test_unreadable_image_is_an_error_that_keeps_earlier_lines(dataset):
+    (dataset / "imagesTr" / "c1_0000.nii.gz").write_bytes(b"broken")
+    with pytest.raises(UserError, match="c1_0000"):
+        caption_dataset(dataset, TemplateCaptioner())
+    assert list(read_triplets(dataset)) == ["c0"]
+
+
+def test_training_files_are_those_that_nnunet_finds(dataset):
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    theirs = get_filenames_of_train_images_and_targets(str(dataset))
+    ours = {case: (str(image), str(label)) for case, (image, label) in training_files(dataset).items()}
+    assert ours == {case: (files["images"][0], files["label"]) for case, files in theirs.items()}

@@ -1,0 +1,152 @@
+"""The two files that training reads: round trips, and what a damaged or stale file says."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nnssl_plugin.data.triplets import (
+    Embeddings,
+    Triplet,
+    load_embeddings,
+    place_of,
+    read_embeddings,
+    read_triplets,
+    text_sha256,
+    write_embeddings,
+    write_triplets,
+)
+from nnssl_plugin.errors import UserError
+
+ONE = Triplet("a", "axial", 3, 9, "Über dem Zwerchfell.", "template", 4, "chest")
+TWO = Triplet("b", "sagittal", 0, 1, "A slice.", "me")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "Dataset042_Test"
+    path.mkdir()
+    return path
+
+
+def rows(*triplets, size=5):
+    rng = np.random.default_rng(0)
+    return Embeddings(
+        case=np.array([t.case for t in triplets]),
+        text_sha256=np.array([text_sha256(t.text) for t in triplets]),
+        key=np.array(["k" * 64 for _ in triplets]),
+        image=rng.normal(size=(len(triplets), size)).astype(np.float32),
+        text=rng.normal(size=(len(triplets), size)).astype(np.float32),
+        weights="some model",
+    )
+
+
+def test_triplets_come_back_as_written_in_their_order(folder):
+    write_triplets(folder, [TWO, ONE])
+    assert list(read_triplets(folder).items()) == [("b", TWO), ("a", ONE)]
+    assert "Über" in (folder / "triplets.jsonl").read_text(encoding="utf-8")
+
+
+def test_lines_with_the_six_fields_alone_or_with_foreign_ones_are_read(folder):
+    line = {"case": "a", "plane": "coronal", "slice": 2, "n_slices": 5, "text": "x", "captioner": "me", "more": 1}
+    (folder / "triplets.jsonl").write_text(json.dumps(line) + "\n\n")
+    assert read_triplets(folder) == {"a": Triplet("a", "coronal", 2, 5, "x", "me")}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"plane": "oblique"}, "plane 'oblique'"),
+        ({"slice": 5}, "slice 5 of 5"),
+        ({"slice": -1}, "slice -1 of 5"),
+        ({"slice": "x"}, "ValueError"),
+        ({"text": " "}, "text is empty"),
+        ({"case": None}, "occurs twice"),
+    ],
+)
+def test_damaged_lines_name_their_number(folder, change, problem):
+    good = {"case": None, "plane": "axial", "slice": 2, "n_slices": 5, "text": "x", "captioner": "me"}
+    lines = (good, {**good, "case": 1, **change})
+    (folder / "triplets.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(UserError, match=problem) as caught:
+        read_triplets(folder)
+    assert "line 2" in caught.value.problem
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", "3"])
+def test_lines_that_are_no_triplet_are_refused(folder, line):
+    (folder / "triplets.jsonl").write_text(line)
+    with pytest.raises(UserError, match="line 1"):
+        read_triplets(folder)
+
+
+def test_absent_files_name_the_command(folder):
+    with pytest.raises(UserError) as caught:
+        read_triplets(folder)
+    assert caught.value.remedy == "Run: nnssl_plugin caption -d 042"
+    with pytest.raises(UserError) as caught:
+        read_embeddings(folder, {"a": ONE})
+    assert caught.value.remedy == "Run: nnssl_plugin caption -d 042"
+
+
+def test_embeddings_come_back_by_case(folder):
+    stored = rows(ONE, TWO)
+    write_embeddings(folder, stored)
+    back = read_embeddings(folder, {"b": TWO})
+    assert list(back) == ["b"]
+    np.testing.assert_array_equal(back["b"][0], stored.image[1])
+    np.testing.assert_array_equal(back["b"][1], stored.text[1])
+    assert load_embeddings(folder).weights == "some model"
+
+
+def test_missing_and_stale_rows_name_case_and_command(folder):
+    write_embeddings(folder, rows(ONE))
+    with pytest.raises(UserError, match="no embedding of b") as caught:
+        read_embeddings(folder, {"a": ONE, "b": TWO})
+    assert "caption -d 042" in caught.value.remedy
+    changed = Triplet("a", "axial", 3, 9, "Other words.", "me")
+    with pytest.raises(UserError, match="text of a has changed"):
+        read_embeddings(folder, {"a": changed})
+    many = {name: Triplet(name, "axial", 0, 1, "x", "me") for name in "cdefg"}
+    with pytest.raises(UserError, match="c, d, e and 2 more"):
+        read_embeddings(folder, many)
+
+
+def test_rows_of_another_slice_or_plane_are_stale(folder):
+    write_embeddings(folder, replace(rows(ONE), place=np.array([place_of(ONE)])))
+    assert load_embeddings(folder).place.tolist() == ["axial 3/9"]
+    assert list(read_embeddings(folder, {"a": ONE})) == ["a"]
+    for change in ({"slice": 4}, {"plane": "coronal"}, {"n_slices": 10}):
+        with pytest.raises(UserError, match="another slice of a") as caught:
+            read_embeddings(folder, {"a": replace(ONE, **change)})
+        assert "caption -d 042" in caught.value.remedy
+    write_embeddings(folder, rows(ONE))  # as files of before there was a place
+    assert list(read_embeddings(folder, {"a": replace(ONE, slice=4)})) == ["a"]
+
+
+def test_damaged_archive_is_refused_and_pickles_are_never_read(folder):
+    path = folder / "clip_embeddings.npz"
+    for content in (b"", b"no archive"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            load_embeddings(folder)
+    objects = np.array([{"a": 1}], dtype=object)
+    np.savez(path, case=objects, text_sha256=objects, key=objects, image=objects, text=objects, weights="w")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_embeddings(folder)
+    table = {name: value for name, value in vars(rows(ONE, TWO)).items() if value is not None}
+    np.savez(path, **{**table, "image": table["image"][:1]})
+    with pytest.raises(UserError, match="differ in length"):
+        load_embeddings(folder)
+    np.savez(path, **{name: value for name, value in table.items() if name != "key"})
+    with pytest.raises(UserError, match="cannot be read"):
+        load_embeddings(folder)
+
+
+def test_reading_needs_neither_open_clip_nor_torch():
+    heavy = "{'open_clip', 'torch', 'SimpleITK'}"
+    code = f"import sys, nnssl_plugin.data.triplets; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,112 @@
+"""S2DC through nnU-Net's own commands: plan, pretrain, adapt, fine-tune and predict labelled phantoms, in few steps."""
+
+import subprocess
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from nnssl_plugin.cli.env import search_path
+from nnssl_plugin.cli.main import main
+from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.quickstart.commands import environment_for
+from nnssl_plugin.quickstart.phantoms import write_phantoms
+
+pytestmark = pytest.mark.slow
+
+DATASET, ID, PLAN = "Dataset903_Phantoms", "903", "s2dc-small"
+PRETRAINER, FINETUNER = "S2DCPretrainer", "PretrainedSegmentationTrainer"
+SHAPE, SPACING_MM = (24, 32, 32), (3, 2, 2)
+SETTINGS = (
+    "epochs=2", "iterations_per_epoch=3", "validation_iterations=1", "warmup_epochs=0", "batch_size=2", "lr=1e-3",
+    "method.token_stride=4", "method.hidden=32", "method.dim=16", "method.queue=8",
+    "finetuning.epochs=1", "finetuning.iterations_per_epoch=3", "finetuning.validation_iterations=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """nnU-Net's folders after the whole road."""
+    root = tmp_path_factory.mktemp("s2dc")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            (root / name).mkdir()
+            patch.setenv(name, str(root / name))
+        write_dataset(root / "nnUNet_raw" / DATASET)
+        command(root, "nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "3d_fullres", "-npfp", "2", "-np", "2")
+        shrink(root)
+        train(root, "all", PLAN, PRETRAINER)
+        weights = fold_of(root, PRETRAINER, PLAN, "all") / "checkpoint_final.pth"
+        assert main(["adapt", "-d", ID, "-w", str(weights), "-p", PLAN, "-n", "pre"]) == 0
+        train(root, "0", f"{PLAN}-pre", FINETUNER)
+        command(root, "nnUNetv2_predict", "-i", str(root / "nnUNet_raw" / DATASET / "imagesTs"),
+                "-o", str(root / "predictions"), "-d", ID, "-c", "3d_fullres", "-f", "0", "-tr", FINETUNER,
+                "-p", f"{PLAN}-pre", "-device", "cpu", "-step_size", "1", "--disable_tta", "-npp", "1", "-nps", "1")
+        yield root
+
+
+def write_dataset(raw):
+    """Five labelled cases and one to predict."""
+    write_phantoms(raw / "imagesTr", 5, seed=1, shape=SHAPE, spacing_mm=SPACING_MM, labels_folder=raw / "labelsTr")
+    write_phantoms(raw / "imagesTs", 1, seed=2, shape=SHAPE, spacing_mm=SPACING_MM)
+    write_json(raw / "dataset.json", {
+        "channel_names": {"0": "MR"}, "labels": {"background": 0, "liver": 1, "kidney": 2}, "numTraining": 5,
+        "file_ending": ".nii.gz", "overwrite_image_reader_writer": "NibabelIOWithReorient",
+    })
+
+
+def shrink(root):
+    """The plan with the preset of the method, a narrow network and few steps."""
+    plan = read_json(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")
+    configuration = plan["configurations"]["3d_fullres"]
+    stages = len(configuration["architecture"]["arch_kwargs"]["features_per_stage"])
+    features = [4 * 2**stage for stage in range(stages)]
+    key = "configurations.3d_fullres.architecture.arch_kwargs.features_per_stage"
+    assert main(["plan", "-d", ID, "-n", PLAN, "--preset", "s2dc", "--set", f"{key}={features}", *SETTINGS]) == 0
+
+
+def command(root, *words):
+    """One of nnU-Net's commands on these folders."""
+    environment = environment_for(root, search_path()) | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if words[0] == "nnUNetv2_train":
+        environment["nnUNet_n_proc_DA"] = "0"  # planning fails on it
+    finished = subprocess.run(words, env=environment, cwd=root, capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+
+
+def train(root, fold, plan, trainer):
+    command(root, "nnUNetv2_train", ID, "3d_fullres", fold, "-p", plan, "-tr", trainer, "-device", "cpu")
+
+
+def fold_of(root, trainer, plan, fold):
+    return root / "nnUNet_results" / DATASET / f"{trainer}__{plan}__3d_fullres" / f"fold_{fold}"
+
+
+def test_the_pretraining_leaves_a_plain_checkpoint_numbers_and_pictures(folder):
+    fold = fold_of(folder, PRETRAINER, PLAN, "all")
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=True)
+    assert checkpoint["ssl_state"]["step"] == 6 and checkpoint["provenance"]["method"] == "s2dc"
+    assert all(torch.isfinite(v).all() for v in checkpoint["network_weights"].values() if v.is_floating_point())
+    quality = read_json(fold / "quality.json")
+    for name in ("train/global", "train/p2p", "train/p2s", "diagnostics/matching_accuracy", "diagnostics/cosine_gap",
+                 "diagnostics/silhouette"):
+        assert np.isfinite(quality[name]), name
+    assert {path.name for path in (fold / "figures").iterdir()} == {
+        f"{name}_epoch_0001.png" for name in ("views", "similarity", "components")}
+
+
+def test_the_whole_encoder_was_loaded(folder):
+    report = read_json(folder / "nnUNet_preprocessed" / DATASET / f"{PLAN}-pre_3d_fullres_report.json")
+    assert report["coverage"]["encoder"] == 1.0 and report["warnings"] == []
+
+
+def test_it_fine_tunes_and_predicts_on_the_grid_of_the_image(folder):
+    weights = torch.load(fold_of(folder, FINETUNER, f"{PLAN}-pre", 0) / "checkpoint_final.pth", weights_only=False)
+    assert all(torch.isfinite(v).all() for v in weights["network_weights"].values() if v.is_floating_point())
+    (predicted,) = (folder / "predictions").glob("*.nii.gz")
+    image = nibabel.load(folder / "nnUNet_raw" / DATASET / "imagesTs" / "phantom_000_0000.nii.gz")
+    prediction = nibabel.load(predicted)
+    assert prediction.shape == image.shape and set(np.unique(prediction.get_fdata())) <= {0, 1, 2}
+    np.testing.assert_allclose(prediction.affine, image.affine, atol=1e-4)

@@ -1,0 +1,317 @@
+"""The objective of Med3DInsight on a tiny U-Net: terms, gradients, projection, frozen embeddings, overfitting."""
+
+import math
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from torch import nn
+
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.methods.med3dinsight.objective import Med3DInsight
+from nnssl_plugin.methods.med3dinsight.settings import TRAINING, Settings
+from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.objectives.partial_transport import mpot_loss
+from nnssl_plugin.settings import settings_from
+
+SMALL = {"dim": 24, "queries": 8, "layers": 1, "heads": 4, "mlp_ratio": 2, "slice_bins": 8, "mask_block": 4}
+EMBEDDING_DIM = 12
+
+
+def build(channels=1, network_class=PlainConvUNet, **changes):
+    torch.manual_seed(0)
+    depth = "n_blocks_per_stage" if network_class is ResidualEncoderUNet else "n_conv_per_stage"
+    network = network_class(
+        channels, 3, (4, 8, 16), nn.Conv3d, 3, (1, 2, 2), num_classes=2, n_conv_per_stage_decoder=1,
+        conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
+        deep_supervision=True, **{depth: 1},
+    )
+    return Med3DInsight(Backbone(network, channels), Settings(**(SMALL | changes)), EMBEDDING_DIM)
+
+
+def make_batch(size=4, channels=1, spatial=(16, 16, 16), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    axes = torch.meshgrid([torch.linspace(-1, 1, n) for n in spatial], indexing="ij")
+    centres = torch.rand(size, 3, 1, 1, 1, generator=generator) - 0.5
+    squared = (torch.stack(axes)[None] - centres).square().sum(1, keepdim=True)
+    image = torch.exp(-6 * squared).repeat(1, channels, 1, 1, 1)
+    return {
+        "image": (image - image.mean()) / image.std(),
+        "available": torch.ones(size, channels, dtype=torch.bool),
+        "plane": torch.randint(3, (size,), generator=generator),
+        "slice_position": torch.rand(size, generator=generator),
+        "image_embedding": nn.functional.normalize(torch.randn(size, EMBEDDING_DIM, generator=generator), dim=1),
+        "text_embedding": nn.functional.normalize(torch.randn(size, EMBEDDING_DIM, generator=generator), dim=1),
+    }
+
+
+def views_of(task, batch, seed=0):
+    return task.views(batch, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("network_class", [PlainConvUNet, ResidualEncoderUNet])
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("size", [1, 3])
+def test_terms_are_finite_and_add_up(network_class, channels, size):
+    task = build(channels, network_class, alignment_weight=0.5, reconstruction_weight=2.0)
+    terms = task(views_of(task, make_batch(size, channels)), 0.0)
+    assert set(terms) == {"reconstruction", "mpot_image", "mpot_text", "total"}
+    expected = 2 * terms["reconstruction"] + 0.5 * (terms["mpot_image"] + terms["mpot_text"])
+    torch.testing.assert_close(terms["total"], expected)
+    terms["total"].backward()
+    assert all(p.grad.isfinite().all() for p in task.parameters() if p.grad is not None)
+
+
+def test_everything_trained_gets_a_gradient_and_nothing_else():
+    task = build()
+    task(views_of(task, make_batch()), 0.0)["total"].backward()
+    for name, p in task.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+        assert p.requires_grad == ("seg_layers" not in name), name
+        # the instance norm that follows a convolution takes its bias away
+        assert p.grad is None or p.grad.abs().sum() > 0 or name.endswith("conv.bias"), name
+
+
+def test_losses_couple_the_gathered_samples():
+    task = build()
+    batch = make_batch(4)
+    views = views_of(task, batch)
+    whole = task(views, 0.0)
+    halves = [{k: v[i : i + 2] for k, v in views.items()} for i in (0, 2)]
+    other = task.encode(halves[1])[0]
+    task.gather = lambda outputs: {k: torch.cat((v, other[k])) for k, v in outputs.items()}
+    gathered = task(halves[0], 0.0)
+    torch.testing.assert_close(gathered["mpot_image"], whole["mpot_image"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gathered["mpot_text"], whole["mpot_text"], atol=1e-5, rtol=1e-5)
+
+
+def test_samples_do_not_interact_in_encode():
+    task = build()
+    views = views_of(task, make_batch(3))
+    outputs, own = task.encode(views)
+    alone_outputs, alone = task.encode({k: v[1:2] for k, v in views.items()})
+    torch.testing.assert_close(alone_outputs["volume"][0], outputs["volume"][1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone["reconstruction"][0], own["reconstruction"][1], atol=1e-5, rtol=1e-5)
+
+
+def test_batch_of_one_trains_the_reconstruction_only():
+    task = build()
+    terms = task(views_of(task, make_batch(1)), 0.0)
+    assert terms["mpot_image"].item() == pytest.approx(0, abs=1e-6)
+    terms["total"].backward()
+    assert task.metric.grad.abs().max().item() == pytest.approx(0, abs=1e-6)
+    assert task.psat.queries.grad.abs().max().item() == pytest.approx(0, abs=1e-6)
+    assert task.backbone.reconstruction_head.weight.grad.abs().max() > 0
+
+
+def test_reconstruction_is_the_mean_square_over_all_voxels_of_the_channels_a_case_has():
+    task = build(channels=2)
+    batch = make_batch(2, 2)
+    batch["available"][1, 1] = False
+    views = views_of(task, batch)
+    restored = task.backbone.reconstruct(task.backbone.features(views["corrupted"]))
+    error = (restored - views["image"]).square()
+    _, own = task.encode(views)
+    torch.testing.assert_close(own["reconstruction"], torch.stack((error[0].mean(), error[1, 0].mean())))
+
+
+def test_views_mask_blocks_from_one_generator():
+    task = build(mask_ratio=0.75)
+    batch = make_batch()
+    first, again, other = (views_of(task, batch, seed) for seed in (1, 1, 2))
+    assert torch.equal(first["corrupted"], again["corrupted"])
+    assert not torch.equal(first["corrupted"], other["corrupted"])
+    share = (first["corrupted"] != 0).float().mean()
+    assert share.item() == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(first["image"], batch["image"])
+
+
+def test_without_corruption_the_skips_carry_nothing():
+    task = build(corruption="none")
+    views = views_of(task, make_batch())
+    assert torch.equal(views["corrupted"], views["image"])
+    features = task.backbone.features(views["image"])
+    spoiled = [torch.randn_like(f) for f in features[:-1]] + features[-1:]
+    torch.testing.assert_close(task._reconstruct(spoiled), task._reconstruct(features))
+
+
+@pytest.mark.parametrize(("field_of_view", "window"), [("window", "slice"), ("resize", "whole")])
+def test_field_of_view_decides_the_window(field_of_view, window):
+    needs = build(field_of_view=field_of_view).needs
+    assert (needs.window, needs.triplets, needs.dimensions) == (window, True, (3,))
+    assert Med3DInsight.needs.window == "slice"
+
+
+def test_property_8_places_change_nothing_at_the_start():
+    task = build()
+    views = views_of(task, make_batch())
+    moved = views | {"plane": (views["plane"] + 1) % 3, "position": 1 - views["position"]}
+    assert torch.equal(task.encode(views)[0]["volume"], task.encode(moved)[0]["volume"])
+
+
+def test_property_9_order_of_the_triplets_does_not_matter_but_their_match_does():
+    task = build()
+    batch = make_batch(4)
+    views = views_of(task, batch)
+    outputs, _ = task.encode(views)
+    outputs = {k: v.detach() for k, v in outputs.items()}
+    outputs["volume"] = nn.functional.normalize(outputs["text"] + 0.1 * outputs["volume"], dim=1)
+    order = torch.tensor([2, 0, 3, 1])
+    loss = task.loss(outputs, 0.0)
+    permuted = task.loss({k: v[order] for k, v in outputs.items()}, 0.0)
+    for name in loss:
+        torch.testing.assert_close(permuted[name], loss[name], atol=1e-4, rtol=1e-4)
+    mismatched = task.loss(outputs | {"text": outputs["text"][order]}, 0.0)
+    assert mismatched["mpot_text"] > loss["mpot_text"] + 0.5
+    torch.testing.assert_close(mismatched["mpot_image"], loss["mpot_image"])
+
+
+def test_property_9_a_permuted_batch_has_the_same_total():
+    task = build()
+    views = views_of(task, make_batch(4))
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = task({k: v[order] for k, v in views.items()}, 0.0)
+    torch.testing.assert_close(permuted["total"], task(views, 0.0)["total"], atol=1e-4, rtol=1e-4)
+
+
+def test_property_10_frozen_encoders_are_never_trained_and_cached_embeddings_serve_as_well():
+    task = build()
+    image_encoder = nn.Sequential(nn.Flatten(), nn.Linear(16 * 16, EMBEDDING_DIM))
+    before = {k: v.clone() for k, v in image_encoder.state_dict().items()}
+    batch = make_batch()
+    slices = batch["image"][:, 0, 8]
+    cached = nn.functional.normalize(image_encoder(slices), dim=1).detach().numpy()
+    on_the_fly = task(views_of(task, batch | {"image_embedding": image_encoder(slices)}), 0.0)
+    from_cache = task(views_of(task, batch | {"image_embedding": torch.from_numpy(cached)}), 0.0)
+    torch.testing.assert_close(on_the_fly["mpot_image"], from_cache["mpot_image"], atol=1e-5, rtol=1e-5)
+    on_the_fly["total"].backward()
+    torch.optim.Adam(task.parameters(), lr=0.1).step()
+    assert all(p.grad is None for p in image_encoder.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in image_encoder.state_dict().items())
+    outputs, _ = task.encode(views_of(task, batch))
+    assert not outputs["image"].requires_grad and not outputs["text"].requires_grad
+
+
+def test_one_metric_serves_images_and_texts():
+    task = build()
+    outputs, _ = task.encode(views_of(task, make_batch()))
+    loss = task.loss(outputs, 0.0)
+    for name in ("image", "text"):
+        alone = mpot_loss(outputs["volume"], outputs[name], task.metric, mass=0.9, epsilon=0.05, iterations=100)
+        torch.testing.assert_close(loss[f"mpot_{name}"], alone)
+
+
+def test_metric_starts_euclidean_and_is_projected_after_an_applied_step_only():
+    task = build()
+    assert torch.equal(task.metric, torch.eye(EMBEDDING_DIM))
+    with torch.no_grad():
+        task.metric.copy_(torch.randn(EMBEDDING_DIM, EMBEDDING_DIM))
+    indefinite = task.metric.clone()
+    task.after_step(0.5, torch.tensor(False))
+    assert torch.equal(task.metric, indefinite)
+    task.after_step(0.5, torch.tensor(True))
+    assert torch.linalg.eigvalsh(task.metric).min() >= -1e-5
+    assert task.metric.requires_grad
+
+
+def test_metric_and_places_have_no_weight_decay_and_groups_are_complete():
+    task = build()
+    others, spared = task.parameter_groups()
+    assert {id(p) for p in spared["params"]} == {id(task.metric), id(task.psat.plane_slice)}
+    assert spared["weight_decay"] == 0.0 and "weight_decay" not in others
+    grouped = [id(p) for group in (others, spared) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in task.parameters() if p.requires_grad)
+
+
+def test_state_dict_holds_everything_that_is_learned():
+    task, copy = build(), build()
+    with torch.no_grad():
+        for p in task.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    copy.load_state_dict(task.state_dict())
+    views = views_of(task, make_batch())
+    assert torch.equal(copy(views, 0.0)["total"], task(views, 0.0)["total"])
+    assert {"metric", "psat.queries", "psat.plane_slice"} <= set(task.state_dict())
+
+
+def test_diagnostics_see_a_perfect_and_a_useless_match(monkeypatch):
+    task = build()
+    views = views_of(task, make_batch())
+    found = task.diagnostics(views)
+    assert found["features"].shape == (4, EMBEDDING_DIM)
+    assert found["metric_smallest_eigenvalue"].item() == pytest.approx(1)
+    monkeypatch.setattr(task, "encode", lambda views: ({"volume": views["text_embedding"],
+                                                        "image": views["text_embedding"][[1, 2, 3, 0]],
+                                                        "text": views["text_embedding"]}, {}))
+    found = task.diagnostics(views)
+    assert found["retrieval_text"].item() == 1
+    assert found["retrieval_image"].item() == 0
+    monkeypatch.setattr(task, "encode", lambda views: ({"volume": torch.ones(4, EMBEDDING_DIM),
+                                                        "image": views["text_embedding"],
+                                                        "text": views["text_embedding"]}, {}))
+    assert task.diagnostics(views)["retrieval_text"].item() == 0.25
+
+
+def test_pictures_show_the_first_sample():
+    task = build(channels=2)
+    views = views_of(task, make_batch(3, 2))
+    (titled,) = task.pictures(views).values()
+    assert [title for title, _ in titled] == ["input", "corrupted", "reconstruction"]
+    assert all(image.shape == (16, 16, 16) and not image.requires_grad for _, image in titled)
+    assert torch.equal(titled[0][1], views["image"][0, 0])
+
+
+def test_mixed_precision_gives_finite_float32_terms():
+    task = build()
+    views = views_of(task, make_batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = task(views, 0.0)
+        assert task.diagnostics(views)["features"].dtype == torch.float32
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in terms.values())
+    terms["total"].backward()
+    assert task.metric.grad.isfinite().all()
+
+
+def test_nan_in_one_image_reaches_the_total_without_raising():
+    task = build()
+    batch = make_batch()
+    batch["image"][0, 0, 0, 0, 0] = math.nan
+    assert task(views_of(task, batch), 0.0)["total"].isnan()
+
+
+def test_defaults_are_the_papers_numbers():
+    settings = Settings()
+    assert (settings.queries, settings.dim) == (300, 512)
+    assert settings.alignment_weight == settings.reconstruction_weight == 1
+    assert (TRAINING.lr, TRAINING.epochs, TRAINING.batch_size, TRAINING.weight_decay) == (2e-5, 300, 4, 0)
+
+
+def test_settings_come_from_a_plan_and_mistakes_are_named():
+    settings = settings_from({"mass": 1, "field_of_view": "resize"}, Settings(), "plan")
+    assert (settings.mass, settings.field_of_view, settings.queries) == (1, "resize", 300)
+    wrong = {"mass": 0.0, "epsilon": -1.0, "field_of_view": "sphere", "corruption": "blur", "mask_ratio": 1.0,
+             "queries": 0, "dim": 500, "heads": 0}
+    for name, value in wrong.items():
+        with pytest.raises(UserError, match=name):
+            settings_from({name: value}, Settings(), "plan")
+
+
+@pytest.mark.slow
+def test_t_1_four_blobs_are_overfitted():
+    task = build(iterations=30)
+    batch = make_batch()
+    generator = torch.Generator().manual_seed(0)
+    optimiser = torch.optim.Adam(task.parameter_groups(), lr=5e-3)
+    history = []
+    for _ in range(45):
+        terms = task(task.views(batch, generator), 0.0)
+        optimiser.zero_grad()
+        terms["total"].backward()
+        optimiser.step()
+        task.after_step(0.0, torch.tensor(True))
+        history.append({name: value.item() for name, value in terms.items()})
+    last = {name: sum(step[name] for step in history[-5:]) / 5 for name in history[0]}
+    assert last["reconstruction"] < history[0]["reconstruction"] / 5
+    assert history[0]["mpot_image"] > 1 and history[0]["mpot_text"] > 1
+    assert last["mpot_image"] < 0.1 and last["mpot_text"] < 0.1
+    assert torch.linalg.eigvalsh(task.metric.detach()).min() > -1e-5

@@ -1,0 +1,150 @@
+"""The plane-slice-aware transformer: positions, zero start, what a step changes, and what queries can tell apart."""
+
+import math
+
+import pytest
+import torch
+
+from nnssl_plugin.methods.med3dinsight.psat import PlaneSliceAwareTransformer, grid_positions
+from nnssl_plugin.nnunet.planes import PLANES
+
+
+def build(channels=6, embedding_dim=10, **changes):
+    torch.manual_seed(0)
+    settings = {"dim": 16, "queries": 5, "layers": 2, "heads": 4, "mlp_ratio": 2, "slice_bins": 8} | changes
+    return PlaneSliceAwareTransformer(channels, embedding_dim, **settings)
+
+
+def inputs(batch=3, grid=(2, 3, 2), channels=6, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(batch, math.prod(grid), channels, generator=generator)
+    plane = torch.randint(len(PLANES), (batch,), generator=generator)
+    return tokens, grid, plane, torch.rand(batch, generator=generator)
+
+
+def place(plane, position, batch=3):
+    return torch.full((batch,), plane), torch.full((batch,), position)
+
+
+@pytest.mark.parametrize(("grid", "dim"), [((2, 3, 4), 16), ((5, 7, 5), 12), ((3, 2), 10), ((1, 1, 1), 8)])
+def test_positions_equal_a_naive_loop(grid, dim):
+    pairs = dim // (2 * len(grid))
+    rows = []
+    for index in torch.cartesian_prod(*(torch.arange(size) for size in grid)).tolist():
+        angles = [[place / 10000 ** (k / pairs) for k in range(pairs)] for place in index]
+        row = [part for axis in angles for part in [*map(math.sin, axis), *map(math.cos, axis)]]
+        rows.append(row + [0.0] * (dim - len(row)))
+    torch.testing.assert_close(grid_positions(grid, dim, "cpu"), torch.tensor(rows))
+
+
+def test_tokens_of_a_grid_have_different_positions():
+    positions = grid_positions((5, 7, 5), 512, "cpu")
+    distances = torch.cdist(positions, positions) + 10 * torch.eye(len(positions))
+    assert distances.min() > 0.5
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("grid", [(2, 3, 2), (1, 1, 1), (3, 5)])
+def test_embeddings_are_normalised_float32(batch, grid):
+    embedding = build()(*inputs(batch, grid))
+    assert embedding.shape == (batch, 10) and embedding.dtype == torch.float32
+    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(batch))
+
+
+def test_property_8_zero_start_does_not_know_the_slice():
+    psat = build()
+    assert (psat.plane_slice == 0).all() and psat.plane_slice.shape == (16, 3, 8)
+    tokens, grid, *_ = inputs()
+    start = psat(tokens, grid, *place(0, 0.0))
+    for plane in range(3):
+        for position in (0.0, 0.4, 1.0):
+            assert torch.equal(psat(tokens, grid, *place(plane, position)), start)
+
+
+def test_property_8_a_step_changes_only_the_entries_in_use():
+    psat = build()
+    tokens, grid, *_ = inputs(batch=2)
+    optimiser = torch.optim.Adam(psat.parameters(), lr=0.01)
+    plane, position = torch.tensor([1, 2]), torch.tensor([0.3, 1.0])  # bins floor(0.3 · 8) = 2 and, at the end, 7
+    psat(tokens, grid, plane, position)[:, 0].sum().backward()
+    optimiser.step()
+    changed = (psat.plane_slice != 0).any(0)
+    expected = torch.zeros(3, 8, dtype=torch.bool)
+    expected[1, 2] = expected[2, 7] = True
+    assert torch.equal(changed, expected)
+
+
+def test_a_trained_place_tells_slices_apart():
+    psat = build()
+    with torch.no_grad():
+        psat.plane_slice.normal_()
+    tokens, grid, *_ = inputs()
+    axial, coronal, next_bin, same_bin = (
+        psat(tokens, grid, *place(*where)) for where in ((2, 0.3), (0, 0.3), (2, 0.4), (2, 0.26))
+    )
+    assert not torch.allclose(axial, coronal)
+    assert not torch.allclose(axial, next_bin)
+    assert torch.equal(axial, same_bin)
+
+
+def test_the_place_reaches_tokens_and_queries():
+    psat = build(layers=1)
+    seen = {}
+    psat.token_norm.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0]))
+    psat.blocks[0].register_forward_pre_hook(lambda module, args: seen.update(queries=args[0]))
+    tokens, grid, *_ = inputs()
+    psat(tokens, grid, *place(1, 0.5))
+    before = dict(seen)
+    with torch.no_grad():
+        psat.plane_slice[:, 1, 4] = 1.0
+    psat(tokens, grid, *place(1, 0.5))
+    torch.testing.assert_close(seen["tokens"] - before["tokens"], torch.ones_like(seen["tokens"]))
+    assert seen["queries"].shape == (3, 5, 16)
+    torch.testing.assert_close(seen["queries"], (before["queries"] + 1).expand(3, -1, -1))
+
+
+def test_samples_do_not_interact():
+    psat = build()
+    tokens, grid, plane, position = inputs()
+    together = psat(tokens, grid, plane, position)
+    for i in range(3):
+        alone = psat(tokens[i : i + 1], grid, plane[i : i + 1], position[i : i + 1])
+        torch.testing.assert_close(alone[0], together[i])
+
+
+def test_order_of_tokens_matters_through_their_positions():
+    psat = build()
+    tokens, grid, plane, position = inputs()
+    assert not torch.allclose(psat(tokens.flip(1), grid, plane, position), psat(tokens, grid, plane, position))
+
+
+def test_queries_start_different_and_equal_ones_would_stay_equal():
+    psat = build(queries=300)
+    assert psat.queries.std().item() == pytest.approx(0.02, rel=0.05)
+    with torch.no_grad():
+        psat.queries.copy_(psat.queries[:1].expand(300, -1))
+    psat(*inputs())[:, 0].sum().backward()
+    torch.testing.assert_close(psat.queries.grad, psat.queries.grad[:1].expand(300, -1))
+
+
+def test_every_parameter_gets_a_gradient():
+    psat = build()
+    tokens, grid, plane, position = inputs()
+    (psat(tokens, grid, plane, position) * torch.randn(3, 10)).sum().backward()
+    missing = [name for name, p in psat.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert missing == []
+
+
+def test_autocast_gives_finite_float32():
+    psat = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embedding = psat(*inputs())
+    assert embedding.dtype == torch.float32
+    torch.testing.assert_close(embedding, psat(*inputs()), atol=0.05, rtol=0)
+
+
+def test_evaluation_mode_gives_the_same_embeddings():
+    psat = build()
+    trained = psat(*inputs())
+    with torch.no_grad():  # here nn.MultiheadAttention takes another path
+        torch.testing.assert_close(psat.eval()(*inputs()), trained.detach())

@@ -1,0 +1,69 @@
+"""The paired bootstrap against a naive loop, and against what an interval promises."""
+
+import numpy as np
+import pytest
+
+from nnssl_plugin.statistics import bootstrap as comparison
+from nnssl_plugin.statistics.bootstrap import paired_bootstrap
+
+
+def test_the_interval_is_that_of_a_naive_loop():
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=23), rng.normal(size=23)
+    drawn, means = np.random.default_rng(5), []
+    for _ in range(2000):
+        picked = drawn.integers(23, size=23)
+        means.append(sum(a[i] - b[i] for i in picked) / 23)
+    interval = paired_bootstrap(a, b, samples=2000, confidence=0.9, seed=5)
+    assert interval.mean == pytest.approx(np.mean(a) - np.mean(b))
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(means, [0.05, 0.95])))
+    assert interval.pairs == 23
+
+
+def test_the_interval_covers_a_known_shift_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(300):
+        difficulty = rng.normal(0, 1, 40)  # shared by both runs: pairing takes it out
+        a, b = difficulty + 0.1 + rng.normal(0, 0.1, 40), difficulty + rng.normal(0, 0.1, 40)
+        interval = paired_bootstrap(a, b, samples=400, seed=trial)
+        assert interval.high - interval.low < 0.15
+        hits += interval.low <= 0.1 <= interval.high
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_pairs_with_a_nan_on_either_side_are_left_out():
+    a, b = [0.5, np.nan, 0.7, 0.9], [0.4, 0.1, np.nan, 0.6]
+    assert paired_bootstrap(a, b) == paired_bootstrap([0.5, 0.9], [0.4, 0.6])
+
+
+def test_one_pair_has_a_mean_and_no_interval_and_none_has_neither():
+    one = paired_bootstrap([0.75], [0.5])
+    assert (one.mean, one.pairs) == (0.25, 1)
+    assert np.isnan([one.low, one.high]).all()
+    none = paired_bootstrap([np.nan], [0.5])
+    assert none.pairs == 0
+    assert np.isnan([none.mean, none.low, none.high]).all()
+
+
+def test_drawing_in_chunks_changes_nothing(monkeypatch):
+    a, b = np.random.default_rng(1).normal(size=(2, 11))
+    whole = paired_bootstrap(a, b, samples=500)
+    monkeypatch.setattr(comparison, "CHUNK", 100)
+    assert paired_bootstrap(a, b, samples=500) == whole
+
+
+def test_equal_runs_differ_by_nothing():
+    interval = paired_bootstrap([0.1, 0.9, 0.5], [0.1, 0.9, 0.5])
+    assert (interval.mean, interval.low, interval.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("a", "b", "options"), [
+    ([1.0, 2.0], [1.0], {}),
+    ([[1.0]], [[1.0]], {}),
+    ([1.0], [1.0], {"confidence": 95}),
+    ([1.0], [1.0], {"samples": 0}),
+])
+def test_arguments_that_do_not_fit_are_refused(a, b, options):
+    with pytest.raises(ValueError):
+        paired_bootstrap(a, b, **options)
