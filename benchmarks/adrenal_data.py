@@ -46,8 +46,10 @@ def main() -> None:
     parser.add_argument("-o", required=True, type=Path, help="folder to write")
     args = parser.parse_args()
     with np.load(args.i, allow_pickle=False) as archive:
-        counts = {name: write_split(archive, official, args.o / name, channel=channel)
-                  for official, (name, channel) in SPLITS.items()}
+        counts = {
+            name: write_split(archive, official, args.o / name, channel=channel)
+            for official, (name, channel) in SPLITS.items()
+        }
     print(", ".join(f"{count} {name}" for name, count in counts.items()), f"volumes in {args.o}")
 
 

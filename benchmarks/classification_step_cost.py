@@ -41,8 +41,9 @@ def make_trainer(args: argparse.Namespace, plan_name: str):
 
     folder = Path(str(nnUNet_preprocessed), maybe_convert_to_dataset_name(args.d))
     plans = read_json(folder / f"{plan_name}.json") | {"continue_training": False}
-    trainer = PretrainedClassificationTrainer(plans, args.c, "all", read_json(folder / "dataset.json"),
-                                              torch.device(args.device))
+    trainer = PretrainedClassificationTrainer(
+        plans, args.c, "all", read_json(folder / "dataset.json"), torch.device(args.device)
+    )
     trainer.disable_checkpointing = True
     trainer.on_train_start()
     trainer.interruption.release()
@@ -103,11 +104,16 @@ def table(results: list[dict]) -> str:
     header = ["plan", "inputs", "batch × windows", "patch", "data (s)", "step (s)", "bare (s)", *COLUMNS]
     lines = [header, ["---"] * len(header)]
     for result in results:
-        lines.append([
-            result["plan"], result["inputs"], f"{result['batch']} × {result['windows']}",
-            "×".join(map(str, result["patch"])), *(f"{s:.3f}" for s in result["seconds"].values()),
-            *(f"{ratio:.3f}" for ratio in result["ratios"].values()),
-        ])
+        lines.append(
+            [
+                result["plan"],
+                result["inputs"],
+                f"{result['batch']} × {result['windows']}",
+                "×".join(map(str, result["patch"])),
+                *(f"{s:.3f}" for s in result["seconds"].values()),
+                *(f"{ratio:.3f}" for ratio in result["ratios"].values()),
+            ]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -36,8 +36,19 @@ def make_backbone(features: Sequence[int]) -> Backbone:
 
     stages = len(features)
     network = PlainConvUNet(
-        1, stages, list(features), nn.Conv3d, 3, [1] + [2] * (stages - 1), 2, 2, 2, conv_bias=True,
-        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
+        1,
+        stages,
+        list(features),
+        nn.Conv3d,
+        3,
+        [1] + [2] * (stages - 1),
+        2,
+        2,
+        2,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
     )
     backbone = Backbone(network, 1)
     backbone.train_only(("encoder",))
@@ -56,8 +67,12 @@ def measure(
     affine = random_affine(batch, patch, ranges, spacing=(1.0, 1.0, 1.0), generator=generator, device=device)
     times: list[tuple[float, float]] = []
     for _ in range(rounds + WARM_UP):
-        times.append((_seconds(lambda: patch_correspondence(affine, grid, patch), device),
-                      _seconds(lambda: _networks(student, teacher, image), device)))
+        times.append(
+            (
+                _seconds(lambda: patch_correspondence(affine, grid, patch), device),
+                _seconds(lambda: _networks(student, teacher, image), device),
+            )
+        )
         student.zero_grad(set_to_none=True)
     kept = times[WARM_UP:]
     return {
@@ -102,11 +117,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = measure(patch=args.patch, grid=args.grid, batch=args.batch, features=args.features, rounds=args.rounds,
-                     device=args.device)
-    print(f"{result['tokens']} tokens, batch {args.batch}, patch {'×'.join(map(str, args.patch))}, {args.device}: "
-          f"correspondence {result['correspondence_ms']:.2f} ms, student and teacher {result['networks_ms']:.1f} ms, "
-          f"share {100 * result['share']:.2f} %")
+    result = measure(
+        patch=args.patch,
+        grid=args.grid,
+        batch=args.batch,
+        features=args.features,
+        rounds=args.rounds,
+        device=args.device,
+    )
+    print(
+        f"{result['tokens']} tokens, batch {args.batch}, patch {'×'.join(map(str, args.patch))}, {args.device}: "
+        f"correspondence {result['correspondence_ms']:.2f} ms, student and teacher {result['networks_ms']:.1f} ms, "
+        f"share {100 * result['share']:.2f} %"
+    )
     if args.output:
         setting = vars(args) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
         write_json(args.output, {"setting": setting, "result": result})

@@ -32,13 +32,16 @@ def write_labelled(source: Path, dataset: str, training: list[str], evaluation: 
     for case in (*training, *evaluation):
         shutil.copyfile(source / "images" / f"{case}.nii.gz", raw / "imagesTr" / f"{case}_0000.nii.gz")
         shutil.copyfile(source / "labels" / f"{case}.nii.gz", raw / "labelsTr" / f"{case}.nii.gz")
-    write_json(raw / "dataset.json", {
-        "channel_names": {"0": "MR"},
-        "labels": {"background": 0, "anterior": 1, "posterior": 2},
-        "numTraining": len(training) + len(evaluation),
-        "file_ending": ".nii.gz",
-        "overwrite_image_reader_writer": "NibabelIOWithReorient",
-    })
+    write_json(
+        raw / "dataset.json",
+        {
+            "channel_names": {"0": "MR"},
+            "labels": {"background": 0, "anterior": 1, "posterior": 2},
+            "numTraining": len(training) + len(evaluation),
+            "file_ending": ".nii.gz",
+            "overwrite_image_reader_writer": "NibabelIOWithReorient",
+        },
+    )
     folds = Path(os.environ["nnUNet_preprocessed"]) / dataset / "splits_final.json"
     write_json(folds, [{"train": training, "val": evaluation}])
 

@@ -91,8 +91,10 @@ def _claim(folder: Path, study_file: Path) -> None:
     """Keep a copy of the study in its folder, and refuse the folder of another one."""
     copy, content = folder / STUDY_COPY, read_json(study_file)
     if copy.exists() and read_json(copy) != content:
-        raise UserError(f"{folder} holds another study than {study_file}, or this one before it was changed.",
-                        "Choose another folder with -o.")
+        raise UserError(
+            f"{folder} holds another study than {study_file}, or this one before it was changed.",
+            "Choose another folder with -o.",
+        )
     write_json(copy, content)
 
 
@@ -109,10 +111,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="a file as in benchmarks/studies")
     parser.add_argument("-o", required=True, type=Path, metavar="DIR", help="folder of the study")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("NNSSL_PLUGIN_TEST_DATA", DATA)),
-                        help="folder of the data (default: $NNSSL_PLUGIN_TEST_DATA, else ../shared/data)")
-    parser.add_argument("--jobs", type=int, default=2,
-                        help="trainings side by side, on a CPU with one thread each; 1 uses every core (default: 2)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(os.environ.get("NNSSL_PLUGIN_TEST_DATA", DATA)),
+        help="folder of the data (default: $NNSSL_PLUGIN_TEST_DATA, else ../shared/data)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=2,
+        help="trainings side by side, on a CPU with one thread each; 1 uses every core (default: 2)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)

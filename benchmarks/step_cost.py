@@ -227,11 +227,17 @@ def table(results: list[dict]) -> str:
     header = ["plan", "batch", "patch", "step (s)", "step / floor", "step / bare", *(f"{name} %" for name in PARTS)]
     lines = [header, ["---"] * len(header)]
     for result in results:
-        lines.append([
-            result["plan"], str(result["batch"]), "×".join(map(str, result["patch"])),
-            f"{result['seconds']['step']:.3f}", f"{result['step_over_floor']:.3f}", f"{result['step_over_bare']:.3f}",
-            *(f"{100 * result['shares'][name]:.1f}" for name in PARTS),
-        ])
+        lines.append(
+            [
+                result["plan"],
+                str(result["batch"]),
+                "×".join(map(str, result["patch"])),
+                f"{result['seconds']['step']:.3f}",
+                f"{result['step_over_floor']:.3f}",
+                f"{result['step_over_bare']:.3f}",
+                *(f"{100 * result['shares'][name]:.1f}" for name in PARTS),
+            ]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

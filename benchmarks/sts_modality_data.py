@@ -18,9 +18,12 @@ MODALITIES = ("CT", "PET", "MR_T1")
 
 def modality_rows(source: Path) -> list[tuple[str, str, str]]:
     """Case, subject and modality of every image, sorted."""
-    return [(f"{patient.name}/{modality}_image.nii.gz", patient.name, modality)
-            for patient in sorted(source.iterdir()) for modality in MODALITIES
-            if (patient / f"{modality}_image.nii.gz").is_file()]
+    return [
+        (f"{patient.name}/{modality}_image.nii.gz", patient.name, modality)
+        for patient in sorted(source.iterdir())
+        for modality in MODALITIES
+        if (patient / f"{modality}_image.nii.gz").is_file()
+    ]
 
 
 def main() -> None:

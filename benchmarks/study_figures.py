@@ -23,13 +23,15 @@ def draw_label_efficiency(study: Study, runs: list[Run], rows: list[dict[str, An
         cases = [row["labelled_cases"] for row in own]
         bounds = [[row["interval_over_cases"][side] for row in own] for side in ("low", "high")]
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        axis.plot(cases, [row["mean"] for row in own], color=colour, linewidth=2, marker=marker, markersize=8,
-                  label=arm.name)
+        axis.plot(
+            cases, [row["mean"] for row in own], color=colour, linewidth=2, marker=marker, markersize=8, label=arm.name
+        )
         axis.fill_between(cases, *bounds, color=colour, alpha=0.15, linewidth=0)
         if len(study.seeds) > 1:
             points = [(row["labelled_cases"], value) for row in own for value in row["per_seed"]]
-            axis.plot(*zip(*points, strict=True), linestyle="", marker=marker, markersize=5, color=colour,
-                      fillstyle="none")
+            axis.plot(
+                *zip(*points, strict=True), linestyle="", marker=marker, markersize=5, color=colour, fillstyle="none"
+            )
     counts = [labelled_cases(study, fraction) for fraction in study.fractions]
     axis.set_xticks(sorted(set(counts)))
     axis.set_xlabel("labelled training cases")
@@ -46,8 +48,14 @@ def draw_learning(study: Study, runs: list[Run], path: Path) -> None:
     plt = _pyplot()
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = plt.subplots(1, len(study.fractions), figsize=(1 + 3.8 * len(study.fractions), 4), sharey=True,
-                                squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1,
+        len(study.fractions),
+        figsize=(1 + 3.8 * len(study.fractions), 4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for axis, fraction in zip(axes[0], study.fractions, strict=True):
         for number, arm in enumerate(study.arms):
             colour = COLOURS[number % len(COLOURS)]
@@ -55,8 +63,15 @@ def draw_learning(study: Study, runs: list[Run], path: Path) -> None:
             epochs = np.arange(1, len(curves[0]) + 1)
             for curve in curves:
                 axis.plot(epochs, curve, color=colour, linewidth=0.8, alpha=0.5)
-            axis.plot(epochs, np.mean(curves, axis=0), color=colour, linewidth=2.2, label=arm.name,
-                      marker=MARKERS[number % len(MARKERS)], markersize=4)
+            axis.plot(
+                epochs,
+                np.mean(curves, axis=0),
+                color=colour,
+                linewidth=2.2,
+                label=arm.name,
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=4,
+            )
         axis.set_title(f"{labelled_cases(study, fraction)} labelled cases", fontsize=11)
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -131,8 +131,10 @@ def read_study(path: str | Path) -> Study:
         study,
         data=_build(Data, study.data, where=f"{path}, data"),
         cases=_build(Counts, study.cases, where=f"{path}, cases"),
-        pretrainings={name: _build(Pretraining, block, where=f"{path}, pretrainings, {name}")
-                      for name, block in study.pretrainings.items()},
+        pretrainings={
+            name: _build(Pretraining, block, where=f"{path}, pretrainings, {name}")
+            for name, block in study.pretrainings.items()
+        },
         arms=tuple(_build(Arm, arm, where=f"{path}, arms") for arm in study.arms),
         separation=study.separation and _build(Separation, study.separation, where=f"{path}, separation"),
         fractions=tuple(sorted(study.fractions)),
@@ -158,9 +160,11 @@ def choose_cases(study: Study, data: Path) -> Selection:
     names = sorted(files_by_case(data, images).keys() & files_by_case(data, labels).keys())
     counts = study.cases
     if len(names) < counts.unlabelled + counts.evaluation:
-        raise UserError(f"{data / images} and {data / labels} hold {len(names)} cases; the study needs "
-                        f"{counts.unlabelled} unlabelled and {counts.evaluation} others for evaluation.",
-                        "Name the folder of data with --data.")
+        raise UserError(
+            f"{data / images} and {data / labels} hold {len(names)} cases; the study needs "
+            f"{counts.unlabelled} unlabelled and {counts.evaluation} others for evaluation.",
+            "Name the folder of data with --data.",
+        )
     evaluation = _evenly(names, counts.evaluation)
     kept = set(evaluation)
     unlabelled = _evenly([name for name in names if name not in kept], counts.unlabelled)
@@ -177,14 +181,15 @@ def files_by_case(data: Path, place: str) -> dict[str, Path]:
     pattern = place if CASE in place else f"{place}/{CASE}{ENDING}"
     before, _, after = str(data / pattern).partition(CASE)
     found = glob.glob(f"{glob.escape(before)}*{glob.escape(after)}")
-    return {path[len(before):-len(after)]: Path(path) for path in found}
+    return {path[len(before) : -len(after)]: Path(path) for path in found}
 
 
 def split_folds(study: Study, selection: Selection) -> list[dict[str, list[str]]]:
     """nnU-Net's ``splits_final.json``: a fold for each seed and fraction, all with the same validation cases."""
     subsets = {seed: nested_subsets(selection.pool, study.fractions, seed=seed) for seed in study.seeds}
-    return [{"train": list(subsets[seed][fraction]), "val": list(selection.evaluation)}
-            for seed, fraction in study.folds]
+    return [
+        {"train": list(subsets[seed][fraction]), "val": list(selection.evaluation)} for seed, fraction in study.folds
+    ]
 
 
 def _evenly(names, count: int) -> tuple[str, ...]:
@@ -197,8 +202,11 @@ def _build(kind: type, content: Any, *, where: str) -> Any:
         raise UserError(f"{where} is {content!r}, not a block of values.", "See benchmarks/studies for examples.")
     known = {entry.name: entry for entry in dataclasses.fields(kind)}
     unknown = [key for key in content if key not in known]
-    missing = [name for name, entry in known.items() if name not in content
-               and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING]
+    missing = [
+        name
+        for name, entry in known.items()
+        if name not in content and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+    ]
     if unknown or missing:
         wrong = f"the unknown key '{unknown[0]}'" if unknown else f"no '{missing[0]}'"
         raise UserError(f"{where} has {wrong}.", f"Its keys are: {', '.join(known)}.")
@@ -214,20 +222,34 @@ def _requirements(study: Study) -> list[tuple[bool, str]]:
     return [
         (bad_name is None, f"the name '{bad_name}' may hold letters, digits and single '-' and '_' only"),
         (lost is None, f"the pretraining of an arm, '{lost and lost.pretraining}', is not among pretrainings"),
-        (any(arm.pretraining is None for arm in study.arms), "no arm is from scratch (\"pretraining\": null)"),
+        (any(arm.pretraining is None for arm in study.arms), 'no arm is from scratch ("pretraining": null)'),
         (len({arm.name for arm in study.arms}) == len(study.arms), "two arms have one name"),
-        (1 <= counts.pool <= counts.unlabelled and counts.evaluation >= 1,
-         "cases must have 1 <= pool <= unlabelled and evaluation >= 1"),
-        (len(study.fractions) > 0 and all(0 < fraction <= 1 for fraction in study.fractions),
-         "fractions must lie in (0, 1]"),
+        (
+            1 <= counts.pool <= counts.unlabelled and counts.evaluation >= 1,
+            "cases must have 1 <= pool <= unlabelled and evaluation >= 1",
+        ),
+        (
+            len(study.fractions) > 0 and all(0 < fraction <= 1 for fraction in study.fractions),
+            "fractions must lie in (0, 1]",
+        ),
         (len(study.seeds) > 0 and len(set(study.seeds)) == len(study.seeds), "seeds must be given, each once"),
-        (all(key.startswith("configurations.") for key in study.plan),
-         "keys of plan must begin with 'configurations.'"),
-        ("seed" not in {*study.finetuning, *(key for arm in study.arms for key in arm.finetuning)},
-         "the seed of the fine-tuning comes from seeds"),
-        (all(place.count(CASE) <= 1 and (CASE not in place or place.endswith(ENDING))
-             for place in (study.data.images, study.data.labels)),
-         f"a pattern of files holds {CASE} once and ends in {ENDING}"),
-        (study.captions is None or set(study.captions) <= set(CAPTION_FLAGS),
-         f"captions may hold {', '.join(CAPTION_FLAGS)}"),
+        (
+            all(key.startswith("configurations.") for key in study.plan),
+            "keys of plan must begin with 'configurations.'",
+        ),
+        (
+            "seed" not in {*study.finetuning, *(key for arm in study.arms for key in arm.finetuning)},
+            "the seed of the fine-tuning comes from seeds",
+        ),
+        (
+            all(
+                place.count(CASE) <= 1 and (CASE not in place or place.endswith(ENDING))
+                for place in (study.data.images, study.data.labels)
+            ),
+            f"a pattern of files holds {CASE} once and ends in {ENDING}",
+        ),
+        (
+            study.captions is None or set(study.captions) <= set(CAPTION_FLAGS),
+            f"captions may hold {', '.join(CAPTION_FLAGS)}",
+        ),
     ]

@@ -37,8 +37,10 @@ class Run:
 
     def as_json(self) -> dict[str, Any]:
         """The run with its means; NaN becomes ``null``."""
-        dice = {label: {case: None if np.isnan(value) else value for case, value in cases.items()}
-                for label, cases in self.dice.items()}
+        dice = {
+            label: {case: None if np.isnan(value) else value for case, value in cases.items()}
+            for label, cases in self.dice.items()
+        }
         return asdict(self) | {"dice": dice, "mean_dice": float(np.nanmean(list(self.dice[ALL_LABELS].values())))}
 
 
@@ -90,17 +92,19 @@ def summarise(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
                 if arm != study.baseline:
                     other = _mean_over_seeds(_scores(runs, study.baseline, fraction, label))
                     difference = asdict(paired_bootstrap(by_case, other))
-                rows.append({
-                    "fraction": fraction,
-                    "labelled_cases": labelled_cases(study, fraction),
-                    "arm": arm.name,
-                    "label": label,
-                    "mean": float(np.nanmean(own)),
-                    "per_seed": per_seed.tolist(),
-                    "sd_over_seeds": statistics.stdev(per_seed.tolist()) if len(per_seed) > 1 else None,
-                    "interval_over_cases": asdict(paired_bootstrap(by_case, np.zeros_like(by_case))),
-                    "difference_to_scratch": difference,
-                })
+                rows.append(
+                    {
+                        "fraction": fraction,
+                        "labelled_cases": labelled_cases(study, fraction),
+                        "arm": arm.name,
+                        "label": label,
+                        "mean": float(np.nanmean(own)),
+                        "per_seed": per_seed.tolist(),
+                        "sd_over_seeds": statistics.stdev(per_seed.tolist()) if len(per_seed) > 1 else None,
+                        "interval_over_cases": asdict(paired_bootstrap(by_case, np.zeros_like(by_case))),
+                        "difference_to_scratch": difference,
+                    }
+                )
     return rows
 
 
@@ -112,33 +116,53 @@ def labelled_cases(study: Study, fraction: float) -> int:
 def table(study: Study, rows: list[dict[str, Any]]) -> str:
     """The statistics as Markdown: a row for each fraction, and the same for each label."""
     others = [arm.name for arm in study.arms if arm != study.baseline]
-    head = ["labels", "labelled cases", *(arm.name for arm in study.arms),
-            *(f"{name} − {study.baseline.name} (95 % interval)" for name in others)]
+    head = [
+        "labels",
+        "labelled cases",
+        *(arm.name for arm in study.arms),
+        *(f"{name} − {study.baseline.name} (95 % interval)" for name in others),
+    ]
     lines = [_row(head), _row(["---"] * len(head))]
     for label in (ALL_LABELS, *study.data.label_names):
         for fraction in study.fractions:
             found = {row["arm"]: row for row in rows if row["fraction"] == fraction and row["label"] == label}
-            lines.append(_row([label, str(found[study.baseline.name]["labelled_cases"]),
-                               *(_mean(found[arm.name]) for arm in study.arms),
-                               *(_difference(found[name]["difference_to_scratch"]) for name in others)]))
+            lines.append(
+                _row(
+                    [
+                        label,
+                        str(found[study.baseline.name]["labelled_cases"]),
+                        *(_mean(found[arm.name]) for arm in study.arms),
+                        *(_difference(found[name]["difference_to_scratch"]) for name in others),
+                    ]
+                )
+            )
     return "\n".join(lines) + "\n"
 
 
 def versions() -> dict[str, str]:
     """Versions of what ran, and the machine."""
-    return {"python": platform.python_version(), "machine": platform.machine(), "cores": str(os.cpu_count()),
-            **{name: version(name) for name in PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": str(os.cpu_count()),
+        **{name: version(name) for name in PACKAGES},
+    }
 
 
 def page(study: Study, result: dict[str, Any], lines: str, *, study_file: Path) -> str:
     """A page for the documentation: question, data, setting, numbers, command, cost."""
     counts, cost, data = study.cases, result["cost"], study.data
     epochs, steps = (study.finetuning.get(key, "nnU-Net's") for key in ("epochs", "iterations_per_epoch"))
-    stages = ", ".join(f"{name.removeprefix('cpu_minutes_')} {value:.1f}" for name, value in cost.items()
-                       if name.startswith("cpu_minutes_"))
+    stages = ", ".join(
+        f"{name.removeprefix('cpu_minutes_')} {value:.1f}"
+        for name, value in cost.items()
+        if name.startswith("cpu_minutes_")
+    )
     used = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if name in PACKAGES)
-    pretrained = "\n".join(f"- `{name}`: {each.trainer}{f', preset {each.preset}' if each.preset else ''}, "
-                           f"{_edits(each.edits)}" for name, each in study.pretrainings.items())
+    pretrained = "\n".join(
+        f"- `{name}`: {each.trainer}{f', preset {each.preset}' if each.preset else ''}, {_edits(each.edits)}"
+        for name, each in study.pretrainings.items()
+    )
     separation = "".join(_separation(name, found) for name, found in result["separation"].items())
     captions = f" Captions: {_edits(study.captions)}." if study.captions is not None else ""
     return f"""# {study.name}

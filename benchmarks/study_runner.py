@@ -77,8 +77,10 @@ class Runner:
         if not entry.get("done"):
             return False
         if entry["command"] != list(step.command):
-            raise UserError(f"Step {step.title} finished with another command: {shlex.join(entry['command'])}",
-                            "Choose another folder with -o.")
+            raise UserError(
+                f"Step {step.title} finished with another command: {shlex.join(entry['command'])}",
+                "Choose another folder with -o.",
+            )
         return True
 
     def _start(self, step: Step, *, one_thread: bool) -> _Running:
@@ -95,8 +97,14 @@ class Runner:
         with open(log, "a", encoding="utf-8") as output:
             output.write(f"$ {shlex.join(words)}\n")
             output.flush()
-            process = subprocess.Popen([program, *words[1:]], env=variables, stdin=subprocess.DEVNULL, stdout=output,
-                                       stderr=subprocess.STDOUT, cwd=self.folder)
+            process = subprocess.Popen(
+                [program, *words[1:]],
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,
+            )
         return _Running(step, process, time.monotonic())
 
     def _record(self, job: _Running, status: int, usage: Any) -> int:
@@ -119,8 +127,11 @@ class Runner:
             raise StoppedEarly(f"{job.step.title} stopped early with a checkpoint.", "The same command goes on.")
         if code != 0:
             lines = self._log(job.step).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise UserError(f"Step {job.step.title} failed with exit code {code}: {shlex.join(job.step.command)}\n"
-                            f"Last line of its output: {lines[-1]}", f"Its whole output: {self._log(job.step)}")
+            raise UserError(
+                f"Step {job.step.title} failed with exit code {code}: {shlex.join(job.step.command)}\n"
+                f"Last line of its output: {lines[-1]}",
+                f"Its whole output: {self._log(job.step)}",
+            )
         self.bar.update()
 
     def _log(self, step: Step) -> Path:
@@ -134,4 +145,6 @@ def cost(state: dict[str, dict[str, Any]]) -> dict[str, float]:
         stages[entry["stage"]] = stages.get(entry["stage"], 0) + entry["cpu_seconds"] / 60
     minutes = sum(entry["seconds"] for entry in state.values()) / 60
     return {f"cpu_minutes_{stage}": value for stage, value in stages.items()} | {
-        "cpu_minutes": sum(stages.values()), "step_minutes": minutes}
+        "cpu_minutes": sum(stages.values()),
+        "step_minutes": minutes,
+    }

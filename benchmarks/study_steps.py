@@ -54,14 +54,17 @@ def lay_out(study: Study, selection: Selection, *, data: Path, folder: Path) -> 
     for case in labelled:
         _link(images[case], raw / "imagesTr" / f"{case}_0000{ENDING}")
         _link(labels[case], raw / "labelsTr" / f"{case}{ENDING}")
-    write_json(raw / "dataset.json", {
-        "channel_names": {"0": study.data.modality},
-        "labels": {"background": 0} | {name: value for value, name in enumerate(study.data.label_names, 1)},
-        "numTraining": len(labelled),
-        "file_ending": ENDING,
-        "overwrite_image_reader_writer": "NibabelIOWithReorient",
-        "licence": study.data.licence,
-    })
+    write_json(
+        raw / "dataset.json",
+        {
+            "channel_names": {"0": study.data.modality},
+            "labels": {"background": 0} | {name: value for value, name in enumerate(study.data.label_names, 1)},
+            "numTraining": len(labelled),
+            "file_ending": ENDING,
+            "overwrite_image_reader_writer": "NibabelIOWithReorient",
+            "licence": study.data.licence,
+        },
+    )
     write_json(folder / "nnUNet_preprocessed" / LABELLED / "splits_final.json", split_folds(study, selection))
 
 
@@ -69,15 +72,44 @@ def planning_steps(study: Study, folder: Path) -> list[Step]:
     """From scans to two preprocessed datasets under one plan."""
     unlabelled, labelled = str(UNLABELLED_ID), str(LABELLED_ID)
     commands = {
-        "prepare": ("nnssl_plugin", "prepare", "-i", str(folder / "scans"), "-d", unlabelled,
-                    "-n", UNLABELLED.partition("_")[2], "--modality", study.data.modality),
+        "prepare": (
+            "nnssl_plugin",
+            "prepare",
+            "-i",
+            str(folder / "scans"),
+            "-d",
+            unlabelled,
+            "-n",
+            UNLABELLED.partition("_")[2],
+            "--modality",
+            study.data.modality,
+        ),
         "plan": ("nnUNetv2_plan_and_preprocess", "-d", unlabelled, "-npfp", "2", "--no_pp"),
         "plan-target": ("nnUNetv2_plan_and_preprocess", "-d", labelled, "-npfp", "2", "--no_pp"),
         "edit-plan": edit_command(unlabelled, "nnUNetPlans", PLAN, study.plan),
-        "move-plan": ("nnUNetv2_move_plans_between_datasets", "-s", unlabelled, "-t", labelled,
-                      "-sp", PLAN, "-tp", PLAN),
-        "preprocess": ("nnUNetv2_preprocess", "-d", unlabelled, labelled, "-plans_name", PLAN,
-                       "-c", study.configuration, "-np", "2"),
+        "move-plan": (
+            "nnUNetv2_move_plans_between_datasets",
+            "-s",
+            unlabelled,
+            "-t",
+            labelled,
+            "-sp",
+            PLAN,
+            "-tp",
+            PLAN,
+        ),
+        "preprocess": (
+            "nnUNetv2_preprocess",
+            "-d",
+            unlabelled,
+            labelled,
+            "-plans_name",
+            PLAN,
+            "-c",
+            study.configuration,
+            "-np",
+            "2",
+        ),
     }
     if study.captions is not None:
         flags = [word for flag, value in study.captions.items() for word in (f"--{flag}", str(value))]
@@ -91,9 +123,12 @@ def planning_steps(study: Study, folder: Path) -> list[Step]:
 def pretraining_steps(study: Study, folder: Path, *, device: str) -> list[Step]:
     """One training for each pretraining."""
     return [
-        Step(f"pretrain-{name}", "pretraining",
-             _train(UNLABELLED_ID, study.configuration, "all", pretraining.trainer, pretraining_plan(name), device),
-             results=pretraining_folder(study, folder, name))
+        Step(
+            f"pretrain-{name}",
+            "pretraining",
+            _train(UNLABELLED_ID, study.configuration, "all", pretraining.trainer, pretraining_plan(name), device),
+            results=pretraining_folder(study, folder, name),
+        )
         for name, pretraining in study.pretrainings.items()
     ]
 
@@ -103,10 +138,31 @@ def separation_steps(study: Study, folder: Path, *, device: str) -> list[Step]:
     if study.separation is None:
         return []
     return [
-        Step(f"separation-{name}", "separation",
-             ("nnssl_plugin", "evaluate", "tokens", "-d", str(LABELLED_ID), "-c", study.configuration, "-p", PLAN,
-              "-w", str(pretraining_folder(study, folder, name) / "checkpoint_final.pth"), "-f", "0",
-              "--stride", str(study.separation.stride), "-device", device, "-o", str(separation_file(folder, name))))
+        Step(
+            f"separation-{name}",
+            "separation",
+            (
+                "nnssl_plugin",
+                "evaluate",
+                "tokens",
+                "-d",
+                str(LABELLED_ID),
+                "-c",
+                study.configuration,
+                "-p",
+                PLAN,
+                "-w",
+                str(pretraining_folder(study, folder, name) / "checkpoint_final.pth"),
+                "-f",
+                "0",
+                "--stride",
+                str(study.separation.stride),
+                "-device",
+                device,
+                "-o",
+                str(separation_file(folder, name)),
+            ),
+        )
         for name in study.pretrainings
     ]
 
@@ -118,14 +174,34 @@ def adaptation_steps(study: Study, folder: Path) -> list[Step]:
         for seed in study.seeds:
             settings = {f"finetuning.{key}": value for key, value in (study.finetuning | arm.finetuning).items()}
             name = f"{arm.name}-seed{seed}"
-            source = ("--from-scratch",) if arm.pretraining is None else (
-                "-w", str(pretraining_folder(study, folder, arm.pretraining) / "checkpoint_final.pth"))
+            source = (
+                ("--from-scratch",)
+                if arm.pretraining is None
+                else ("-w", str(pretraining_folder(study, folder, arm.pretraining) / "checkpoint_final.pth"))
+            )
             steps += [
-                Step(f"settings-{name}", "planning",
-                     edit_command(str(LABELLED_ID), PLAN, name, settings | {"finetuning.seed": seed})),
-                Step(f"adapt-{name}", "planning",
-                     ("nnssl_plugin", "adapt", "-d", str(LABELLED_ID), "-c", study.configuration, "-p", name,
-                      "-n", "tuned", *source)),
+                Step(
+                    f"settings-{name}",
+                    "planning",
+                    edit_command(str(LABELLED_ID), PLAN, name, settings | {"finetuning.seed": seed}),
+                ),
+                Step(
+                    f"adapt-{name}",
+                    "planning",
+                    (
+                        "nnssl_plugin",
+                        "adapt",
+                        "-d",
+                        str(LABELLED_ID),
+                        "-c",
+                        study.configuration,
+                        "-p",
+                        name,
+                        "-n",
+                        "tuned",
+                        *source,
+                    ),
+                ),
             ]
     return steps
 
@@ -133,10 +209,14 @@ def adaptation_steps(study: Study, folder: Path) -> list[Step]:
 def finetuning_steps(study: Study, folder: Path, *, device: str) -> list[Step]:
     """One training for each seed, fraction and arm; the arms of a fold stand beside each other."""
     return [
-        Step(f"finetune-{arm.name}-seed{seed}-{fraction:g}", "fine-tuning",
-             _train(LABELLED_ID, study.configuration, str(fold), FINETUNER, tuned_plan(arm, seed), device),
-             results=fold_folder(study, folder, arm, fold))
-        for fold, (seed, fraction) in enumerate(study.folds) for arm in study.arms
+        Step(
+            f"finetune-{arm.name}-seed{seed}-{fraction:g}",
+            "fine-tuning",
+            _train(LABELLED_ID, study.configuration, str(fold), FINETUNER, tuned_plan(arm, seed), device),
+            results=fold_folder(study, folder, arm, fold),
+        )
+        for fold, (seed, fraction) in enumerate(study.folds)
+        for arm in study.arms
     ]
 
 
@@ -203,8 +283,18 @@ def edit_command(
 ) -> tuple[str, ...]:
     """``nnssl_plugin plan`` with edits as ``--set KEY=JSON``."""
     assignments = [f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in edits.items()]
-    return ("nnssl_plugin", "plan", "-d", dataset, "-p", source, "-n", name, *flags,
-            *(["--set", *assignments] if assignments else []))
+    return (
+        "nnssl_plugin",
+        "plan",
+        "-d",
+        dataset,
+        "-p",
+        source,
+        "-n",
+        name,
+        *flags,
+        *(["--set", *assignments] if assignments else []),
+    )
 
 
 def _train(dataset: int, configuration: str, fold: str, trainer: str, plan: str, device: str) -> tuple[str, ...]:

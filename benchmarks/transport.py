@@ -66,8 +66,9 @@ def accuracy(cost: Tensor, *, mass: float, epsilon: float, iterations: int) -> d
         "plan_difference": float(np.abs(ours - theirs).max()),
         "mass_error": abs(float(ours.sum()) - mass),
         "marginal_excess": float(sums.max() * size - 1),
-        "objective_difference": abs(entropic_objective(ours, array, epsilon)
-                                    - entropic_objective(theirs, array, epsilon)),
+        "objective_difference": abs(
+            entropic_objective(ours, array, epsilon) - entropic_objective(theirs, array, epsilon)
+        ),
         "cost_over_exact": float((ours * array).sum() / (exact * array).sum()),
     }
 
@@ -81,7 +82,8 @@ def timing(embeddings: tuple[Tensor, Tensor, Tensor], cost: Tensor, *, rounds: i
     runs: dict[str, Callable[[], Any]] = {
         "ms_plan": lambda: partial_transport_plan(cost, **solver),
         "ms_pot_entropic": lambda: partial.entropic_partial_wasserstein(
-            uniform, uniform, array, solver["epsilon"], m=solver["mass"], numItermax=solver["iterations"]),
+            uniform, uniform, array, solver["epsilon"], m=solver["mass"], numItermax=solver["iterations"]
+        ),
         "ms_pot_exact": lambda: partial.partial_wasserstein(uniform, uniform, array, m=solver["mass"]),
         "ms_loss_forward": lambda: loss.append(mpot_loss(x, y, metric, **solver)),
         "ms_loss_backward": lambda: loss.pop().backward(),
@@ -139,8 +141,14 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
-        rows = measure(args.sizes, dim=args.dim, rounds=args.rounds, mass=args.mass, epsilon=args.epsilon,
-                       iterations=args.iterations)
+        rows = measure(
+            args.sizes,
+            dim=args.dim,
+            rounds=args.rounds,
+            mass=args.mass,
+            epsilon=args.epsilon,
+            iterations=args.iterations,
+        )
     except UserError as error:
         print(f"transport: {error}", file=sys.stderr)
         return 2

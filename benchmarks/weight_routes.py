@@ -48,10 +48,27 @@ class Routes:
 
     def run(self, routes: tuple[str, ...]) -> list[dict]:
         """A row per route."""
-        settings = {"epochs": 1, "iterations_per_epoch": self.args.iterations, "validation_iterations": 2,
-                    "warmup_epochs": 0, "seed": self.args.seed, "weights": "null"}
-        self._command("nnssl_plugin", "plan", "-d", self.args.d, "-p", self.args.p, "-n", self.plan, "--overwrite",
-                      "--set", *(f"finetuning.{name}={value}" for name, value in settings.items()))
+        settings = {
+            "epochs": 1,
+            "iterations_per_epoch": self.args.iterations,
+            "validation_iterations": 2,
+            "warmup_epochs": 0,
+            "seed": self.args.seed,
+            "weights": "null",
+        }
+        self._command(
+            "nnssl_plugin",
+            "plan",
+            "-d",
+            self.args.d,
+            "-p",
+            self.args.p,
+            "-n",
+            self.plan,
+            "--overwrite",
+            "--set",
+            *(f"finetuning.{name}={value}" for name, value in settings.items()),
+        )
         return [self._row(route) for route in routes]
 
     def _row(self, route: str) -> dict:
@@ -72,12 +89,17 @@ class Routes:
             self._command("nnssl_plugin", "export", "-w", self.args.w, "-o", str(folder), "--format", layout)
         if route == "import":
             self._command("nnssl_plugin", "import", str(folder), "-o", str(self.out / "imported.pth"))
-        return {"folder": folder, "import": self.out / "imported.pth", "nnssl": folder / "checkpoint_final.pth",
-                "nnunet": folder / "pretrained_weights.pth"}[route]
+        return {
+            "folder": folder,
+            "import": self.out / "imported.pth",
+            "nnssl": folder / "checkpoint_final.pth",
+            "nnunet": folder / "pretrained_weights.pth",
+        }[route]
 
     def _adapt(self, route: str, *weights: str) -> str:
-        self._command("nnssl_plugin", "adapt", "-d", self.args.d, "-c", self.args.c, "-p", self.plan, "-n", route,
-                      *weights)
+        self._command(
+            "nnssl_plugin", "adapt", "-d", self.args.d, "-c", self.args.c, "-p", self.plan, "-n", route, *weights
+        )
         return f"{self.plan}-{route}"
 
     def _file(self, route: str) -> str:
@@ -85,10 +107,22 @@ class Routes:
 
     def _train(self, plan: str, trainer: str, *more: str) -> Path:
         """Train one epoch; the checkpoint."""
-        self._command("nnUNetv2_train", self.args.d, self.args.c, str(self.args.f), "-p", plan, "-tr", trainer,
-                      "-device", self.args.device, *more)
-        fold = Path(os.environ["nnUNet_results"], self.folder.name, f"{trainer}__{plan}__{self.args.c}",
-                    f"fold_{self.args.f}")
+        self._command(
+            "nnUNetv2_train",
+            self.args.d,
+            self.args.c,
+            str(self.args.f),
+            "-p",
+            plan,
+            "-tr",
+            trainer,
+            "-device",
+            self.args.device,
+            *more,
+        )
+        fold = Path(
+            os.environ["nnUNet_results"], self.folder.name, f"{trainer}__{plan}__{self.args.c}", f"fold_{self.args.f}"
+        )
         return fold / "checkpoint_final.pth"
 
     def _read(self, route: str, checkpoint: Path) -> dict:
@@ -127,8 +161,10 @@ def show(rows: list[dict]) -> None:
     print("|---|---|---|---|---|")
     for row in rows:
         adapted = row["adapted_sha256"][:12] if row["adapted_sha256"] else ""
-        print(f"| {row['route']} | {adapted} | {row['trained_sha256'][:12]} | {row['train_loss']!r} | "
-              f"{row['validation_loss']!r} |")
+        print(
+            f"| {row['route']} | {adapted} | {row['trained_sha256'][:12]} | {row['train_loss']!r} | "
+            f"{row['validation_loss']!r} |"
+        )
     loaded = [row for row in rows if row["route"] != "scratch"]
     agree = len({(row["train_loss"], row["validation_loss"], row["trained_sha256"]) for row in loaded}) == 1
     print(f"\n{len(loaded)} routes " + ("agree in losses and weights, bit for bit" if agree else "DO NOT AGREE"))

@@ -19,15 +19,20 @@ def inference_plan(*, dimensions=3, spacing=None, reader="NibabelIOWithReorient"
     """The fake plan with what preprocessing reads."""
     plan = fake_plan(dimensions=dimensions)
     (configuration,) = plan["configurations"].values()
-    configuration |= {"normalization_schemes": ["ZScoreNormalization"] * channels,
-                      "use_mask_for_norm": [False] * channels}
+    configuration |= {
+        "normalization_schemes": ["ZScoreNormalization"] * channels,
+        "use_mask_for_norm": [False] * channels,
+    }
     for what, is_seg in (("data", False), ("seg", True), ("probabilities", False)):
         configuration[f"resampling_fn_{what}"] = "resample_data_or_seg_to_shape"
         configuration[f"resampling_fn_{what}_kwargs"] = RESAMPLING | {"is_seg": is_seg}
     configuration["spacing"] = list(spacing or [1.0] * dimensions)
-    return plan | {"image_reader_writer": reader, "transpose_forward": list(transpose),
-                   "transpose_backward": [int(i) for i in np.argsort(transpose)],
-            "foreground_intensity_properties_per_channel": {str(c): {} for c in range(channels)}}
+    return plan | {
+        "image_reader_writer": reader,
+        "transpose_forward": list(transpose),
+        "transpose_backward": [int(i) for i in np.argsort(transpose)],
+        "foreground_intensity_properties_per_channel": {str(c): {} for c in range(channels)},
+    }
 
 
 class FakeClassifier:
@@ -36,12 +41,25 @@ class FakeClassifier:
     The multi-label target has its second class with the opposite log-odds.
     """
 
-    def __init__(self, plan, log_odds, *, targets=(BINARY,), ending=".nii.gz", mirroring=(), crop="none",
-                 strategy="resize", channels=1):
+    def __init__(
+        self,
+        plan,
+        log_odds,
+        *,
+        targets=(BINARY,),
+        ending=".nii.gz",
+        mirroring=(),
+        crop="none",
+        strategy="resize",
+        channels=1,
+    ):
         self.plans_manager = PlansManager(plan)
         self.configuration_manager = self.plans_manager.get_configuration(next(iter(plan["configurations"])))
-        self.dataset_json = {"channel_names": {str(c): f"MR{c}" for c in range(channels)}, "file_ending": ending,
-                             "labels": {"background": 0, "body": 1}}
+        self.dataset_json = {
+            "channel_names": {str(c): f"MR{c}" for c in range(channels)},
+            "file_ending": ending,
+            "labels": {"background": 0, "body": 1},
+        }
         self.targets, self.mirroring_axes, self.log_odds = tuple(targets), tuple(mirroring), log_odds
         arguments = {"crop": crop, "crop_margin": 0.0, "strategy": strategy, "windows": 2}
         self.settings = SimpleNamespace(crop=crop, input_arguments=lambda patch: arguments | {"patch_size": patch})

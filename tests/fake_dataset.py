@@ -13,7 +13,12 @@ NAME = "Dataset901_Fake"
 
 
 def write_fake_dataset(
-    *, cases: int = 6, channels: int = 1, dimensions: int = 3, pretraining: dict | None = None, residual: bool = False,
+    *,
+    cases: int = 6,
+    channels: int = 1,
+    dimensions: int = 3,
+    pretraining: dict | None = None,
+    residual: bool = False,
     shape=(18, 20, 17),
 ) -> dict:
     """Write the dataset into nnU-Net's folders of this process and return its plan."""

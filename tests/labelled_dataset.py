@@ -21,9 +21,15 @@ def class_labels(targets=(DIAGNOSIS,), cases: int = 6) -> ClassLabels:
     names = [f"case_{i:02d}" for i in range(cases)]
     answers = {"multilabel": [(), (0,), (0, 1), (1,)]}
     return ClassLabels(
-        tuple(targets), {name: f"subject_{i // 2}" for i, name in enumerate(names)},
-        {t.name: {name: (a := answers.get(t.kind, range(len(t.classes))))[i % len(a)] for i, name in enumerate(names)}
-         for t in targets})
+        tuple(targets),
+        {name: f"subject_{i // 2}" for i, name in enumerate(names)},
+        {
+            t.name: {
+                name: (a := answers.get(t.kind, range(len(t.classes))))[i % len(a)] for i, name in enumerate(names)
+            }
+            for t in targets
+        },
+    )
 
 
 def write_class_dataset(*, targets=(DIAGNOSIS,), cases: int = 6, labels: ClassLabels | None = None, **dataset) -> dict:
@@ -34,21 +40,31 @@ def write_class_dataset(*, targets=(DIAGNOSIS,), cases: int = 6, labels: ClassLa
     write_class_labels(raw, labels or class_labels(targets, cases))
     names = [f"case_{i:02d}" for i in range(cases)]
     half = cases // 2 + cases // 2 % 2
-    write_json(preprocessed / "splits_final.json", [{"train": names[half:], "val": names[:half]},
-                                                    {"train": names[:half], "val": names[half:]}])
+    write_json(
+        preprocessed / "splits_final.json",
+        [{"train": names[half:], "val": names[:half]}, {"train": names[:half], "val": names[half:]}],
+    )
     return plan
 
 
-def make_classifier(*, settings: dict | None = None, finetuning: dict | None = None, fold=0, resume: str | None = None,
-                    plan: dict | None = None, **dataset):
+def make_classifier(
+    *,
+    settings: dict | None = None,
+    finetuning: dict | None = None,
+    fold=0,
+    resume: str | None = None,
+    plan: dict | None = None,
+    **dataset,
+):
     """A trainer on the fake dataset; ``resume`` names a checkpoint of its folder."""
     written = write_class_dataset(**dataset)
     plan = (plan or written) | {"classification": SHORT | (settings or {})}
     plan |= {} if finetuning is None else {"finetuning": {"weights": None} | finetuning}
     plan["continue_training"] = resume is not None
     dataset_json = read_json(Path(os.environ["nnUNet_preprocessed"]) / NAME / "dataset.json")
-    trainer = PretrainedClassificationTrainer(plan, next(iter(plan["configurations"])), fold, dataset_json,
-                                              torch.device("cpu"))
+    trainer = PretrainedClassificationTrainer(
+        plan, next(iter(plan["configurations"])), fold, dataset_json, torch.device("cpu")
+    )
     if resume:
         trainer.load_checkpoint(os.path.join(trainer.output_folder, resume))
     return trainer

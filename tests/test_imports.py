@@ -26,8 +26,11 @@ FOLDERS_APART = ("methods", "tasks")
 """Packages whose folders may not import one another: a method no other method, a task no other task."""
 WITHOUT_NNUNET = {*FLOORS[0], *FLOORS[1], "registry"}
 """Packages that are read and tested without nnU-Net; in a method's folder only ``trainer.py`` knows it."""
-WITHOUT_A_TRAINER = {"nnssl_plugin.training.pictures", "nnssl_plugin.pretraining.pretext",
-                     "nnssl_plugin.pretraining.settings"}
+WITHOUT_A_TRAINER = {
+    "nnssl_plugin.training.pictures",
+    "nnssl_plugin.pretraining.pretext",
+    "nnssl_plugin.pretraining.settings",
+}
 """Modules of the trainers' packages that know no nnU-Net: all that the other files of a method may import of them."""
 
 

@@ -10,13 +10,20 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_plugin.finetuning.settings import read_settings
+from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
 
 
 class SeededStockTrainer(nnUNetTrainer):
     """nnU-Net's trainer, seeded before the network is built."""
 
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008 (nnU-Net's signature)
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = DEFAULT_DEVICE,
+    ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         settings = read_settings(plans, configuration)
         self.seed = settings.seed

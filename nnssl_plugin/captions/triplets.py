@@ -46,10 +46,6 @@ class CaptionSummary:
     kept: int
 
 
-
-
-
-
 def load_volume(path: Path) -> Volume:
     """Read an image of a raw dataset as stored.
 

@@ -13,32 +13,59 @@ TRAINER = "PretrainedSegmentationTrainer"
 
 def add_arguments(parser):
     parser.add_argument("-d", required=True, metavar="ID", help="target dataset, ID or name")
-    parser.add_argument("-w", metavar="CHECKPOINT",
-                        help="checkpoint of a pretraining, of nnU-Net or nnssl, plain weights, or a shared folder")
+    parser.add_argument(
+        "-w",
+        metavar="CHECKPOINT",
+        help="checkpoint of a pretraining, of nnU-Net or nnssl, plain weights, or a shared folder",
+    )
     parser.add_argument("-n", required=True, metavar="NAME", help="the plan is written as PLANS-NAME")
     parser.add_argument("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="the target's plan (default: nnUNetPlans)")
-    parser.add_argument("--from-scratch", action="store_true",
-                        help="the twin: the same plan and schedule from random weights")
-    parser.add_argument("--min-coverage", type=float, default=0.8, metavar="FRACTION",
-                        help="part of the encoder's parameters that must be loaded (default: 0.8)")
-    parser.add_argument("--mapping", metavar="TABLE", help="how the keys of foreign weights are renamed: the name of a "
-                        "table of this package, or a JSON file")
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="the twin: the same plan and schedule from random weights"
+    )
+    parser.add_argument(
+        "--min-coverage",
+        type=float,
+        default=0.8,
+        metavar="FRACTION",
+        help="part of the encoder's parameters that must be loaded (default: 0.8)",
+    )
+    parser.add_argument(
+        "--mapping",
+        metavar="TABLE",
+        help="how the keys of foreign weights are renamed: the name of a table of this package, or a JSON file",
+    )
     parser.add_argument("--inflate", action="store_true", help="also adapt 2D weights to a 3D network, and back")
-    parser.add_argument("--resize-width", action="store_true",
-                        help="also adapt layers of other widths, by their first channels")
-    parser.add_argument("--token-grid", type=int, nargs="+", metavar="N",
-                        help="tokens per axis of the checkpoint's positional embedding, where the file does not tell")
+    parser.add_argument(
+        "--resize-width", action="store_true", help="also adapt layers of other widths, by their first channels"
+    )
+    parser.add_argument(
+        "--token-grid",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="tokens per axis of the checkpoint's positional embedding, where the file does not tell",
+    )
 
 
 def run(args):
     from nnssl_plugin.checkpoints.adaptation.finetuning_plan import Changes, adapt_checkpoint
 
     adapted = adapt_checkpoint(
-        args.d, name=args.n, weights=args.w, configuration=args.c, plans_name=args.p, from_scratch=args.from_scratch,
-        min_coverage=args.min_coverage, mapping=args.mapping,
-        changes=Changes(inflate=args.inflate, resize_width=args.resize_width,
-                        source_grid=tuple(args.token_grid) if args.token_grid else None),
+        args.d,
+        name=args.n,
+        weights=args.w,
+        configuration=args.c,
+        plans_name=args.p,
+        from_scratch=args.from_scratch,
+        min_coverage=args.min_coverage,
+        mapping=args.mapping,
+        changes=Changes(
+            inflate=args.inflate,
+            resize_width=args.resize_width,
+            source_grid=tuple(args.token_grid) if args.token_grid else None,
+        ),
     )
     if adapted.report is not None:
         print(adapted.report.table())

@@ -27,12 +27,23 @@ def add_arguments(parser):
 def run(args):
     from nnssl_plugin.tasks.classification.inference import classify_images
 
-    found = classify_images(args.i, args.o, args.m, folds=args.f, checkpoint=args.chk, mirroring=args.tta,
-                            device=args.device, segmentations=args.seg, explanations=args.explain)
+    found = classify_images(
+        args.i,
+        args.o,
+        args.m,
+        folds=args.f,
+        checkpoint=args.chk,
+        mirroring=args.tta,
+        device=args.device,
+        segmentations=args.seg,
+        explanations=args.explain,
+    )
     for case, reasons in found.warnings.items():
         print(f"{case}: {'; '.join(reasons)}")
     for case, reason in found.failed.items():
         print(f"{case}: left out, {reason}.")
-    print(f"{', '.join(map(str, found.tables))}: {found.done} cases classified, {found.skipped} were there, "
-          f"{len(found.failed)} left out.")
+    print(
+        f"{', '.join(map(str, found.tables))}: {found.done} cases classified, {found.skipped} were there, "
+        f"{len(found.failed)} left out."
+    )
     return FAILED if found.failed else 0

@@ -1,7 +1,7 @@
 """Print the export of nnUNet_extTrainer, through which nnU-Net finds the trainers of this package.
 
-    eval "$(nnssl_plugin env)"
-    nnssl_plugin env --shell fish | source
+eval "$(nnssl_plugin env)"
+nnssl_plugin env --shell fish | source
 """
 
 import os

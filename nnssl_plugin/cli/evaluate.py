@@ -41,35 +41,62 @@ def add_arguments(parser):
     import argparse
 
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    kind = kinds.add_parser("segmentation", help="Dice, HD95 and normalised surface distance per case and label",
-                            description=SEGMENTATION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = kinds.add_parser(
+        "segmentation",
+        help="Dice, HD95 and normalised surface distance per case and label",
+        description=SEGMENTATION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     kind.add_argument("-i", required=True, nargs="+", metavar="NAME=DIR", help="runs; the first is compared to")
     kind.add_argument("-o", required=True, metavar="DIR", help="folder of the results")
     kind.add_argument("-ref", metavar="DIR", help="references (default for results: nnU-Net's gt_segmentations)")
     kind.add_argument("-djfile", metavar="FILE", help="dataset.json that defines the labels (default: beside the runs)")
     kind.add_argument("-f", nargs="+", type=int, metavar="FOLD", help="folds to pool of result folders (default: all)")
-    kind.add_argument("--tolerance-mm", type=float, default=1.0, metavar="MM",
-                      help="surface distance that counts as no error in NSD (default: 1.0)")
+    kind.add_argument(
+        "--tolerance-mm",
+        type=float,
+        default=1.0,
+        metavar="MM",
+        help="surface distance that counts as no error in NSD (default: 1.0)",
+    )
     kind.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
-    kind = kinds.add_parser("tokens", help="do pretrained features tell the labels of a dataset apart?",
-                            description=TOKENS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = kinds.add_parser(
+        "tokens",
+        help="do pretrained features tell the labels of a dataset apart?",
+        description=TOKENS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     kind.add_argument("-d", required=True, metavar="ID", help="labelled, preprocessed dataset")
     kind.add_argument("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
     kind.add_argument("-p", default="nnUNetPlans", metavar="PLAN", help="plan of the network (default: nnUNetPlans)")
     kind.add_argument("-w", metavar="FILE", help="weights (default: the random initialisation alone)")
     kind.add_argument("-f", type=int, metavar="FOLD", help="only the validation cases of this fold (default: all)")
-    kind.add_argument("--stride", type=int, default=16, metavar="VOXELS",
-                      help="size of a token: the finest stage with at least this stride (default: 16)")
+    kind.add_argument(
+        "--stride",
+        type=int,
+        default=16,
+        metavar="VOXELS",
+        help="size of a token: the finest stage with at least this stride (default: 16)",
+    )
     kind.add_argument("--cases", type=int, metavar="N", help="how many cases (default: all)")
     kind.add_argument("-o", metavar="FILE", help="JSON file for the numbers")
     kind.add_argument("-device", default="cpu", choices=("cpu", "cuda", "mps"), help="default: cpu")
-    kind = kinds.add_parser("classification", help="AUROC, accuracy and calibration of the folds together",
-                            description=CLASSIFICATION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = kinds.add_parser(
+        "classification",
+        help="AUROC, accuracy and calibration of the folds together",
+        description=CLASSIFICATION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     runs = kind.add_mutually_exclusive_group(required=True)
     runs.add_argument("-d", metavar="ID", help="dataset ID or full name of the trainings")
     runs.add_argument("-i", nargs="+", metavar="NAME=PATH", help="runs; the first is compared to")
-    kind.add_argument("-tr", nargs="+", default=["PretrainedClassificationTrainer"], metavar="TRAINER",
-                      help="default: PretrainedClassificationTrainer")
+    kind.add_argument(
+        "-tr",
+        nargs="+",
+        default=["PretrainedClassificationTrainer"],
+        metavar="TRAINER",
+        help="default: PretrainedClassificationTrainer",
+    )
     kind.add_argument("-p", nargs="+", default=["nnUNetPlans"], metavar="PLANS", help="default: nnUNetPlans")
     kind.add_argument("-c", nargs="+", default=["3d_fullres"], metavar="CONFIG", help="default: 3d_fullres")
     kind.add_argument("-f", nargs="+", type=int, metavar="FOLD", help="folds to pool (default: all that are trained)")
@@ -86,8 +113,16 @@ def _tokens(args):
     from nnssl_plugin.io.files import write_json
     from nnssl_plugin.tasks.probing.tokens import evaluate_tokens, table
 
-    result = evaluate_tokens(args.d, args.p, configuration=args.c, weights=args.w, fold=args.f, cases=args.cases,
-                             stride=args.stride, device=args.device)
+    result = evaluate_tokens(
+        args.d,
+        args.p,
+        configuration=args.c,
+        weights=args.w,
+        fold=args.f,
+        cases=args.cases,
+        stride=args.stride,
+        device=args.device,
+    )
     if args.o:
         write_json(args.o, result)
     print(table(result))
@@ -98,14 +133,21 @@ def _segmentation(args):
     from nnssl_plugin.tasks.segmentation.summaries import table
 
     evaluation = evaluate_segmentation(
-        _named_places(args.i), args.o, references=args.ref, dataset_json=args.djfile, folds=args.f,
-        tolerance_mm=args.tolerance_mm, processes=args.np,
+        _named_places(args.i),
+        args.o,
+        references=args.ref,
+        dataset_json=args.djfile,
+        folds=args.f,
+        tolerance_mm=args.tolerance_mm,
+        processes=args.np,
     )
     print(table(evaluation.summaries, evaluation.comparison))
     for found in evaluation.runs:
         if found.missing:
-            print(f"\n{found.name}: {len(found.missing)} cases were not predicted and count nowhere: "
-                  f"{', '.join(found.missing)}")
+            print(
+                f"\n{found.name}: {len(found.missing)} cases were not predicted and count nowhere: "
+                f"{', '.join(found.missing)}"
+            )
     print(f"\nWritten to {evaluation.folder}")
 
 
@@ -115,8 +157,9 @@ def _classification(args):
     places = _named_places(args.i) if args.i else model_folders(args.d, args.tr, args.p, args.c)
     evaluation = evaluate_classification(places, args.o, folds=args.f, references=args.ref, dataset_json=args.djfile)
     print(class_table(evaluation))
-    print("\nWritten to", *(found.folder for found in evaluation.runs.values()), *([args.o] if args.o else []),
-          sep="\n  ")
+    print(
+        "\nWritten to", *(found.folder for found in evaluation.runs.values()), *([args.o] if args.o else []), sep="\n  "
+    )
 
 
 def _named_places(given: list[str]) -> dict[str, str]:

@@ -13,14 +13,27 @@ FORMATS = ("safetensors", "nnunet", "nnssl")
 
 
 def add_arguments(parser):
-    parser.add_argument("-w", required=True, metavar="CHECKPOINT",
-                        help="checkpoint of a pretraining; with --stock a model folder or a checkpoint in it")
+    parser.add_argument(
+        "-w",
+        required=True,
+        metavar="CHECKPOINT",
+        help="checkpoint of a pretraining; with --stock a model folder or a checkpoint in it",
+    )
     parser.add_argument("-o", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--format", choices=FORMATS, default="safetensors",
-                        help="safetensors: import takes it back (default); nnunet: a file for -pretrained_weights; "
-                             "nnssl: for the fine-tuning commands of nnssl and nnU-Net")
-    parser.add_argument("--results", nargs="+", default=[], metavar="[NAME=]FILE",
-                        help="nnU-Net's summary.json, whose means the model card shows")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="safetensors",
+        help="safetensors: import takes it back (default); nnunet: a file for -pretrained_weights; "
+        "nnssl: for the fine-tuning commands of nnssl and nnU-Net",
+    )
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="nnU-Net's summary.json, whose means the model card shows",
+    )
     parser.add_argument("--licence", metavar="SPDX", help="licence of the weights (default: the dataset's)")
     parser.add_argument("--stock", action="store_true", help="a fine-tuned model for nnU-Net without this package")
     parser.add_argument("--zip", metavar="FILE", help="with --stock: also a zip for nnU-Net's install command")
@@ -33,13 +46,20 @@ def run(args):
         _stock(args)
         return
     if args.zip:
-        raise UserError("--zip packs a fine-tuned model; a shared folder is shared as it is.", "Add --stock, or leave "
-                        "--zip out.")
+        raise UserError(
+            "--zip packs a fine-tuned model; a shared folder is shared as it is.", "Add --stock, or leave --zip out."
+        )
     from nnssl_plugin.checkpoints.sharing.export import export_checkpoint
     from nnssl_plugin.registry import METHODS
 
-    exported = export_checkpoint(args.w, args.o, layout=args.format, results=args.results, licence=args.licence,
-                                 papers={name: method.paper for name, method in METHODS.items()})
+    exported = export_checkpoint(
+        args.w,
+        args.o,
+        layout=args.format,
+        results=args.results,
+        licence=args.licence,
+        papers={name: method.paper for name, method in METHODS.items()},
+    )
     for place in exported.removed:
         print(f"removed a path of this machine: {place}")
     for path in sorted(exported.folder.iterdir()):

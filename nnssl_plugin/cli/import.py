@@ -12,8 +12,11 @@ from it. A pickled file that runs code is refused with a list of what it would r
 def add_arguments(parser):
     parser.add_argument("source", metavar="DIR_OR_FILE", help="a shared folder, or a file of weights")
     parser.add_argument("-o", required=True, metavar="CHECKPOINT", help="checkpoint to write (.pth)")
-    parser.add_argument("--trust", action="store_true",
-                        help="run the code that the file brings; only for a file whose author you know and trust")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="run the code that the file brings; only for a file whose author you know and trust",
+    )
 
 
 def run(args):

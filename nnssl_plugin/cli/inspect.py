@@ -10,8 +10,11 @@ wrote. No code in the file is run.
 
 def add_arguments(parser):
     parser.add_argument("file", metavar="FILE", help="file with weights, or a folder that export wrote")
-    parser.add_argument("--mapping", metavar="TABLE", help="how the keys of foreign weights are renamed: the name of a "
-                                                           "table of this package, or a JSON file")
+    parser.add_argument(
+        "--mapping",
+        metavar="TABLE",
+        help="how the keys of foreign weights are renamed: the name of a table of this package, or a JSON file",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
 
 

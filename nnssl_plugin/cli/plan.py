@@ -19,15 +19,27 @@ def add_arguments(parser):
     parser.add_argument("-d", required=True, metavar="ID", help="dataset ID or name")
     parser.add_argument("-n", required=True, metavar="NAME", help="name of the new plan")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plan to start from (default: nnUNetPlans)")
-    parser.add_argument("--preset", nargs="+", default=[], metavar="NAME",
-                        help="files of nnssl_plugin.plans, merged in before --set")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="assignments",
-                        help="values to change")
+    parser.add_argument(
+        "--preset", nargs="+", default=[], metavar="NAME", help="files of nnssl_plugin.plans, merged in before --set"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="assignments",
+        help="values to change",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a plan of this name")
     like = parser.add_argument_group("with the network of a checkpoint")
     like.add_argument("--like", metavar="CHECKPOINT", help="pretrained weights of any kind that adapt reads")
-    like.add_argument("-c", default="3d_fullres", metavar="CONFIG",
-                      help="the configuration that gets the network; the new plan holds it alone (default: 3d_fullres)")
+    like.add_argument(
+        "-c",
+        default="3d_fullres",
+        metavar="CONFIG",
+        help="the configuration that gets the network; the new plan holds it alone (default: 3d_fullres)",
+    )
     like.add_argument("--spacing", action="store_true", help="take over the checkpoint's voxel spacing")
     like.add_argument("--normalisation", action="store_true", help="take over the checkpoint's normalisation")
     like.add_argument("--mapping", metavar="TABLE", help="names the keys of foreign weights, as for adapt")
@@ -37,8 +49,10 @@ def run(args):
     from nnssl_plugin.errors import UserError
 
     if args.like is None and (args.spacing or args.normalisation or args.mapping):
-        raise UserError("--spacing, --normalisation and --mapping say what to take from a checkpoint; none is named.",
-                        "Add --like CHECKPOINT.")
+        raise UserError(
+            "--spacing, --normalisation and --mapping say what to take from a checkpoint; none is named.",
+            "Add --like CHECKPOINT.",
+        )
     written = _edited(args) if args.like is None else _like(args)
     for change in written.changes:
         print(change)
@@ -55,8 +69,9 @@ def run(args):
 def _edited(args):
     from nnssl_plugin.nnunet.plan_edits import write_edited_plan
 
-    return write_edited_plan(args.d, args.n, source=args.p, presets=args.preset, assignments=args.assignments,
-                             overwrite=args.overwrite)
+    return write_edited_plan(
+        args.d, args.n, source=args.p, presets=args.preset, assignments=args.assignments, overwrite=args.overwrite
+    )
 
 
 def _like(args):
@@ -64,6 +79,15 @@ def _like(args):
     from nnssl_plugin.checkpoints.sources.source import read_source
 
     source = read_source(args.like, mapping=args.mapping)
-    return plan_like(args.d, source, name=args.n, plans_name=args.p, configuration=args.c, spacing=args.spacing,
-                     normalisation=args.normalisation, presets=args.preset, assignments=args.assignments,
-                     overwrite=args.overwrite)
+    return plan_like(
+        args.d,
+        source,
+        name=args.n,
+        plans_name=args.p,
+        configuration=args.c,
+        spacing=args.spacing,
+        normalisation=args.normalisation,
+        presets=args.preset,
+        assignments=args.assignments,
+        overwrite=args.overwrite,
+    )

@@ -21,21 +21,30 @@ SHOWN = 5
 
 def add_arguments(parser):
     parser.add_argument("-i", metavar="DIR", help="folder of the scans, searched with its subfolders")
-    parser.add_argument("-d", required=True, metavar="ID",
-                        help="ID of the dataset to make or extend (1-999); without -i also its full name")
+    parser.add_argument(
+        "-d",
+        required=True,
+        metavar="ID",
+        help="ID of the dataset to make or extend (1-999); without -i also its full name",
+    )
     parser.add_argument("-n", metavar="NAME", help="its name: DatasetID_NAME")
     parser.add_argument(
         "--modality",
         choices=("MR", "PET", "CT", "grey", "RGB", "noNorm", "rescale_to_0_1"),
         help="MR, PET: z-score normalisation; CT: intensities in HU, nnU-Net's CT normalisation (default: MR); "
-             "2D images: grey or RGB (default: grey); noNorm: values as stored, for binary shapes; rescale_to_0_1: "
-             "each image stretched to [0, 1]",
+        "2D images: grey or RGB (default: grey); noNorm: values as stored, for binary shapes; rescale_to_0_1: "
+        "each image stretched to [0, 1]",
     )
     parser.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
     parser.add_argument("--class-labels", metavar="CSV", help="take the scans that this table names, with classes")
-    parser.add_argument("--target", nargs="+", default=[], metavar="SPEC",
-                        help="columns to predict: NAME, NAME:KIND or NAME:KIND:CLASS,CLASS, where KIND is binary "
-                             "(second class: positive), multiclass, multilabel or ordinal (lowest first)")
+    parser.add_argument(
+        "--target",
+        nargs="+",
+        default=[],
+        metavar="SPEC",
+        help="columns to predict: NAME, NAME:KIND or NAME:KIND:CLASS,CLASS, where KIND is binary "
+        "(second class: positive), multiclass, multilabel or ordinal (lowest first)",
+    )
 
 
 def run(args):
@@ -48,8 +57,15 @@ def run(args):
         return _report(prepare_dataset(args.i, _number(args.d), args.n, modality=args.modality, processes=args.np))
     from nnssl_plugin.intake.labelled import prepare_class_dataset
 
-    summary, labelled = prepare_class_dataset(args.i, _number(args.d), args.n, table=args.class_labels,
-                                              targets=args.target, modality=args.modality, processes=args.np)
+    summary, labelled = prepare_class_dataset(
+        args.i,
+        _number(args.d),
+        args.n,
+        table=args.class_labels,
+        targets=args.target,
+        modality=args.modality,
+        processes=args.np,
+    )
     code = _report(summary)
     _report_labels(labelled)
     return code
@@ -114,5 +130,7 @@ def _report_labels(labelled):
     if labelled.left_out:
         print(f"{labelled.left_out} scans without a row are left out.")
     if labelled.unlabelled:
-        print(f"Warning: {len(labelled.unlabelled)} cases of the dataset have no row and are not used for "
-              f"classification: {some(labelled.unlabelled)}")
+        print(
+            f"Warning: {len(labelled.unlabelled)} cases of the dataset have no row and are not used for "
+            f"classification: {some(labelled.unlabelled)}"
+        )

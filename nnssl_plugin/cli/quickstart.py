@@ -18,11 +18,22 @@ from nnssl_plugin.cli.env import search_path
 
 def add_arguments(parser):
     parser.add_argument("--images", metavar="DIR", type=Path, help="your scans (default: generated phantoms)")
-    parser.add_argument("--labels", metavar="DIR", type=Path,
-                        help="segmentations of some of them, of the same name; the others stay unlabelled")
+    parser.add_argument(
+        "--labels",
+        metavar="DIR",
+        type=Path,
+        help="segmentations of some of them, of the same name; the others stay unlabelled",
+    )
     parser.add_argument("--modality", choices=("MR", "CT"), help="of your scans (default: guessed; MR for PET, US, …)")
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("nnssl_quickstart"), dest="o",
-                        help="an empty or new folder that receives everything (default: ./nnssl_quickstart)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("nnssl_quickstart"),
+        dest="o",
+        help="an empty or new folder that receives everything (default: ./nnssl_quickstart)",
+    )
     parser.add_argument("-device", "--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
 
 
@@ -34,8 +45,9 @@ def run(args):
 
     images, labels = (str(path.resolve()) if path else None for path in (args.images, args.labels))
     try:
-        report = walk(args.o, Setting(images, labels, args.modality), device=args.device, trainers=search_path(),
-                      say=_say)
+        report = walk(
+            args.o, Setting(images, labels, args.modality), device=args.device, trainers=search_path(), say=_say
+        )
     except Stopped:
         _say(f"Stopped. To go on from here: {shlex.join(['nnssl_plugin', *sys.argv[1:]])}")
         return TO_BE_CONTINUED

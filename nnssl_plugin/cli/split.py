@@ -15,8 +15,13 @@ included, then takes the printed fold numbers. Cases are what is drawn, not subj
 def add_arguments(parser):
     parser.add_argument("-d", required=True, metavar="ID", help="dataset ID or full name")
     parser.add_argument("-f", type=int, default=0, metavar="FOLD", help="fold to cut down (default: 0)")
-    parser.add_argument("--fractions", nargs="+", type=float, metavar="PERCENT",
-                        help="of the fold's training cases, for example 20 40 60 80 100")
+    parser.add_argument(
+        "--fractions",
+        nargs="+",
+        type=float,
+        metavar="PERCENT",
+        help="of the fold's training cases, for example 20 40 60 80 100",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the cases (default: 0)")
 
 
@@ -39,8 +44,11 @@ def _show_class_folds(dataset, splits, labels):
     print(f"{dataset_folder(dataset) / SPLITS_FILE}:\n\nfold  training  validation  validation cases per class")
     for number, fold in enumerate(splits):
         chosen = set(fold["val"])
-        counts = [f"{name} {len(chosen.intersection(labels.cases_of_class(target, index)))}"
-                  for target in labels.targets for index, name in enumerate(target.classes)]
+        counts = [
+            f"{name} {len(chosen.intersection(labels.cases_of_class(target, index)))}"
+            for target in labels.targets
+            for index, name in enumerate(target.classes)
+        ]
         print(f"{number:>4}  {len(fold['train']):>8}  {len(fold['val']):>10}  {', '.join(counts)}")
 
 

@@ -16,6 +16,8 @@ window), ``image_embedding`` and ``text_embedding`` (B, E) float32;
 with labels, in validation batches of datasets that label structures, also ``labels`` (B, *window) int16: the case's
 segmentation in the same window, -1 outside the case.
 """
+
+
 @dataclass(frozen=True)
 class Needs:
     """What the batches of a method must hold."""

@@ -65,13 +65,21 @@ def find_images(folder: str | Path, ending: str) -> tuple[dict[str, tuple[Path, 
             del channels[case]
     if not channels and not left_out:
         others = sorted({"".join(p.suffixes[-2:]) for p in files})
-        raise UserError(f"{folder} holds no {ending} file; it holds: {', '.join(others[:5]) or 'nothing'}.",
-                        f"The model was trained on {ending} files: convert the images, named CASE_0000{ending}.")
+        raise UserError(
+            f"{folder} holds no {ending} file; it holds: {', '.join(others[:5]) or 'nothing'}.",
+            f"The model was trained on {ending} files: convert the images, named CASE_0000{ending}.",
+        )
     return {case: tuple(found[k] for k in sorted(found)) for case, found in sorted(channels.items())}, left_out
 
 
-def read_image(files: tuple[Path, ...], *, plans: PlansManager, configuration: ConfigurationManager,
-               dataset_json: dict[str, Any], segmentation: Path | None = None) -> Image:
+def read_image(
+    files: tuple[Path, ...],
+    *,
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    dataset_json: dict[str, Any],
+    segmentation: Path | None = None,
+) -> Image:
     """Read, check and preprocess a case with the plan's own reader and preprocessor.
 
     Args:
@@ -98,12 +106,14 @@ def read_image(files: tuple[Path, ...], *, plans: PlansManager, configuration: C
     warnings = _odd_spacing(original, plans.plans.get("original_median_spacing_after_transp"))
     try:
         data, labels_out, properties = configuration.preprocessor_class(verbose=False).run_case_npy(
-            data, labels, properties, plans, configuration, dataset_json)
+            data, labels, properties, plans, configuration, dataset_json
+        )
     except UNREADABLE as error:
         raise UnusableCase(f"it cannot be preprocessed: {_one_line(error)}") from error
     target = [float(size) for size in configuration.spacing]
-    return Image(data, None if labels is None else labels_out, properties,
-                 tuple(original[: 3 - len(target)] + target), warnings)
+    return Image(
+        data, None if labels is None else labels_out, properties, tuple(original[: 3 - len(target)] + target), warnings
+    )
 
 
 def _check_voxels(data: np.ndarray, dataset_json: dict[str, Any]) -> None:
@@ -120,8 +130,9 @@ def _check_voxels(data: np.ndarray, dataset_json: dict[str, Any]) -> None:
 
 def _odd_spacing(spacing: list[float], median: list[float] | None) -> tuple[str, ...]:
     """A warning where voxels are far from those of the training: the spacing may be missing or in another unit."""
-    if median is None or all(1 / ODD_SPACING <= own / usual <= ODD_SPACING
-                             for own, usual in zip(spacing, median, strict=True)):
+    if median is None or all(
+        1 / ODD_SPACING <= own / usual <= ODD_SPACING for own, usual in zip(spacing, median, strict=True)
+    ):
         return ()
     return (f"its voxels measure {_mm(spacing)}, those of the training {_mm(median)} (median): is its spacing right?",)
 

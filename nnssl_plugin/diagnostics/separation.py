@@ -25,8 +25,10 @@ def token_labels(segmentation: Tensor, grid: Sequence[int]) -> Tensor:
         (B, N) int64, N the product of ``grid``, in the order of the tokens.
     """
     values = segmentation.unique()
-    shares = [functional.interpolate((segmentation == value).float()[:, None], size=tuple(grid), mode="area")
-              for value in values]
+    shares = [
+        functional.interpolate((segmentation == value).float()[:, None], size=tuple(grid), mode="area")
+        for value in values
+    ]
     return values[torch.cat(shares, 1).argmax(1)].flatten(1).long()
 
 

@@ -36,8 +36,9 @@ def ask_nnunet(environment: Mapping[str, str], names: Sequence[str], *, patience
 def _ask(arguments: list[str], environment: Mapping[str, str], patience: float) -> Answer:
     command = [sys.executable, str(Path(__file__).with_name("probe.py")), *arguments]
     try:
-        done = subprocess.run(command, env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True,
-                              timeout=patience)
+        done = subprocess.run(
+            command, env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True, timeout=patience
+        )
     except subprocess.TimeoutExpired as expired:
         return Answer(_facts(expired.stdout), f"no answer within {patience:g} s")
     return Answer(_facts(done.stdout), _cause(done.returncode, done.stderr))
@@ -47,7 +48,7 @@ def _facts(output: bytes | None) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for line in (output or b"").decode(errors="replace").splitlines():
         if line.startswith(MARK):
-            facts.update(json.loads(line[len(MARK):]))
+            facts.update(json.loads(line[len(MARK) :]))
     return facts
 
 

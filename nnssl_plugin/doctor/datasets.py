@@ -42,19 +42,43 @@ class Dataset:
 
 def find_dataset(environment: Mapping[str, str], dataset: str) -> tuple[Dataset | None, list[Finding]]:
     """The dataset of an ID or full name in nnU-Net's folders, and what is wrong about its whereabouts."""
-    names = sorted({folder.name for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-                    for folder in _candidates(environment.get(variable, "").strip(), dataset)})
+    names = sorted(
+        {
+            folder.name
+            for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+            for folder in _candidates(environment.get(variable, "").strip(), dataset)
+        }
+    )
     if not names:
-        return None, [Finding("dataset", PROBLEM, f"there is no dataset {dataset} in nnU-Net's folders",
-                              "nnssl_plugin prepare -i DIR -d ID -n NAME --modality MR")]
+        return None, [
+            Finding(
+                "dataset",
+                PROBLEM,
+                f"there is no dataset {dataset} in nnU-Net's folders",
+                "nnssl_plugin prepare -i DIR -d ID -n NAME --modality MR",
+            )
+        ]
     if len(names) > 1:
-        return None, [Finding("dataset", PROBLEM, f"{dataset} is the ID of {', '.join(names)}: nnU-Net refuses that",
-                              "Give all but one another number (rename the folders).")]
-    found = Dataset(names[0], _folder(environment, "nnUNet_raw", names[0]),
-                    _folder(environment, "nnUNet_preprocessed", names[0]))
+        return None, [
+            Finding(
+                "dataset",
+                PROBLEM,
+                f"{dataset} is the ID of {', '.join(names)}: nnU-Net refuses that",
+                "Give all but one another number (rename the folders).",
+            )
+        ]
+    found = Dataset(
+        names[0], _folder(environment, "nnUNet_raw", names[0]), _folder(environment, "nnUNet_preprocessed", names[0])
+    )
     if found.raw is None:
-        return found, [Finding("dataset", WARNING, f"{found.name}: not in nnUNet_raw, so triplets cannot be read",
-                               "nnssl_plugin prepare -i DIR -d ID -n NAME --modality MR")]
+        return found, [
+            Finding(
+                "dataset",
+                WARNING,
+                f"{found.name}: not in nnUNet_raw, so triplets cannot be read",
+                "nnssl_plugin prepare -i DIR -d ID -n NAME --modality MR",
+            )
+        ]
     return found, [Finding("dataset", OK, str(found.raw))]
 
 
@@ -66,8 +90,11 @@ def dataset_findings(dataset: Dataset) -> list[Finding]:
         if wrong:
             return wrong
         cases = training_cases(dataset.raw, description)
-        findings = [_cases(dataset, cases, description), *_class_labels(dataset.raw, cases, description),
-                    *_triplets(dataset.raw, cases)]
+        findings = [
+            _cases(dataset, cases, description),
+            *_class_labels(dataset.raw, cases, description),
+            *_triplets(dataset.raw, cases),
+        ]
     return findings + _plans(dataset, len(cases))
 
 
@@ -147,11 +174,19 @@ def _cases(dataset: Dataset, cases: list, description: Mapping[str, Any]) -> Fin
     channels = ", ".join(str(name) for name in description["channel_names"].values())
     text = f"{len(cases)} training cases; channels: {channels}"
     if not cases:
-        return Finding("images", PROBLEM, f"no *_0000{description['file_ending']} in {dataset.raw / 'imagesTr'}",
-                       f"nnssl_plugin prepare -i DIR -d {dataset.number} -n NAME")
+        return Finding(
+            "images",
+            PROBLEM,
+            f"no *_0000{description['file_ending']} in {dataset.raw / 'imagesTr'}",
+            f"nnssl_plugin prepare -i DIR -d {dataset.number} -n NAME",
+        )
     if len(cases) != description["numTraining"]:
-        return Finding("images", WARNING, f"{text}; dataset.json says {description['numTraining']}",
-                       f'Set "numTraining": {len(cases)} in {dataset.raw / "dataset.json"}')
+        return Finding(
+            "images",
+            WARNING,
+            f"{text}; dataset.json says {description['numTraining']}",
+            f'Set "numTraining": {len(cases)} in {dataset.raw / "dataset.json"}',
+        )
     return Finding("images", OK, text)
 
 
@@ -185,15 +220,24 @@ def _triplets(raw: Path, cases: list[tuple[str, Path]]) -> list[Finding]:
         found = triplets.read_triplets(raw)
         without = [case for case, _ in cases if case not in found]
         if without:
-            return [Finding("triplets", WARNING, f"none for {len(without)} of {len(cases)} cases, such as {without[0]}",
-                            caption)]
+            return [
+                Finding(
+                    "triplets", WARNING, f"none for {len(without)} of {len(cases)} cases, such as {without[0]}", caption
+                )
+            ]
         triplets.read_embeddings(raw, found)
     except UserError as error:
         return [Finding("triplets", PROBLEM, error.problem, error.remedy.removeprefix("Run: "))]
     weights = triplets.load_embeddings(raw).weights
     if weights.startswith("random"):
-        return [Finding("triplets", WARNING, f"{len(found)}, but by random encoders, which only tell slices apart",
-                        f"{caption} --model ViT-B-32 --weights FILE")]
+        return [
+            Finding(
+                "triplets",
+                WARNING,
+                f"{len(found)}, but by random encoders, which only tell slices apart",
+                f"{caption} --model ViT-B-32 --weights FILE",
+            )
+        ]
     return [Finding("triplets", OK, f"{len(found)}, embedded by {weights}")]
 
 
@@ -203,11 +247,20 @@ def _plans(dataset: Dataset, cases: int) -> list[Finding]:
     for plan, configuration, count in preprocessed_cases(dataset):
         plans.setdefault(plan, {})[configuration] = count
     if not plans:
-        return [Finding("plans", WARNING, "not planned yet",
-                        f"nnUNetv2_plan_and_preprocess -d {dataset.number} -c 3d_fullres")]
+        return [
+            Finding(
+                "plans", WARNING, "not planned yet", f"nnUNetv2_plan_and_preprocess -d {dataset.number} -c 3d_fullres"
+            )
+        ]
     if not any(any(counts.values()) for counts in plans.values()):
-        return [Finding("plans", WARNING, f"{', '.join(plans)}: not preprocessed",
-                        f"nnUNetv2_preprocess -d {dataset.number} -plans_name {next(iter(plans))} -c 3d_fullres")]
+        return [
+            Finding(
+                "plans",
+                WARNING,
+                f"{', '.join(plans)}: not preprocessed",
+                f"nnUNetv2_preprocess -d {dataset.number} -plans_name {next(iter(plans))} -c 3d_fullres",
+            )
+        ]
     findings = [_plan(dataset.number, plan, counts, cases) for plan, counts in plans.items()]
     more = len(findings) - PLANS_SHOWN
     return findings if more <= 0 else [*findings[:PLANS_SHOWN], Finding("plans", OK, f"and {more} more")]
@@ -215,12 +268,19 @@ def _plans(dataset: Dataset, cases: int) -> list[Finding]:
 
 def _plan(number: str, plan: str, counts: Mapping[str, int], cases: int) -> Finding:
     partly = [name for name, count in counts.items() if 0 < count < cases]
-    states = [f"{name}: {count} of {cases} cases" if name in partly else
-              f"{name}: {count} cases" if count else f"{name}: not preprocessed" for name, count in counts.items()]
+    states = [
+        f"{name}: {count} of {cases} cases"
+        if name in partly
+        else f"{name}: {count} cases"
+        if count
+        else f"{name}: not preprocessed"
+        for name, count in counts.items()
+    ]
     if not partly:
         return Finding(plan, OK, "; ".join(states))
-    return Finding(plan, WARNING, "; ".join(states),
-                   f"nnUNetv2_preprocess -d {number} -plans_name {plan} -c {' '.join(partly)}")
+    return Finding(
+        plan, WARNING, "; ".join(states), f"nnUNetv2_preprocess -d {number} -plans_name {plan} -c {' '.join(partly)}"
+    )
 
 
 def _plan_files(dataset: Dataset) -> list[tuple[Path, dict[str, Any]]]:
@@ -259,8 +319,12 @@ def _sizes(files: list[Path]) -> tuple[list[int], list[str]]:
 
 def _unreadable(folder: Path, files: list[str]) -> Finding:
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return Finding("images", PROBLEM, f"cannot be read: {', '.join(files[:3])}{more}",
-                   f'Replace them in "{folder}", or take the cases out.')
+    return Finding(
+        "images",
+        PROBLEM,
+        f"cannot be read: {', '.join(files[:3])}{more}",
+        f'Replace them in "{folder}", or take the cases out.',
+    )
 
 
 def _voxels(path: Path) -> int:

@@ -11,14 +11,14 @@ from nnssl_plugin.doctor.finding import Finding
 _log = logging.getLogger(__name__)
 
 
-def examine(environment: Mapping[str, str], *, device: str | None = None,
-            dataset: str | None = None) -> list[Finding]:
+def examine(environment: Mapping[str, str], *, device: str | None = None, dataset: str | None = None) -> list[Finding]:
     """All findings at once; see :func:`examination`."""
     return [finding for section in examination(environment, device=device, dataset=dataset) for finding in section]
 
 
-def examination(environment: Mapping[str, str], *, device: str | None = None,
-                dataset: str | None = None) -> Iterator[list[Finding]]:
+def examination(
+    environment: Mapping[str, str], *, device: str | None = None, dataset: str | None = None
+) -> Iterator[list[Finding]]:
     """Look at packages, folders, workers, a dataset, disk, torch, GPU and trainers; yield the findings per section.
 
     torch and nnU-Net are asked in processes of their own, which start first and are waited for last.
@@ -43,10 +43,13 @@ def examination(environment: Mapping[str, str], *, device: str | None = None,
         answer = torch.result()
         yield _under("torch", torch_pair.pair_findings(answer))
         yield _under("GPU", gpu.gpu_findings(answer, driver.result(), environment, device=device))
-        yield _under("Trainers, as nnU-Net finds them", [
-            *trainers.path_findings(environment, expected, shelf),
-            *trainers.trainer_findings(nnunet.result(), expected, shelf, environment),
-        ])
+        yield _under(
+            "Trainers, as nnU-Net finds them",
+            [
+                *trainers.path_findings(environment, expected, shelf),
+                *trainers.trainer_findings(nnunet.result(), expected, shelf, environment),
+            ],
+        )
 
 
 def _storage(environment: Mapping[str, str], dataset: str | None) -> Iterator[list[Finding]]:

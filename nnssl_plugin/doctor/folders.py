@@ -18,8 +18,12 @@ def folder_findings(environment: Mapping[str, str]) -> list[Finding]:
     return [_folder(name, environment.get(name, "").strip()) for name in FOLDERS]
 
 
-def disk_findings(environment: Mapping[str, str], need: Mapping[str, float] | None = None,
-                  *, free: Callable[[str], tuple[int, int]] | None = None) -> list[Finding]:
+def disk_findings(
+    environment: Mapping[str, str],
+    need: Mapping[str, float] | None = None,
+    *,
+    free: Callable[[str], tuple[int, int]] | None = None,
+) -> list[Finding]:
     """Free space against need on the drives of nnUNet_preprocessed and nnUNet_results.
 
     Args:
@@ -51,14 +55,22 @@ def _folder(name: str, path: str) -> Finding:
     if not os.path.lexists(path):
         return Finding(name, PROBLEM, f"{path} does not exist", f'mkdir -p "{path}"')
     if not os.path.isdir(path):
-        return Finding(name, PROBLEM, f"{path} is no folder",
-                       f'export {name}="{os.path.dirname(os.path.abspath(path))}/{name}" && mkdir -p "${name}"')
+        return Finding(
+            name,
+            PROBLEM,
+            f"{path} is no folder",
+            f'export {name}="{os.path.dirname(os.path.abspath(path))}/{name}" && mkdir -p "${name}"',
+        )
     error = _write(path)
     if error is not None:
         return _unwritable(name, path, error)
     if not os.path.isabs(path):
-        return Finding(name, WARNING, f"{path} is relative: it changes with the working folder",
-                       f'export {name}="{os.path.abspath(path)}"')
+        return Finding(
+            name,
+            WARNING,
+            f"{path} is relative: it changes with the working folder",
+            f'export {name}="{os.path.abspath(path)}"',
+        )
     return Finding(name, OK, path)
 
 
@@ -77,10 +89,15 @@ def _unwritable(name: str, path: str, error: OSError) -> Finding:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Finding(name, PROBLEM, f"{path}: {reason}", f'du -sh "{path}"/*   (shows what to remove)')
     if name == "nnUNet_raw":  # raw data are often shared and read-only; training only reads them
-        return Finding(name, WARNING, f"{path} cannot be written ({reason}): prepare and caption need that",
-                       f'chmod u+w "{path}"   (or ask its owner)')
-    return Finding(name, PROBLEM, f"{path} cannot be written: {reason}",
-                   f'chmod u+w "{path}"   (or: export {name}=ANOTHER_FOLDER)')
+        return Finding(
+            name,
+            WARNING,
+            f"{path} cannot be written ({reason}): prepare and caption need that",
+            f'chmod u+w "{path}"   (or ask its owner)',
+        )
+    return Finding(
+        name, PROBLEM, f"{path} cannot be written: {reason}", f'chmod u+w "{path}"   (or: export {name}=ANOTHER_FOLDER)'
+    )
 
 
 def _drive(drive: Mapping, *, known: bool) -> Finding:

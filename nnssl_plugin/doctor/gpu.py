@@ -25,8 +25,9 @@ def driver_says(environment: Mapping[str, str], *, patience: float = 15) -> list
     return [f"{row[0].strip()}, driver {row[-1].strip()}" for row in rows if len(row) > 1]
 
 
-def gpu_findings(answer: Answer, driver: list[str], environment: Mapping[str, str],
-                 *, device: str | None = None) -> list[Finding]:
+def gpu_findings(
+    answer: Answer, driver: list[str], environment: Mapping[str, str], *, device: str | None = None
+) -> list[Finding]:
     """Whether training can use a GPU.
 
     Args:
@@ -60,8 +61,12 @@ def _gpu(index: int, gpu: Mapping) -> Finding:
     if gpu["free"] < gpu["total"] / 2:
         return Finding(f"GPU {index}", WARNING, f"{text}: other processes hold the rest", "nvidia-smi   (shows which)")
     if gpu["total"] < 0.9 * PLANNED_FOR:  # a card sold as 8 GB shows a little less
-        return Finding(f"GPU {index}", WARNING, f"{text}; nnU-Net plans for {gib(PLANNED_FOR)}",
-                       f"nnUNetv2_plan_and_preprocess -d ID -gpu_memory_target {max(1, gpu['total'] // GIB - 1)} ...")
+        return Finding(
+            f"GPU {index}",
+            WARNING,
+            f"{text}; nnU-Net plans for {gib(PLANNED_FOR)}",
+            f"nnUNetv2_plan_and_preprocess -d ID -gpu_memory_target {max(1, gpu['total'] // GIB - 1)} ...",
+        )
     return Finding(f"GPU {index}", OK, text)
 
 
@@ -73,15 +78,23 @@ def _missing(facts: Mapping, driver: list[str], environment: Mapping[str, str]) 
     if hidden is not None and hidden.strip() in ("", "-1"):
         return f"hidden by CUDA_VISIBLE_DEVICES={hidden!r}", "unset CUDA_VISIBLE_DEVICES"
     if driver and not facts.get("cuda_build"):
-        return f"{driver[0]} is there, but this torch is built without CUDA", \
-               "pip install --force-reinstall torch torchvision"
+        return (
+            f"{driver[0]} is there, but this torch is built without CUDA",
+            "pip install --force-reinstall torch torchvision",
+        )
     if driver:
-        return f"{driver[0]} is there, but torch for CUDA {facts['cuda_build']} cannot use it", \
-               "Update the driver, or install a torch for an older CUDA (https://pytorch.org/get-started)."
+        return (
+            f"{driver[0]} is there, but torch for CUDA {facts['cuda_build']} cannot use it",
+            "Update the driver, or install a torch for an older CUDA (https://pytorch.org/get-started).",
+        )
     return "none that torch can use", ""
 
 
 def _on_cpu(why: str, *, mps: bool = False) -> Finding:
     other = "; Apple's mps is there, which nnU-Net takes as -device mps" if mps else ""
-    return Finding("GPU", WARNING, f"{why}: a step of a planned 3D network takes seconds, a training days{other}",
-                   "Give -device cpu to nnU-Net's commands; to see the road in minutes: nnssl_plugin quickstart")
+    return Finding(
+        "GPU",
+        WARNING,
+        f"{why}: a step of a planned 3D network takes seconds, a training days{other}",
+        "Give -device cpu to nnU-Net's commands; to see the road in minutes: nnssl_plugin quickstart",
+    )

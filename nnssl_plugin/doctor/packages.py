@@ -38,8 +38,9 @@ def own_requirements() -> tuple[str, list[str]]:
     return own.get("Requires-Python", ""), own.get_all("Requires-Dist") or []
 
 
-def package_findings(installed: Mapping[str, str], requires_python: str, requires: Sequence[str],
-                     *, python: str | None = None) -> list[Finding]:
+def package_findings(
+    installed: Mapping[str, str], requires_python: str, requires: Sequence[str], *, python: str | None = None
+) -> list[Finding]:
     """One finding per package that matters; requirements that are met and rarely matter share one.
 
     Args:
@@ -95,16 +96,24 @@ def _split(requirements: Sequence[Requirement]) -> tuple[dict[str, Requirement],
 def _python(requires_python: str, version: str) -> Finding:
     if not requires_python or Requirement(f"python{requires_python}").specifier.contains(version, prereleases=True):
         return Finding("Python", OK, version)
-    return Finding("Python", PROBLEM, f"{version}; {OWN} asks for {requires_python}",
-                   "conda create -n nnssl python=3.11   (or another way to a newer Python, then install again)")
+    return Finding(
+        "Python",
+        PROBLEM,
+        f"{version}; {OWN} asks for {requires_python}",
+        "conda create -n nnssl python=3.11   (or another way to a newer Python, then install again)",
+    )
 
 
 def _own(installed: Mapping[str, str]) -> Finding:
     version = installed.get(canonicalize_name(OWN))
     if version:
         return Finding(OWN, OK, version)
-    return Finding(OWN, PROBLEM, "runs, but is not installed: nnU-Net's commands cannot import it",
-                   "pip install .   (in the folder that holds setup.cfg)")
+    return Finding(
+        OWN,
+        PROBLEM,
+        "runs, but is not installed: nnU-Net's commands cannot import it",
+        "pip install .   (in the folder that holds setup.cfg)",
+    )
 
 
 def _required(requirement: Requirement, installed: Mapping[str, str]) -> Finding:
@@ -122,6 +131,10 @@ def _optional(name: str, requirement: Requirement | None, installed: Mapping[str
     if version is None:
         return Finding(name, OK, "not installed (optional)")
     if requirement is not None and not requirement.specifier.contains(version, prereleases=True):
-        return Finding(name, WARNING, f"{version}; where it is used, {requirement.specifier} is asked for",
-                       f'pip install "{name}{requirement.specifier}"')
+        return Finding(
+            name,
+            WARNING,
+            f"{version}; where it is used, {requirement.specifier} is asked for",
+            f'pip install "{name}{requirement.specifier}"',
+        )
     return Finding(name, OK, f"{version} (optional)")

@@ -24,8 +24,10 @@ def pair_findings(answer: Answer) -> list[Finding]:
         why = f"{missing} not installed" if "torch" in facts else f"could not be looked at: {answer.error}"
         return [Finding(TOPIC, PROBLEM, why, "pip install torch torchvision")]
     wanted = _torch_that(vision, torch["version"])
-    pair = f"torch {facts.get('torch_build') or torch['version']}, " \
-           f"torchvision {facts.get('torchvision_build') or vision['version']}"
+    pair = (
+        f"torch {facts.get('torch_build') or torch['version']}, "
+        f"torchvision {facts.get('torchvision_build') or vision['version']}"
+    )
     mend = f"pip install --force-reinstall {wanted} torchvision=={_public(vision['version'])}"
     if facts.get("torch_error"):
         return [Finding(TOPIC, PROBLEM, f"{pair}: torch cannot be imported: {facts['torch_error']}", mend)]

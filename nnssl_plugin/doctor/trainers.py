@@ -43,15 +43,22 @@ def path_findings(environment: Mapping[str, str], expected: Iterable[str], shelf
     present = [folder for folder in folders if folder not in missing]
     if missing:
         rest = os.pathsep.join(present)
-        findings.append(Finding(VARIABLE, WARNING, f"{', '.join(missing)}: no such folder, nnU-Net passes over it",
-                                f'export {VARIABLE}="{rest}"' if rest else f"unset {VARIABLE}; {ACTIVATE}"))
+        findings.append(
+            Finding(
+                VARIABLE,
+                WARNING,
+                f"{', '.join(missing)}: no such folder, nnU-Net passes over it",
+                f'export {VARIABLE}="{rest}"' if rest else f"unset {VARIABLE}; {ACTIVATE}",
+            )
+        )
     if present and not any(_same(folder, shelf) for folder in present):
         findings.append(Finding(VARIABLE, WARNING, f"{os.pathsep.join(folders)} lacks {shelf}", ACTIVATE))
     return findings or [Finding(VARIABLE, OK, os.pathsep.join(folders))]
 
 
-def trainer_findings(answer: Answer, expected: Mapping[str, str], shelf: Path,
-                     environment: Mapping[str, str]) -> list[Finding]:
+def trainer_findings(
+    answer: Answer, expected: Mapping[str, str], shelf: Path, environment: Mapping[str, str]
+) -> list[Finding]:
     """What nnU-Net's own finder made of the expected trainers.
 
     Args:
@@ -64,8 +71,14 @@ def trainer_findings(answer: Answer, expected: Mapping[str, str], shelf: Path,
     if facts.get("nnunet_error"):
         return [_nnunet_broken(facts["nnunet_error"])]
     if "trainers" not in facts:
-        return [Finding("search", PROBLEM, f"nnU-Net's search did not come to an end: {answer.error}",
-                        'python -c "import nnunetv2.utilities.find_objects"   (shows where it stops)')]
+        return [
+            Finding(
+                "search",
+                PROBLEM,
+                f"nnU-Net's search did not come to an end: {answer.error}",
+                'python -c "import nnunetv2.utilities.find_objects"   (shows where it stops)',
+            )
+        ]
     if not _folders(environment):  # path_findings has said so, once for all trainers
         return []
     found = {name: facts["trainers"][name] for name in expected if not facts["trainers"][name]["error"]}
@@ -89,8 +102,9 @@ def _nnunet_broken(error: str) -> Finding:
     remedy = "Mend torch and torchvision first, as said under their heading."
     if "torchvision" not in error:
         remedy = "pip install --force-reinstall nnunetv2   (unless another heading names the cause)"
-    return Finding("none found", PROBLEM,
-                   f"nnU-Net's own trainers cannot be imported, which hides all others: {error}", remedy)
+    return Finding(
+        "none found", PROBLEM, f"nnU-Net's own trainers cannot be imported, which hides all others: {error}", remedy
+    )
 
 
 def _broken(broken: Mapping[str, str], missing: list[str], shelf: Path) -> Finding:
@@ -102,8 +116,12 @@ def _broken(broken: Mapping[str, str], missing: list[str], shelf: Path) -> Findi
         remedy = "pip install --force-reinstall ."
     if broken["error"].startswith("ModuleNotFoundError: No module named "):
         remedy = f"pip install {broken['error'].split(chr(39))[1].split('.')[0]}   (or its package of another name)"
-    return Finding(broken["module"], PROBLEM if missing else WARNING,
-                   f"{broken['file']} cannot be imported, {hides}: {broken['error']}", remedy)
+    return Finding(
+        broken["module"],
+        PROBLEM if missing else WARNING,
+        f"{broken['file']} cannot be imported, {hides}: {broken['error']}",
+        remedy,
+    )
 
 
 def _found(name: str, said: Mapping[str, str], module: str, shelf: Path, environment: Mapping[str, str]) -> Finding:

@@ -37,8 +37,12 @@ def this_machine() -> Machine:
     shared = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None
     available = [size for size in (_available(Path("/proc/meminfo")), memory_quota(groups, root)) if size is not None]
     quota = core_quota(groups, root)
-    return Machine(cores=max(1, min(allowed, int(quota)) if quota else allowed), cores_of_machine=everywhere,
-                   memory=min(available, default=None), shared_memory=shared)
+    return Machine(
+        cores=max(1, min(allowed, int(quota)) if quota else allowed),
+        cores_of_machine=everywhere,
+        memory=min(available, default=None),
+        shared_memory=shared,
+    )
 
 
 def worker_findings(environment: Mapping[str, str], machine: Machine) -> list[Finding]:
@@ -52,8 +56,14 @@ def worker_findings(environment: Mapping[str, str], machine: Machine) -> list[Fi
     if machine.memory is not None:
         findings.append(_memory(machine.memory, most))
     if machine.shared_memory is not None and training != 0 and machine.shared_memory < SHARED_MEMORY:
-        findings.append(Finding("/dev/shm", WARNING, f"{gib(machine.shared_memory)}: workers pass their batches there",
-                                "docker run --shm-size=8g ...   (or: mount -o remount,size=8G /dev/shm)"))
+        findings.append(
+            Finding(
+                "/dev/shm",
+                WARNING,
+                f"{gib(machine.shared_memory)}: workers pass their batches there",
+                "docker run --shm-size=8g ...   (or: mount -o remount,size=8G /dev/shm)",
+            )
+        )
     return findings
 
 
@@ -122,8 +132,12 @@ def _count(environment: Mapping[str, str], name: str, default: int, machine: Mac
     if count is None or (count == 0 and name == OTHER):
         return Finding(name, PROBLEM, f"{said!r} is no number of processes", suggestion)
     if count == 0:
-        return Finding(name, WARNING, "0: right for training in one process, but planning fails on it",
-                       f"unset {name}   (or: env -u {name} nnUNetv2_plan_and_preprocess ...)")
+        return Finding(
+            name,
+            WARNING,
+            "0: right for training in one process, but planning fails on it",
+            f"unset {name}   (or: env -u {name} nnUNetv2_plan_and_preprocess ...)",
+        )
     text = f"{count}" if said is not None else f"not set: {count}"
     if count > machine.cores:
         return Finding(name, WARNING, f"{text} processes on {_cores(machine.cores)}", suggestion)

@@ -67,8 +67,9 @@ def network_parts(network: nn.Module) -> Parts | None:
     return Parts(stages, "encoder stage", list(network.decoder.seg_layers.parameters()))
 
 
-def parameter_groups(network: nn.Module, *, layer_decay: float = 1.0, frozen_until: int = 0,
-                     trains: str = "all") -> list[Group]:
+def parameter_groups(
+    network: nn.Module, *, layer_decay: float = 1.0, frozen_until: int = 0, trains: str = "all"
+) -> list[Group]:
     """Groups for the optimiser: the decoder first (nnU-Net logs the first group's rate), then the encoder's stages.
 
     Every parameter that ever moves (of those that may: ``requires_grad``) is in one group, those that encoder and
@@ -90,8 +91,11 @@ def parameter_groups(network: nn.Module, *, layer_decay: float = 1.0, frozen_unt
         return [_group("network", (p for p in network.parameters() if p.requires_grad))]
     parts = network_parts(network)
     if parts is None:
-        raise UserError(f"{type(network).__name__} has no encoder stages, which layer_decay, the freezing of the "
-                        "encoder and the linear probe need.", "Leave these finetuning settings at their defaults.")
+        raise UserError(
+            f"{type(network).__name__} has no encoder stages, which layer_decay, the freezing of the "
+            "encoder and the linear probe need.",
+            "Leave these finetuning settings at their defaults.",
+        )
     if trains == "head":
         return [_group("head", parts.head)]
     staged = {id(p) for stage in parts.stages for p in stage}
@@ -100,8 +104,9 @@ def parameter_groups(network: nn.Module, *, layer_decay: float = 1.0, frozen_unt
         return [decoder]
     depth = len(parts.stages)
     return [decoder] + [
-        _group(f"{parts.stage_name} {number}", stage, lr_scale=layer_decay ** (depth - number),
-               frozen_until=frozen_until)
+        _group(
+            f"{parts.stage_name} {number}", stage, lr_scale=layer_decay ** (depth - number), frozen_until=frozen_until
+        )
         for number, stage in enumerate(parts.stages)
     ]
 
@@ -128,8 +133,9 @@ def optimisation_for(network: nn.Module, chosen: str | None) -> Optimisation:
     return OPTIMISATIONS[chosen or ("adamw" if transformer else "sgd")]
 
 
-def build_optimizer(groups: Sequence[Group], optimisation: Optimisation, *, lr: float,
-                    weight_decay: float) -> Optimizer:
+def build_optimizer(
+    groups: Sequence[Group], optimisation: Optimisation, *, lr: float, weight_decay: float
+) -> Optimizer:
     """The optimiser with its hooks: frozen groups rest, and the gradient is clipped where nnU-Net's clip is wider."""
     optimizer = optimisation.build(groups, lr=lr, weight_decay=weight_decay, **optimisation.arguments)
     optimizer.register_step_pre_hook(skip_frozen)

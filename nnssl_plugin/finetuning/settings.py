@@ -68,8 +68,10 @@ class FinetuningSettings:
 
     def _require(self, name: str, expected: str, fits: bool) -> None:
         if not fits:
-            raise UserError(f"Setting '{name}' in the plan's finetuning block is {getattr(self, name)!r}; expected "
-                            f"{expected}.", f"nnssl_plugin plan -d ID -p PLANS -n NAME --set finetuning.{name}=…")
+            raise UserError(
+                f"Setting '{name}' in the plan's finetuning block is {getattr(self, name)!r}; expected {expected}.",
+                f"nnssl_plugin plan -d ID -p PLANS -n NAME --set finetuning.{name}=…",
+            )
 
     def _refuse_contradictions(self) -> None:
         moving = {"layer_decay": 1.0, "frozen_encoder_epochs": 0, "decoder_warmup_epochs": 0}
@@ -80,8 +82,11 @@ class FinetuningSettings:
                 f"Set finetuning.trains=all, or drop {' and '.join(asked)}.",
             )
         if self.frozen_encoder_epochs and self.decoder_warmup_epochs:
-            raise UserError("finetuning.frozen_encoder_epochs and finetuning.decoder_warmup_epochs both say how long "
-                            "the encoder waits.", "Keep the second for a warm-up of its own for each part.")
+            raise UserError(
+                "finetuning.frozen_encoder_epochs and finetuning.decoder_warmup_epochs both say how long "
+                "the encoder waits.",
+                "Keep the second for a warm-up of its own for each part.",
+            )
 
 
 def read_settings(plans: Mapping[str, Any], configuration: str) -> FinetuningSettings:
@@ -93,14 +98,21 @@ def read_settings(plans: Mapping[str, Any], configuration: str) -> FinetuningSet
     """
     name, block = plans.get("plans_name"), plans.get("finetuning")
     if not isinstance(block, Mapping) or "weights" not in block:
-        raise UserError(f"Plan {name} has no finetuning block, so there is nothing to fine-tune from.",
-                        f"nnssl_plugin adapt -d ID -w CHECKPOINT -n NAME -p {name}, then train with -p {name}-NAME")
-    settings = settings_from({key: value for key, value in block.items() if key not in INFORMATION},
-                             FinetuningSettings(), f"the finetuning block of {name}")
+        raise UserError(
+            f"Plan {name} has no finetuning block, so there is nothing to fine-tune from.",
+            f"nnssl_plugin adapt -d ID -w CHECKPOINT -n NAME -p {name}, then train with -p {name}-NAME",
+        )
+    settings = settings_from(
+        {key: value for key, value in block.items() if key not in INFORMATION},
+        FinetuningSettings(),
+        f"the finetuning block of {name}",
+    )
     adapted_to = block.get("configuration", configuration)
     if settings.weights is not None and adapted_to != configuration:
-        raise UserError(f"The weights of plan {name} were adapted to {adapted_to}, not to {configuration}.",
-                        f"nnssl_plugin adapt -d ID -w CHECKPOINT -c {configuration} -n NAME")
+        raise UserError(
+            f"The weights of plan {name} were adapted to {adapted_to}, not to {configuration}.",
+            f"nnssl_plugin adapt -d ID -w CHECKPOINT -c {configuration} -n NAME",
+        )
     return settings
 
 

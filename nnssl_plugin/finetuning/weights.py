@@ -22,8 +22,9 @@ WARMUP = 0.05
 """Fraction of the epochs that warm up where the plan says nothing: 50 of nnU-Net's 1000."""
 
 
-def planned_optimisation(network: nn.Module, settings: FinetuningSettings, *,
-                         epochs: int) -> tuple[Optimizer, PolySchedule]:
+def planned_optimisation(
+    network: nn.Module, settings: FinetuningSettings, *, epochs: int
+) -> tuple[Optimizer, PolySchedule]:
     """The optimiser of what the settings let move, and its schedule over the epochs; the rest is frozen.
 
     Args:
@@ -38,8 +39,12 @@ def planned_optimisation(network: nn.Module, settings: FinetuningSettings, *,
     lr = settings.lr or optimisation.lr
     weight_decay = optimisation.weight_decay if settings.weight_decay is None else settings.weight_decay
     alone = settings.decoder_warmup_epochs
-    groups = parameter_groups(network, layer_decay=settings.layer_decay, trains=settings.trains,
-                              frozen_until=alone or settings.frozen_encoder_epochs)
+    groups = parameter_groups(
+        network,
+        layer_decay=settings.layer_decay,
+        trains=settings.trains,
+        frozen_until=alone or settings.frozen_encoder_epochs,
+    )
     freeze_the_rest(network, groups)
     optimizer = build_optimizer(groups, optimisation, lr=lr, weight_decay=weight_decay)
     warmup = WARMUP * epochs if settings.warmup_epochs is None else settings.warmup_epochs
@@ -61,8 +66,10 @@ def load_planned_weights(network: nn.Module, path: Path, *, plans_name: str) -> 
         UserError: when the file is missing or unreadable, or covers less of the encoder than when it was written.
     """
     if not path.is_file():
-        raise UserError(f"The weights {path} of plan {plans_name} are not there.",
-                        "Copy them there, or write them again with nnssl_plugin adapt.")
+        raise UserError(
+            f"The weights {path} of plan {plans_name} are not there.",
+            "Copy them there, or write them again with nnssl_plugin adapt.",
+        )
     content = read_checkpoint(path)
     adaptation = content.get("adaptation", {})
     trained = adaptation.get("loaded", content.get("provenance", {}).get("trained"))

@@ -68,12 +68,15 @@ def match_scans(rows: Sequence[Row], scans: Iterable[Path], *, source: Path, whe
             unknown.append(row["case"])
         for scan in matched:
             if scan in found:
-                raise UserError(f"{where}: {found[scan]['case']!r} and {row['case']!r} both name {scan}.",
-                                "Keep one row per scan.")
+                raise UserError(
+                    f"{where}: {found[scan]['case']!r} and {row['case']!r} both name {scan}.", "Keep one row per scan."
+                )
             found[scan] = {**row, "subject": row.get("subject") or row["case"]} if len(matched) > 1 else row
     if unknown:
-        raise UserError(f"{where} names cases that are not below {source}: {some(unknown)}.",
-                        "Write each as a file or folder relative to the scans' folder, or delete the row.")
+        raise UserError(
+            f"{where} names cases that are not below {source}: {some(unknown)}.",
+            "Write each as a file or folder relative to the scans' folder, or delete the row.",
+        )
     return found
 
 
@@ -88,8 +91,10 @@ def match_cases(rows: Sequence[Row], cases: Iterable[str], *, ending: str, where
     unknown = [row["case"] for row, new in zip(rows, renamed, strict=True) if new["case"] not in known]
     if unknown:
         example = min(known, default="")
-        raise UserError(f"{where} names cases that the dataset does not have: {some(unknown)}.",
-                        f"Its cases are named like {example!r}. Correct the rows, or delete them.")
+        raise UserError(
+            f"{where} names cases that the dataset does not have: {some(unknown)}.",
+            f"Its cases are named like {example!r}. Correct the rows, or delete them.",
+        )
     return renamed
 
 
@@ -113,15 +118,19 @@ def _infer_classes(name: str, cells: Sequence[str], kind: str, *, where: Path) -
         parts = [part.strip() for cell in cells if cell != NONE for part in cell.split(SEPARATOR)]
     distinct = sorted(set(parts) - {""})
     if len(distinct) > max(2, len(cells) / 2):
-        raise UserError(f"{where}: {name} has {len(distinct)} different values in {len(cells)} rows, too many for "
-                        "classes.", f"Name the columns that are targets: --target NAME; or the classes of this one: "
-                        f"--target {name}:{MULTICLASS}:CLASS,CLASS")
+        raise UserError(
+            f"{where}: {name} has {len(distinct)} different values in {len(cells)} rows, too many for classes.",
+            f"Name the columns that are targets: --target NAME; or the classes of this one: "
+            f"--target {name}:{MULTICLASS}:CLASS,CLASS",
+        )
     try:
         return tuple(sorted(distinct, key=float))
     except ValueError:
         if kind == ORDINAL:
-            raise UserError(f"{where}: the order of the classes of {name} is not known: {', '.join(distinct)}.",
-                            f"Give it, lowest first: --target {name}:{ORDINAL}:{','.join(distinct)}") from None
+            raise UserError(
+                f"{where}: the order of the classes of {name} is not known: {', '.join(distinct)}.",
+                f"Give it, lowest first: --target {name}:{ORDINAL}:{','.join(distinct)}",
+            ) from None
     if kind == BINARY:
         distinct.sort(key=lambda cell: cell.casefold() not in NEGATIVE)
     return tuple(distinct)

@@ -66,8 +66,10 @@ def prepare_class_dataset(
     named = [{**row, "case": cases[str(scan)]} for scan, row in taken.items()]
     dropped = [row["case"] for scan, row in by_scan.items() if scan not in taken]
     if not named:
-        raise UserError(f"Every scan that {table} names was refused: {some(dropped)}.",
-                        f"The reasons: {summary.folder / 'rejected.csv'}")
+        raise UserError(
+            f"Every scan that {table} names was refused: {some(dropped)}.",
+            f"The reasons: {summary.folder / 'rejected.csv'}",
+        )
     labelled = _write(summary.folder, named, wanted, table, cases=list(cases.values()))
     return summary, replace(labelled, dropped=tuple(dropped), left_out=len(scans) - len(by_scan))
 

@@ -17,8 +17,15 @@ SMALLEST = 8
 GREY_16 = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 """Pillow's names for 16 bits per pixel."""
 
-_READ_ERRORS = (OSError, EOFError, ValueError, SyntaxError, MemoryError, UnidentifiedImageError,
-                Image.DecompressionBombError)
+_READ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    MemoryError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)

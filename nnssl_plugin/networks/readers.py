@@ -19,8 +19,9 @@ class UNetReader:
         self.network = network
         self.channels = tuple(network.encoder.output_channels)
         self.dimensions = {nn.Conv2d: 2, nn.Conv3d: 3}[network.encoder.conv_op]
-        strides = torch.tensor([[s] * self.dimensions if isinstance(s, int) else list(s)
-                                for s in network.encoder.strides])
+        strides = torch.tensor(
+            [[s] * self.dimensions if isinstance(s, int) else list(s) for s in network.encoder.strides]
+        )
         self.strides = tuple(tuple(s) for s in strides.cumprod(0).tolist())
 
     @staticmethod
@@ -72,8 +73,12 @@ class PrimusReader:
         layers = [module.stride for module in network.up_projection.modules() if isinstance(module, nn.ConvTranspose3d)]
         self.strides = (tuple(math.prod(axis) for axis in zip(*layers, strict=True)),)
         stages = range(len(network.up_projection.decode) - 1)  # the last one gives the classes
-        self.prefixes = (f"{network.key_to_stem}.", f"{network.key_to_encoder}.", "register_tokens",
-                         *(f"up_projection.decode.{stage}." for stage in stages))
+        self.prefixes = (
+            f"{network.key_to_stem}.",
+            f"{network.key_to_encoder}.",
+            "register_tokens",
+            *(f"up_projection.decode.{stage}." for stage in stages),
+        )
 
     @staticmethod
     def reads(network: nn.Module) -> bool:
@@ -95,7 +100,7 @@ class PrimusReader:
         self._check(tokens, x)
         tokens, kept = self.network.eva(tokens)
         if registers is not None:
-            tokens = tokens[:, registers.shape[1]:]
+            tokens = tokens[:, registers.shape[1] :]
         tokens, _ = self.network.restore_full_sequence(tokens, kept, grid.numel())
         return [tokens.transpose(1, 2).unflatten(2, grid)]
 

@@ -37,13 +37,17 @@ class SwinUNETR(MonaiSwinUNETR or nn.Module):
 
     def __init__(self, input_channels: int, num_classes: int, **arguments):
         if MonaiSwinUNETR is None:
-            raise UserError("The plan's network, SwinUNETR, needs MONAI, which cannot be imported.",
-                            'pip install "nnssl_plugin[swin]"')
+            raise UserError(
+                "The plan's network, SwinUNETR, needs MONAI, which cannot be imported.",
+                'pip install "nnssl_plugin[swin]"',
+            )
         # not in the signature, by which takes_deep_supervision tells that there is none
         if arguments.pop("deep_supervision", False):
-            raise UserError("SwinUNETR has no deep supervision, which this trainer asks for.",
-                            "Train with -tr PretrainedSegmentationTrainer; from random weights with the plan of "
-                            "nnssl_plugin adapt --from-scratch.")
+            raise UserError(
+                "SwinUNETR has no deep supervision, which this trainer asks for.",
+                "Train with -tr PretrainedSegmentationTrainer; from random weights with the plan of "
+                "nnssl_plugin adapt --from-scratch.",
+            )
         with _RatesAsNumbers():
             super().__init__(in_channels=input_channels, out_channels=num_classes, **arguments)
 

@@ -49,13 +49,17 @@ class Target:
         if self.kind not in KINDS:
             raise UserError(f"Target {self.name}: kind {self.kind!r}.", f"Use one of {', '.join(KINDS)}.")
         if len(self.classes) < 2:
-            raise UserError(f"Target {self.name} has one class only: {', '.join(self.classes) or 'none at all'}.",
-                            "Give the cases of the other classes too, or leave the target out.")
+            raise UserError(
+                f"Target {self.name} has one class only: {', '.join(self.classes) or 'none at all'}.",
+                "Give the cases of the other classes too, or leave the target out.",
+            )
         if len(set(self.classes)) < len(self.classes) or not all(name.strip() for name in self.classes):
             raise UserError(f"Target {self.name}: classes {list(self.classes)}.", "Name each class once, none empty.")
         if self.kind == BINARY and len(self.classes) != 2:
-            raise UserError(f"Target {self.name} is binary but has the classes {', '.join(self.classes)}.",
-                            f"--target {self.name}:{MULTICLASS}, or name its two classes.")
+            raise UserError(
+                f"Target {self.name} is binary but has the classes {', '.join(self.classes)}.",
+                f"--target {self.name}:{MULTICLASS}, or name its two classes.",
+            )
         bad = [name for name in self.classes if SEPARATOR in name or name == NONE]
         if self.kind == MULTILABEL and bad:
             raise UserError(f"Target {self.name}: a class of a multi-label target is named {bad[0]!r}.", "Rename it.")
@@ -109,8 +113,10 @@ class ClassLabels:
         for target in self.targets:
             if target.name == name:
                 return target
-        raise UserError(f"There is no target {name!r}; there are: {', '.join(t.name for t in self.targets)}.",
-                        "Name one of them, or add a column and its labels: nnssl_plugin prepare --class-labels")
+        raise UserError(
+            f"There is no target {name!r}; there are: {', '.join(t.name for t in self.targets)}.",
+            "Name one of them, or add a column and its labels: nnssl_plugin prepare --class-labels",
+        )
 
     def cases_of_class(self, target: Target, index: int) -> list[str]:
         """The cases that have a class."""
@@ -166,11 +172,13 @@ def targets_from_block(block: Mapping[str, Any]) -> tuple[Target, ...]:
         UserError: it does not look like that, or a target cannot be used.
     """
     try:
-        found = tuple(Target(name, entry["kind"], tuple(map(str, entry["classes"])))
-                      for name, entry in block["targets"].items())
+        found = tuple(
+            Target(name, entry["kind"], tuple(map(str, entry["classes"]))) for name, entry in block["targets"].items()
+        )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{type(error).__name__}: {error}.",
-                        'It reads {"targets": {NAME: {"kind": KIND, "classes": [NAMES]}}}.') from error
+        raise UserError(
+            f"{type(error).__name__}: {error}.", 'It reads {"targets": {NAME: {"kind": KIND, "classes": [NAMES]}}}.'
+        ) from error
     if not found:
         raise UserError("It names no target.", 'It reads {"targets": {NAME: {"kind": KIND, "classes": [NAMES]}}}.')
     return found
@@ -197,8 +205,9 @@ def write_class_labels(folder: Path, labels: ClassLabels) -> Path:
     return path
 
 
-def parse_labels(rows: Sequence[Mapping[str, str]], targets: Sequence[Target], *, where: Path,
-                 cases: Collection[str] | None = None) -> ClassLabels:
+def parse_labels(
+    rows: Sequence[Mapping[str, str]], targets: Sequence[Target], *, where: Path, cases: Collection[str] | None = None
+) -> ClassLabels:
     """Labels from the rows of a table (:func:`read_table`).
 
     Args:
@@ -241,8 +250,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
     reader = csv.reader(lines, delimiter=separator)
     names = [name.strip() for name in next(reader, [])]
     if "case" not in names:
-        raise UserError(f"{path} has no column 'case' in its first line: {header.strip()[:80]!r}.",
-                        "The header reads case,subject,TARGET (subject may be left out).")
+        raise UserError(
+            f"{path} has no column 'case' in its first line: {header.strip()[:80]!r}.",
+            "The header reads case,subject,TARGET (subject may be left out).",
+        )
     twice = [name for number, name in enumerate(names) if name in names[:number] or not name]
     if twice:
         raise UserError(f"{path}: the header names {twice[0]!r} twice or leaves a column unnamed.", "Name each once.")
@@ -252,8 +263,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
         if not any(cells):
             continue
         if len(cells) != len(names):
-            raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, the header has {len(names)}.",
-                            f'Put a cell that holds {separator!r} in quotation marks: "a{separator}b".')
+            raise UserError(
+                f"{path}, line {reader.line_num}: {len(cells)} cells, the header has {len(names)}.",
+                f'Put a cell that holds {separator!r} in quotation marks: "a{separator}b".',
+            )
         rows.append(dict(zip(names, cells, strict=True)))
         if not rows[-1]["case"]:
             raise UserError(f"{path}, line {reader.line_num}: no case.", "Name the case, or delete the line.")
@@ -262,26 +275,30 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-
-
 def _column(rows: Sequence[Mapping[str, str]], target: Target, where: Path) -> dict[str, Label]:
     missing = [row["case"] for row in rows if not row[target.name]]
     if missing:
         hint = f" (a case without any class reads {NONE})" if target.kind == MULTILABEL else ""
-        raise UserError(f"{where}: no {target.name} for {some(missing)}.",
-                        f"Fill in the label{hint}, or delete the row: then the case is not used.")
+        raise UserError(
+            f"{where}: no {target.name} for {some(missing)}.",
+            f"Fill in the label{hint}, or delete the row: then the case is not used.",
+        )
     found = {}
     for row in rows:
         try:
             found[row["case"]] = target.parse(row[target.name])
         except ValueError as error:
-            raise UserError(f"{where}: {target.name} of case {row['case']} is {error}, which is no class of it "
-                            f"({', '.join(target.classes)}).", "Correct the cell, or give the classes anew: "
-                            f"--target {target.name}:{target.kind}:CLASS,CLASS") from error
+            raise UserError(
+                f"{where}: {target.name} of case {row['case']} is {error}, which is no class of it "
+                f"({', '.join(target.classes)}).",
+                f"Correct the cell, or give the classes anew: --target {target.name}:{target.kind}:CLASS,CLASS",
+            ) from error
     if len(set(found.values())) < 2:
         present = target.cell(next(iter(found.values()))) if found else "no case"
-        raise UserError(f"{where}: {target.name} has one class only among {len(found)} cases: {present}.",
-                        "Give cases of another class too, or leave the target out.")
+        raise UserError(
+            f"{where}: {target.name} has one class only among {len(found)} cases: {present}.",
+            "Give cases of another class too, or leave the target out.",
+        )
     return found
 
 
@@ -291,8 +308,9 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).",
-                        "In Excel: Save As, file type 'CSV UTF-8'.") from error
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}).", "In Excel: Save As, file type 'CSV UTF-8'."
+        ) from error
 
 
 def _again(folder: Path) -> str:

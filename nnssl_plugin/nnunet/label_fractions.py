@@ -26,9 +26,7 @@ class FractionFold:
     validation_cases: int
 
 
-def write_fraction_folds(
-    dataset: str, *, fold: int = 0, fractions: Sequence[float], seed: int = 0
-) -> dict[float, int]:
+def write_fraction_folds(dataset: str, *, fold: int = 0, fractions: Sequence[float], seed: int = 0) -> dict[float, int]:
     """Append one fold per fraction to the ``splits_final.json`` of a preprocessed dataset.
 
     A fold's training cases are a nested subset of those of ``fold`` (:func:`nested_subsets`), its validation cases are
@@ -54,8 +52,10 @@ def write_fraction_folds(
     folder = dataset_folder(dataset)
     splits = _read_or_create_splits(folder)
     if not 0 <= fold < len(splits):
-        raise UserError(f"{folder / SPLITS_FILE} has no fold {fold}; it has {len(splits)}.",
-                        f"Name one of 0 to {len(splits) - 1} with -f.")
+        raise UserError(
+            f"{folder / SPLITS_FILE} has no fold {fold}; it has {len(splits)}.",
+            f"Name one of 0 to {len(splits) - 1} with -f.",
+        )
     present = {(f.base_fold, f.fraction, f.seed): f for f in read_fraction_folds(folder)}
     added: list[FractionFold] = []
     for fraction, cases in nested_subsets(splits[fold]["train"], fractions, seed=seed).items():
@@ -67,8 +67,10 @@ def write_fraction_folds(
             added.append(known)
             present[fold, fraction, seed] = known
         elif known.fold >= len(splits) or splits[known.fold] != wanted:
-            raise UserError(f"Fold {known.fold} of {folder / SPLITS_FILE} is not what {SIDECAR_FILE} says.",
-                            f"If the split file was made anew: rm {folder / SIDECAR_FILE}")
+            raise UserError(
+                f"Fold {known.fold} of {folder / SPLITS_FILE} is not what {SIDECAR_FILE} says.",
+                f"If the split file was made anew: rm {folder / SIDECAR_FILE}",
+            )
     if added:
         write_json(folder / SPLITS_FILE, splits)
         write_json(folder / SIDECAR_FILE, [asdict(entry) for entry in present.values()])
@@ -107,8 +109,10 @@ def nested_subsets(cases: Sequence[str], fractions: Iterable[float], *, seed: in
         raise UserError(f"{len(ordered)} training cases, {len(set(ordered))} of them different.", "Name each once.")
     wrong = [fraction for fraction in fractions if not 0 < fraction <= 1]
     if wrong:
-        raise UserError(f"A fraction of the cases is above 0 and at most 1 (100 %), not {wrong[0]:g}.",
-                        "For example: --fractions 20 40 60 80 100")
+        raise UserError(
+            f"A fraction of the cases is above 0 and at most 1 (100 %), not {wrong[0]:g}.",
+            "For example: --fractions 20 40 60 80 100",
+        )
     shuffled = [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
     return {fraction: sorted(shuffled[: _count(fraction, len(ordered))]) for fraction in fractions}
 
@@ -126,11 +130,15 @@ def _read_or_create_splits(folder: Path) -> list[dict[str, list[str]]]:
 
     cases = _preprocessed_cases(folder)
     if len(cases) < 5:
-        raise UserError(f"{folder} holds {len(cases)} cases, too few for nnU-Net's five folds.",
-                        f"Write {path} yourself: a list of {{\"train\": [...], \"val\": [...]}}.")
+        raise UserError(
+            f"{folder} holds {len(cases)} cases, too few for nnU-Net's five folds.",
+            f'Write {path} yourself: a list of {{"train": [...], "val": [...]}}.',
+        )
     # the seed and the number of folds are those of nnUNetTrainer.do_split; names lose NumPy's string type
-    splits = [{part: [str(case) for case in fold[part]] for part in ("train", "val")}
-              for fold in generate_crossval_split(cases, seed=12345, n_splits=5)]
+    splits = [
+        {part: [str(case) for case in fold[part]] for part in ("train", "val")}
+        for fold in generate_crossval_split(cases, seed=12345, n_splits=5)
+    ]
     write_json(path, splits)
     return splits
 
@@ -146,6 +154,8 @@ def _preprocessed_cases(folder: Path) -> list[str]:
         raise UserError(f"{folder} holds no preprocessed cases.", "Run: nnUNetv2_plan_and_preprocess -d ID")
     if len({tuple(cases) for cases in found.values()}) > 1:
         counts = ", ".join(f"{name}: {len(cases)}" for name, cases in found.items())
-        raise UserError(f"The configurations in {folder} hold different cases ({counts}).",
-                        "Preprocess them all again: nnUNetv2_preprocess -d ID")
+        raise UserError(
+            f"The configurations in {folder} hold different cases ({counts}).",
+            "Preprocess them all again: nnUNetv2_preprocess -d ID",
+        )
     return next(iter(found.values()))

@@ -27,8 +27,16 @@ from nnssl_plugin.nnunet.plans import (
 
 ABSOLUTE = ("configurations", "pretraining", "finetuning", "classification")
 """First parts of keys that start at the top of the plan; every other key goes under ``pretraining``."""
-PREPROCESSING = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data",
-                 "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs")
+PREPROCESSING = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
 """Fields of a configuration that its preprocessed cases were made with."""
 ABSENT = "not set"
 Assignment = tuple[tuple[str, ...], Any]
@@ -101,12 +109,15 @@ def check_new_name(name: str, source: str) -> None:
     """
     check_name(name)
     if name == source:
-        raise UserError(f"The new plan has the name of its source, {name}; plans are never edited in place.",
-                        f"For example: -n {name}-edited")
+        raise UserError(
+            f"The new plan has the name of its source, {name}; plans are never edited in place.",
+            f"For example: -n {name}-edited",
+        )
 
 
-def write_changed_plan(folder: Path, plans: Mapping[str, Any], name: str, assignments: Sequence[Assignment],
-                       *, overwrite: bool = False) -> EditedPlan:
+def write_changed_plan(
+    folder: Path, plans: Mapping[str, Any], name: str, assignments: Sequence[Assignment], *, overwrite: bool = False
+) -> EditedPlan:
     """Write ``plans`` with assignments as the plan ``name`` into the folder of its preprocessed dataset.
 
     Raises:
@@ -164,8 +175,10 @@ def preset_assignments(fragment: Mapping[str, Any], plans: Mapping[str, Any]) ->
     patches = {name: resolve_configuration(plans, name)["patch_size"] for name in plans["configurations"]}
     patches = {name: patch for name, patch in patches.items() if len(patch) == 3}
     if not patches:
-        raise UserError(f"Plan {plans['plans_name']} has no 3D configuration for the network of the preset.",
-                        "Plan one: nnUNetv2_plan_and_preprocess -d ID -c 3d_fullres")
+        raise UserError(
+            f"Plan {plans['plans_name']} has no 3D configuration for the network of the preset.",
+            "Plan one: nnUNetv2_plan_and_preprocess -d ID -c 3d_fullres",
+        )
     divisors = patch_divisors(fragment["architecture"], 3)
     for name, patch in patches.items():
         fitting = more_than_one_voxel(fitting_patch(patch, divisors), divisors, patch)
@@ -270,15 +283,19 @@ def check_plan(edited: Mapping[str, Any], source: Mapping[str, Any], dataset_jso
 
 def _check_path(plans: Mapping[str, Any], path: tuple[str, ...]) -> None:
     if len(path) < 3:
-        raise UserError(f"'{'.'.join(path)}' is not a value of a configuration.",
-                        "For example: --set configurations.3d_fullres.batch_size=2")
+        raise UserError(
+            f"'{'.'.join(path)}' is not a value of a configuration.",
+            "For example: --set configurations.3d_fullres.batch_size=2",
+        )
     known: Any = resolve_configuration(plans, path[1])
     for depth, part in enumerate(path[2:], 2):
         if not isinstance(known, Mapping) or part not in known:
             options = list(known) if isinstance(known, Mapping) else []
             close = difflib.get_close_matches(part, options, 1)
-            raise UserError(f"The plan has no '{'.'.join(path[:depth + 1])}'.",
-                            f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(options) or 'none'}.")
+            raise UserError(
+                f"The plan has no '{'.'.join(path[: depth + 1])}'.",
+                f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(options) or 'none'}.",
+            )
         known = known[part]
 
 
@@ -293,16 +310,20 @@ def _assign(plans: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for depth, part in enumerate(path[:-1], 1):
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
-            raise UserError(f"'{'.'.join(path[:depth])}' is a value ({_shown(place)}), not a block of values.",
-                            f"Set it as a whole: --set {'.'.join(path[:depth])}=…")
+            raise UserError(
+                f"'{'.'.join(path[:depth])}' is a value ({_shown(place)}), not a block of values.",
+                f"Set it as a whole: --set {'.'.join(path[:depth])}=…",
+            )
     place[path[-1]] = value
 
 
 def _compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     old, new = dict(leaves(before)), dict(leaves(after))
-    return [Change(path, old.get(path, ABSENT), new.get(path, ABSENT))
-            for path in [*new, *(path for path in old if path not in new)]
-            if old.get(path, ABSENT) != new.get(path, ABSENT)]
+    return [
+        Change(path, old.get(path, ABSENT), new.get(path, ABSENT))
+        for path in [*new, *(path for path in old if path not in new)]
+        if old.get(path, ABSENT) != new.get(path, ABSENT)
+    ]
 
 
 def _check_patch(configuration: Mapping[str, Any], name: str) -> None:
@@ -311,12 +332,17 @@ def _check_patch(configuration: Mapping[str, Any], name: str) -> None:
     place = f"configurations.{name}"
     if len(divisors) != len(patch) or any(size % divisor for size, divisor in zip(patch, divisors, strict=True)):
         fitting = [max(divisor, size // divisor * divisor) for size, divisor in zip(patch, divisors, strict=False)]
-        raise UserError(f"The patch size {patch} of {name} is not divisible by the network's strides {divisors}.",
-                        f"For example: --set {place}.patch_size={_compact(fitting)}")
+        raise UserError(
+            f"The patch size {patch} of {name} is not divisible by the network's strides {divisors}.",
+            f"For example: --set {place}.patch_size={_compact(fitting)}",
+        )
     if patch == divisors and max(divisors) > 1:
         larger = _compact(more_than_one_voxel(patch, divisors, patch))
-        raise UserError(f"The patch size {patch} of {name} leaves the coarsest stage of its network a single voxel, "
-                        "which cannot be normalised.", f"For example: --set {place}.patch_size={larger}")
+        raise UserError(
+            f"The patch size {patch} of {name} leaves the coarsest stage of its network a single voxel, "
+            "which cannot be normalised.",
+            f"For example: --set {place}.patch_size={larger}",
+        )
     if list(arch_kwargs.get("input_shape", patch)) != patch:
         raise UserError(
             f"The network of {name} is built for patches of {arch_kwargs['input_shape']}, the patch size is {patch}.",

@@ -53,8 +53,10 @@ def read_plan(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     if not path.is_file():
         present = sorted(p.stem for p in folder.glob("*.json") if p.stem not in RESERVED and _is_plan(p))
-        raise UserError(f"There is no plan {path}; here are: {', '.join(present) or 'none'}.",
-                        f"Name one with -p, or: {_preprocess(folder.name)}")
+        raise UserError(
+            f"There is no plan {path}; here are: {', '.join(present) or 'none'}.",
+            f"Name one with -p, or: {_preprocess(folder.name)}",
+        )
     return _read(path)
 
 
@@ -100,14 +102,17 @@ def check_name(name: str) -> None:
         UserError: for ``__``, path separators, anything but letters, digits, ``. _ + -``, and reserved names.
     """
     if "__" in name:
-        raise UserError(f"The name '{name}' holds '__', at which nnU-Net splits TRAINER__PLANS__CONFIG.",
-                        f"For example: -n {re.sub('_+', '_', name)}")
+        raise UserError(
+            f"The name '{name}' holds '__', at which nnU-Net splits TRAINER__PLANS__CONFIG.",
+            f"For example: -n {re.sub('_+', '_', name)}",
+        )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) or name.endswith("_") or name in RESERVED:
         raise UserError(f"'{name}' cannot name a plan.", "Use letters, digits and . _ + - (for example: -n s2dc).")
 
 
-def build_network(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any],
-                  *, device: str = "cpu") -> nn.Module:
+def build_network(
+    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any], *, device: str = "cpu"
+) -> nn.Module:
     """The freshly initialised network that nnU-Net would train, with the dataset's channels and classes.
 
     Args:
@@ -126,8 +131,13 @@ def build_network(plans: Mapping[str, Any], configuration: str, dataset_json: Ma
     try:
         with torch.device(device):
             return get_network_from_plans(
-                architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"],
-                channels, classes, deep_supervision=takes_deep_supervision(architecture["network_class_name"]) or None)
+                architecture["network_class_name"],
+                architecture["arch_kwargs"],
+                architecture["_kw_requires_import"],
+                channels,
+                classes,
+                deep_supervision=takes_deep_supervision(architecture["network_class_name"]) or None,
+            )
     except UNBUILDABLE as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(

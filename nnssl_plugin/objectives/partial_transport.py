@@ -104,9 +104,7 @@ def partial_transport_plan(
     raise ValueError(f"solver must be 'log' or 'pot', not {solver!r}")
 
 
-def mpot_loss(
-    x: Tensor, y: Tensor, metric: Tensor, *, mass: float, epsilon: float, iterations: int = 100
-) -> Tensor:
+def mpot_loss(x: Tensor, y: Tensor, metric: Tensor, *, mass: float, epsilon: float, iterations: int = 100) -> Tensor:
     """Mini-batch partial transport loss of matching pairs (Eq. 2, one of its two terms).
 
     KL(π̂‖π) + log s with π̂ = I/b: the paper's divergence, whose smallest value is −log s because π holds the mass s and

@@ -1,6 +1,5 @@
 """From a trainer's plan and folders to the batches that its method needs."""
 
-
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_plugin.data.batches import StepBatches
@@ -28,8 +27,11 @@ def open_batches(
     needs, plan = trainer.task.needs, trainer.configuration_manager
     dimensions = len(plan.patch_size)
     if dimensions not in needs.dimensions:
-        raise UserError(f"{type(trainer).__name__} does not support {dimensions}D; configuration "
-                        f"'{trainer.configuration_name}' is.", f"Use a {needs.dimensions[-1]}D configuration.")
+        raise UserError(
+            f"{type(trainer).__name__} does not support {dimensions}D; configuration "
+            f"'{trainer.configuration_name}' is.",
+            f"Use a {needs.dimensions[-1]}D configuration.",
+        )
     folder = raw_folder(trainer.plans_manager.dataset_name)
     available = available_channels(folder, identifiers, trainer.num_input_channels)
     usable = [case for case in identifiers if available[case].sum() >= needs.modalities]
@@ -74,8 +76,10 @@ def embedding_size(dataset_name: str) -> int:
 def _require_triplets(cases: list[str], triplets: dict, dataset: str) -> None:
     missing = [case for case in cases if case not in triplets]
     if missing:
-        raise UserError(f"{len(missing)} cases of {dataset} have no slice and text yet, first {missing[0]}.",
-                        f"nnssl_plugin caption -d {dataset}")
+        raise UserError(
+            f"{len(missing)} cases of {dataset} have no slice and text yet, first {missing[0]}.",
+            f"nnssl_plugin caption -d {dataset}",
+        )
 
 
 def _ranks() -> int:

@@ -28,8 +28,10 @@ def take_weights_entry(block: dict[str, Any]) -> str | None:
     """
     weights = block.pop("weights", None)
     if not isinstance(weights, str | None):
-        raise UserError(f"Setting 'weights' of the pretraining block is {weights!r}; expected a file name or null.",
-                        "nnssl_plugin plan -d ID -n NAME --set weights=FILE")
+        raise UserError(
+            f"Setting 'weights' of the pretraining block is {weights!r}; expected a file name or null.",
+            "nnssl_plugin plan -d ID -n NAME --set weights=FILE",
+        )
     return weights
 
 
@@ -51,16 +53,21 @@ def start_from(trainer, weights: str) -> dict[str, Any]:
     """
     path = Path(trainer.preprocessed_dataset_folder_base, weights)
     if not path.exists():
-        raise UserError(f"The weights {path} that plan {trainer.plans_manager.plans_name} starts from are not there.",
-                        "Copy them there, or name another file: nnssl_plugin plan -d ID -n NAME --set weights=FILE")
+        raise UserError(
+            f"The weights {path} that plan {trainer.plans_manager.plans_name} starts from are not there.",
+            "Copy them there, or name another file: nnssl_plugin plan -d ID -n NAME --set weights=FILE",
+        )
     source, backbone = read_source(path), trainer.task.backbone
     plans, configuration = trainer.plans_manager.plans, trainer.configuration_name
     digest = weights_hash(source.weights)
     state, report = fit_source(source, backbone.network, plans, configuration)
     report = report.with_warnings(input_differences(source, digest, plans, configuration, trainer.dataset_json))
     dataset, name = plans["dataset_name"], plans["plans_name"]
-    check_coverage(report, differences=architecture_differences(source.network, describe_network(plans, configuration)),
-                   mend=f"nnssl_plugin plan -d {dataset} -p {name} --like {shlex.quote(str(path))} -n {name}-like")
+    check_coverage(
+        report,
+        differences=architecture_differences(source.network, describe_network(plans, configuration)),
+        mend=f"nnssl_plugin plan -d {dataset} -p {name} --like {shlex.quote(str(path))} -n {name}-like",
+    )
     backbone.network.load_state_dict(state)
     trainer.task.on_weights_loaded()
     if trainer.local_rank == 0:
@@ -78,5 +85,8 @@ def _origin(source: Source, digest: str) -> dict[str, Any]:
 def _covered(backbone: Backbone, report: LoadReport) -> list[str]:
     fresh = [key for record in report.initialised() for key in record.keys]
     keys = backbone.network.state_dict().keys()
-    return [prefix for prefix in backbone.prefixes if any(key.startswith(prefix) for key in keys)
-            and not any(key.startswith(prefix) for key in fresh)]
+    return [
+        prefix
+        for prefix in backbone.prefixes
+        if any(key.startswith(prefix) for key in keys) and not any(key.startswith(prefix) for key in fresh)
+    ]

@@ -18,14 +18,6 @@ Views = dict[str, Tensor]
 Terms = dict[str, Tensor]
 
 
-
-
-
-
-
-
-
-
 class PretextTask(nn.Module):
     """One pretraining method: backbone, heads, views and losses.
 
@@ -103,10 +95,6 @@ class PretextTask(nn.Module):
     def pictures(self, views: Views) -> dict[str, list[tuple[str, Tensor | Overlay | Colours]]]:
         """Pictures to draw every few epochs: file name → titled images of the first sample, grey where a tensor."""
         return {}
-
-
-
-
 
 
 def _identity(outputs: Views) -> Views:

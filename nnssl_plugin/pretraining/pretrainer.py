@@ -37,7 +37,7 @@ from nnssl_plugin.training.epoch_sums import EpochSums
 from nnssl_plugin.training.figures import draw_progress
 from nnssl_plugin.training.interruption import TO_BE_CONTINUED, Interruption
 from nnssl_plugin.training.pictures import draw_pictures
-from nnssl_plugin.training.planned_network import PlannedNetworkTrainer
+from nnssl_plugin.training.planned_network import DEFAULT_DEVICE, PlannedNetworkTrainer
 from nnssl_plugin.training.schedules import CosineSchedule
 
 TRAIN, VALIDATE = 0, 1
@@ -48,7 +48,6 @@ BARE = "backbone.network."
 """Prefix of the bare network's keys in the task's state."""
 SECONDS_BETWEEN_PICTURES = 30
 """Shortest time between two drawings of progress.png."""
-DEFAULT_DEVICE = torch.device("cuda")
 
 
 class Pretrainer(PlannedNetworkTrainer):
@@ -434,8 +433,11 @@ class Pretrainer(PlannedNetworkTrainer):
         if not isinstance(checkpoint, dict):
             checkpoint = read_checkpoint(filename_or_checkpoint, device=self.device)
         if not {"ssl_state", "optimizer_state"} <= checkpoint.keys():
-            raise UserError("The checkpoint holds no pretraining to continue (ssl_state and optimizer_state; a shared "
-                            "folder leaves the optimiser out).", "Start without --c.")
+            raise UserError(
+                "The checkpoint holds no pretraining to continue (ssl_state and optimizer_state; a shared "
+                "folder leaves the optimiser out).",
+                "Start without --c.",
+            )
         state = checkpoint["ssl_state"]
         self._load_task(state["task"] | {BARE + key: value for key, value in checkpoint["network_weights"].items()})
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])

@@ -42,9 +42,9 @@ def backward_in_chunks(
     Returns:
         the terms of ``task.forward``, detached.
     """
-    outputs, own = (_leaves(part) for part in encode_in_chunks(
-        task, views, chunk_size=chunk_size, seed=seed, precision=precision
-    ))
+    outputs, own = (
+        _leaves(part) for part in encode_in_chunks(task, views, chunk_size=chunk_size, seed=seed, precision=precision)
+    )
     with precision():
         terms = task.terms(outputs, own, progress)
     scale(terms["total"]).backward()

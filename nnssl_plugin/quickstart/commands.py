@@ -67,8 +67,9 @@ def continued(step: Step) -> Step:
     return step
 
 
-def run(step: Step, log: Path, *, environment: dict[str, str], say: Callable[[str], None],
-        held: int | None = None) -> None:
+def run(
+    step: Step, log: Path, *, environment: dict[str, str], say: Callable[[str], None], held: int | None = None
+) -> None:
     """Run a command and append its output to ``log``.
 
     Args:

@@ -76,8 +76,10 @@ def find_candidates(images: Path, labels: Path | None) -> tuple[list[Candidate],
         label = segmentations.pop(key, None) or segmentations.pop(name, None)
         candidates.append(Candidate(case if again == 1 else f"{case}_{again}", scans[name], label))
     if labels and not any(c.label for c in candidates):
-        raise UserError(f"No file in {labels} is named like a scan in {images}, for example {next(iter(scans))}.",
-                        "Name the segmentation of CASE.nii.gz or CASE_0000.nii.gz CASE.nii.gz.")
+        raise UserError(
+            f"No file in {labels} is named like a scan in {images}, for example {next(iter(scans))}.",
+            "Name the segmentation of CASE.nii.gz or CASE_0000.nii.gz CASE.nii.gz.",
+        )
     if segmentations:
         notes.append(f"{len(segmentations)} segmentations such as {next(iter(segmentations))} belong to no scan.")
     return sorted(candidates, key=lambda c: c.case), notes

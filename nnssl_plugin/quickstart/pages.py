@@ -41,11 +41,14 @@ footer { margin-top: 3rem; color: #555; font-size: .9rem; }
 
 def page(title: str, sections: Sequence[str], footer: str) -> str:
     """A whole document of finished sections."""
-    return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{html.escape(title)}</title>\n"
-            f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n"
-            + "\n".join(sections) + f"\n</main>\n<footer>{html.escape(footer)}</footer>\n</body>\n</html>\n")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n"
+        + "\n".join(sections)
+        + f"\n</main>\n<footer>{html.escape(footer)}</footer>\n</body>\n</html>\n"
+    )
 
 
 def section(heading: str, *parts: str) -> str:
@@ -69,11 +72,14 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
     body = "\n".join(
         f'<tr><th scope="row">{html.escape(row[0])}</th>'
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
         for row in rows
     )
-    return (f"<table>\n<caption>{html.escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
-            f"<tbody>\n{body}\n</tbody>\n</table>")
+    return (
+        f"<table>\n<caption>{html.escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
+        f"<tbody>\n{body}\n</tbody>\n</table>"
+    )
 
 
 def figure(path: Path, alt: str, caption: str) -> str:
@@ -96,4 +102,3 @@ def code(lines: str) -> str:
 def folded(summary: str, *parts: str) -> str:
     """Finished parts that a click opens."""
     return "\n".join([f"<details>\n<summary>{html.escape(summary)}</summary>", *parts, "</details>"])
-

@@ -91,8 +91,15 @@ def draw_contours(
     low, high = np.percentile(volume, (0.5, 99.5))
     across, up = (spacing[a] for a in range(3) if a != axis)
     for panel, (arm, prediction) in zip(panels, predictions.items(), strict=True):
-        panel.imshow(background.T, cmap="gray", origin="lower", vmin=low, vmax=max(high, low + 1e-6),
-                     aspect=up / across, interpolation="nearest")
+        panel.imshow(
+            background.T,
+            cmap="gray",
+            origin="lower",
+            vmin=low,
+            vmax=max(high, low + 1e-6),
+            aspect=up / across,
+            interpolation="nearest",
+        )
         predicted, _ = _oriented(prediction)
         for colour, value in zip(COLOURS, labels.values(), strict=False):
             _contour(panel, np.take(true, index, axis) == value, colour, "solid")

@@ -62,21 +62,32 @@ def write_report(folder: Path, journal: Journal) -> Path:
 def _summary(journal: Journal, scores: Scores | None) -> str:
     setting, selection = journal.setting, journal.selection
     source = "generated phantoms" if setting.images is None else f"scans from {setting.images}"
-    done = (f"A small 3D network was pretrained on {len(selection.pretraining)} {source}, without labels "
-            f"({SETTINGS['epochs']} epochs of {SETTINGS['iterations_per_epoch']} steps, Med3DInsight)")
+    done = (
+        f"A small 3D network was pretrained on {len(selection.pretraining)} {source}, without labels "
+        f"({SETTINGS['epochs']} epochs of {SETTINGS['iterations_per_epoch']} steps, Med3DInsight)"
+    )
     if scores is None:
         return section("What was done", paragraph(done + "."), _notes(selection.notes))
     epochs, steps = SETTINGS["finetuning.epochs"], SETTINGS["finetuning.iterations_per_epoch"]
-    done += (f", then fine-tuned on {len(selection.training)} labelled cases, once from the pretrained weights and "
-             f"once from random ones ({epochs} epochs of {steps} steps each), and tested on {len(selection.test)} "
-             "cases that neither had seen.")
+    done += (
+        f", then fine-tuned on {len(selection.training)} labelled cases, once from the pretrained weights and "
+        f"once from random ones ({epochs} epochs of {steps} steps each), and tested on {len(selection.test)} "
+        "cases that neither had seen."
+    )
     spreads = {arm: spread(scores.of(arm, ALL_LABELS)) for arm in ARMS}
     gap = difference(scores, ALL_LABELS)
-    result = (f"Mean Dice on the test cases: {_number(spreads['pretrained'].mean)} from pretrained weights, "
-              f"{_number(spreads['scratch'].mean)} from scratch; difference {_signed(gap.mean)} "
-              f"(95 % interval over {gap.pairs} cases {_signed(gap.low)} to {_signed(gap.high)}).")
-    return section("What was done, and what came out", paragraph(done), paragraph(result, kind="result"),
-                   paragraph(HONEST, kind="honest"), _notes(selection.notes))
+    result = (
+        f"Mean Dice on the test cases: {_number(spreads['pretrained'].mean)} from pretrained weights, "
+        f"{_number(spreads['scratch'].mean)} from scratch; difference {_signed(gap.mean)} "
+        f"(95 % interval over {gap.pairs} cases {_signed(gap.low)} to {_signed(gap.high)})."
+    )
+    return section(
+        "What was done, and what came out",
+        paragraph(done),
+        paragraph(result, kind="result"),
+        paragraph(HONEST, kind="honest"),
+        _notes(selection.notes),
+    )
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -90,12 +101,21 @@ def _dice(scores: Scores, drawn: Path) -> str:
         gap = difference(scores, name)
         rows.append([name, *cells, _signed(gap.mean), f"{_signed(gap.low)} to {_signed(gap.high)}"])
     columns = [f"{arm}: {what}" for arm in ARMS for what in ("mean", "SD", "min–max")]
-    overall = table(f"Dice on {len(scores.cases)} test cases, per label; difference: pretrained minus scratch, paired "
-                    "by case, 95 % bootstrap interval", ["label", *columns, "difference", "interval"], rows)
+    overall = table(
+        f"Dice on {len(scores.cases)} test cases, per label; difference: pretrained minus scratch, paired "
+        "by case, 95 % bootstrap interval",
+        ["label", *columns, "difference", "interval"],
+        rows,
+    )
     names = (*scores.labels, ALL_LABELS)
-    each = table("Dice of each test case", ["case", *(f"{arm}: {name}" for arm in ARMS for name in names)],
-                 [[case, *(_number(scores.of(arm, name)[i]) for arm in ARMS for name in names)]
-                  for i, case in enumerate(scores.cases)])
+    each = table(
+        "Dice of each test case",
+        ["case", *(f"{arm}: {name}" for arm in ARMS for name in names)],
+        [
+            [case, *(_number(scores.of(arm, name)[i]) for arm in ARMS for name in names)]
+            for i, case in enumerate(scores.cases)
+        ],
+    )
     pictures.draw_dice(scores, drawn / "dice.png")
     alt = "Dice of each test case, pretrained beside scratch, joined by a line per case; the numbers are in the table."
     shown = figure(drawn / "dice.png", alt, "Each line is one test case.")
@@ -107,8 +127,13 @@ def _contours(folder: Path, journal: Journal, scores: Scores, drawn: Path) -> st
     for i, case in enumerate(scores.cases):
         path = drawn / f"contours_{i + 1:02d}.png"
         predictions = {arm: folder / "predictions" / arm / f"{case}.nii.gz" for arm in ARMS}
-        plane = pictures.draw_contours(raw / "imagesTs" / f"{case}_0000.nii.gz", raw / "labelsTs" / f"{case}.nii.gz",
-                                       predictions, path, labels=labels)
+        plane = pictures.draw_contours(
+            raw / "imagesTs" / f"{case}_0000.nii.gz",
+            raw / "labelsTs" / f"{case}.nii.gz",
+            predictions,
+            path,
+            labels=labels,
+        )
         dice = ", ".join(f"{arm} {_number(scores.of(arm, ALL_LABELS)[i])}" for arm in ARMS)
         alt = f"{case}, {plane}: true contours (solid) and predicted ones (dashed) of both arms. Mean Dice: {dice}."
         shown.append(figure(path, alt, f"{case}. Mean Dice: {dice}."))
@@ -120,14 +145,25 @@ def _curves(folder: Path, drawn: Path, *, labelled: bool) -> str:
     history = read_history(folder)
     pictures.draw_pretraining(history, drawn / "pretraining.png")
     first, last = (_number(history["train_losses"][i]) for i in (0, -1))
-    shown = [figure(drawn / "pretraining.png", f"Curves of the pretraining: its loss goes from {first} to {last} in "
-                    f"{len(history['train_losses'])} epochs; beside it, the terms of the loss.", "Pretraining.")]
+    shown = [
+        figure(
+            drawn / "pretraining.png",
+            f"Curves of the pretraining: its loss goes from {first} to {last} in "
+            f"{len(history['train_losses'])} epochs; beside it, the terms of the loss.",
+            "Pretraining.",
+        )
+    ]
     if labelled:
         histories = {arm: read_history(folder, arm) for arm in ARMS}
         pictures.draw_finetuning(histories, drawn / "finetuning.png")
         ends = ", ".join(f"{arm} {_number(h['mean_fg_dice'][-1])}" for arm, h in histories.items())
-        shown.append(figure(drawn / "finetuning.png", "Curves of the fine-tuning of both arms: loss and pseudo Dice. "
-                            f"Pseudo Dice at the end: {ends}.", "Fine-tuning of both arms on the same schedule."))
+        shown.append(
+            figure(
+                drawn / "finetuning.png",
+                f"Curves of the fine-tuning of both arms: loss and pseudo Dice. Pseudo Dice at the end: {ends}.",
+                "Fine-tuning of both arms on the same schedule.",
+            )
+        )
     return section("Loss curves", *shown)
 
 
@@ -164,8 +200,10 @@ def _times(journal: Journal, drawn: Path) -> str:
     pictures.draw_times(seconds, drawn / "times.png")
     total, longest = sum(seconds.values()), max(seconds, key=seconds.get)
     alt = f"Seconds per step: {', '.join(f'{title} {value:.0f}' for title, value in seconds.items())}."
-    text = (f"{total / 60:.1f} minutes in all, most of it in {longest} ({seconds[longest]:.0f} s). Each command takes "
-            "seconds to import PyTorch and nnU-Net, which long trainings do not notice.")
+    text = (
+        f"{total / 60:.1f} minutes in all, most of it in {longest} ({seconds[longest]:.0f} s). Each command takes "
+        "seconds to import PyTorch and nnU-Net, which long trainings do not notice."
+    )
     return section("Where the time went", paragraph(text), figure(drawn / "times.png", alt, ""))
 
 
@@ -175,7 +213,7 @@ def _for_real(journal: Journal) -> str:
 eval "$(nnssl_plugin env)"                                         # lets nnU-Net find the trainers
 
 # all your unlabelled scans → dataset 501 → pretraining with the network that nnU-Net plans
-nnssl_plugin prepare -i {shlex.quote(setting.images or 'YOUR_SCANS')} -d 501 -n Unlabelled --modality {modality}
+nnssl_plugin prepare -i {shlex.quote(setting.images or "YOUR_SCANS")} -d 501 -n Unlabelled --modality {modality}
 nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres
 nnssl_plugin caption -d 501
 nnUNetv2_train 501 3d_fullres all -tr Med3DInsightPretrainer
@@ -196,8 +234,10 @@ nnUNetv2_predict -d 7 -c 3d_fullres -f 0 -tr PretrainedSegmentationTrainer -p nn
 
 
 def _commands(folder: Path, journal: Journal) -> str:
-    lines = [f"export {name}={shlex.quote(str(folder / name))}"
-             for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")]
+    lines = [
+        f"export {name}={shlex.quote(str(folder / name))}"
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    ]
     lines += ['eval "$(nnssl_plugin env)"']
     for title, command in journal.commands.items():
         lines += ["", f"# {title}", command]
@@ -207,8 +247,10 @@ def _commands(folder: Path, journal: Journal) -> str:
 
 def _footer() -> str:
     packages = ", ".join(f"{name} {_version(name)}" for name in ("nnssl_plugin", "nnunetv2", "torch"))
-    return (f"{time.strftime('%Y-%m-%d %H:%M')} · {packages} · Python {platform.python_version()} · "
-            f"{os.cpu_count()} CPU cores. Research software; not a medical device.")
+    return (
+        f"{time.strftime('%Y-%m-%d %H:%M')} · {packages} · Python {platform.python_version()} · "
+        f"{os.cpu_count()} CPU cores. Research software; not a medical device."
+    )
 
 
 def _spread_cells(s) -> list[str]:

@@ -46,10 +46,14 @@ def read_scores(folder: Path, selection: Selection) -> Scores:
     """Dice from the ``summary.json`` of both arms, in the order of the selection's test cases."""
     dice = {}
     for arm in ARMS:
-        rows = {Path(entry["reference_file"]).name.removesuffix(".nii.gz"): entry["metrics"]
-                for entry in read_json(folder / "predictions" / arm / "summary.json")["metric_per_case"]}
-        dice[arm] = np.array([[rows[case][str(value)]["Dice"] for value in selection.labels.values()]
-                              for case in selection.test], dtype=float)
+        rows = {
+            Path(entry["reference_file"]).name.removesuffix(".nii.gz"): entry["metrics"]
+            for entry in read_json(folder / "predictions" / arm / "summary.json")["metric_per_case"]
+        }
+        dice[arm] = np.array(
+            [[rows[case][str(value)]["Dice"] for value in selection.labels.values()] for case in selection.test],
+            dtype=float,
+        )
     return Scores(selection.test, tuple(selection.labels), dice)
 
 
@@ -72,8 +76,10 @@ def describe_dice(folder: Path, selection: Selection) -> list[str]:
     if not selection.test:
         return []
     scores = read_scores(folder, selection)
-    lines = [f"Mean foreground Dice on {len(scores.cases)} test cases (it shows that the road works, not what "
-             "pretraining brings):"]
+    lines = [
+        f"Mean foreground Dice on {len(scores.cases)} test cases (it shows that the road works, not what "
+        "pretraining brings):"
+    ]
     for arm in ARMS:
         s = spread(scores.of(arm, ALL_LABELS))
         lines.append(f"  {arm:<10} {s.mean:.3f} (SD {s.sd:.3f}, {s.low:.3f} to {s.high:.3f})")

@@ -107,11 +107,15 @@ class _Walker:
             seconds += SECONDS_PER_OWN_SCAN * min(count, 36)
         free = shutil.disk_usage(self.folder).free / 2**30
         if free < LEAST_FREE_GIB:
-            raise UserError(f"The disk of {self.folder} has {free:.1f} GiB free; {LEAST_FREE_GIB} GiB are needed.",
-                            "Choose a folder on another disk with -o.")
+            raise UserError(
+                f"The disk of {self.folder} has {free:.1f} GiB free; {LEAST_FREE_GIB} GiB are needed.",
+                "Choose a folder on another disk with -o.",
+            )
         begun = f"{len(self.titles) - len(left)} of {len(self.titles)} steps are done; " if self.journal.seconds else ""
-        self.say(f"{begun}{len(left)} steps to go: about {max(1, round(seconds / 60))} minutes on two CPU cores, "
-                 f"less than {NEEDED_MIB} MiB of disk ({free:.0f} GiB free) in {self.folder}")
+        self.say(
+            f"{begun}{len(left)} steps to go: about {max(1, round(seconds / 60))} minutes on two CPU cores, "
+            f"less than {NEEDED_MIB} MiB of disk ({free:.0f} GiB free) in {self.folder}"
+        )
         self.say("Ctrl-C stops; the same command goes on from there. Each command is shown as you could type it:")
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             self.say(f"$ export {name}={shlex.quote(self.environment[name])}")
@@ -139,8 +143,10 @@ class _Walker:
     def _announce(self, title: str, does: str) -> bool:
         """Show which step comes; whether it is still to be done."""
         done = self.journal.is_done(title)
-        self.say(f"[{self.titles.index(title) + 1}/{len(self.titles)}] {title}: {does}"
-                 + (f" (done before, in {self.journal.seconds[title]:.0f} s)" if done else ""))
+        self.say(
+            f"[{self.titles.index(title) + 1}/{len(self.titles)}] {title}: {does}"
+            + (f" (done before, in {self.journal.seconds[title]:.0f} s)" if done else "")
+        )
         return not done
 
     @contextmanager

@@ -109,8 +109,10 @@ def _write_own(folder: Path, setting: Setting) -> Selection:
     if not total:
         raise UserError(f"No scan in {setting.images} can be used: {notes[-1]}", "Give other scans: --images DIR")
     if coarser:
-        notes.append(f"{coarser} of {total} scans were averaged to a coarser grid so that minutes suffice; everything "
-                     "here, Dice included, is on that grid.")
+        notes.append(
+            f"{coarser} of {total} scans were averaged to a coarser grid so that minutes suffice; everything "
+            "here, Dice included, is on that grid."
+        )
     modality = setting.modality or ("CT" if 2 * ct > total else "MR")
     if setting.modality is None:
         notes.append(f"Modality {modality}, guessed from the intensities (--modality MR|CT says it).")

@@ -31,15 +31,21 @@ class Journal:
         self.folder, self.path = folder, folder / FILE
         if not self.path.is_file():
             check_is_free(folder)
-            self._content: dict[str, Any] = {"format": FORMAT, "setting": asdict(setting), "selection": None,
-                                             "steps": {}}
+            self._content: dict[str, Any] = {
+                "format": FORMAT,
+                "setting": asdict(setting),
+                "selection": None,
+                "steps": {},
+            }
             write_json(self.path, self._content)
             return
         self._content = _read(self.path)
         begun = Setting(**self._content["setting"])
         if begun != setting:
-            raise UserError(f"{folder} was begun with {_flags(begun)}, this run has {_flags(setting)}.",
-                            "Give the same flags to go on there, or another folder: -o DIR")
+            raise UserError(
+                f"{folder} was begun with {_flags(begun)}, this run has {_flags(setting)}.",
+                "Give the same flags to go on there, or another folder: -o DIR",
+            )
 
     @property
     def setting(self) -> Setting:
@@ -89,8 +95,10 @@ def check_is_free(folder: Path) -> None:
         raise UserError(f"{folder} is a file.", "Choose a folder with -o.")
     present = sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.is_dir() else []
     if present and FILE not in present:
-        raise UserError(f"{folder} is not empty and holds no quickstart (there is {present[0]}).",
-                        "Choose another folder with -o, or empty this one.")
+        raise UserError(
+            f"{folder} is not empty and holds no quickstart (there is {present[0]}).",
+            "Choose another folder with -o, or empty this one.",
+        )
 
 
 @contextmanager
@@ -113,8 +121,10 @@ def locked(folder: Path) -> Iterator[int | None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield descriptor
     except BlockingIOError as error:
-        raise UserError(f"Another quickstart, or a command that one left running, works in {folder}.",
-                        "Wait until it has ended (ps shows it), or choose another folder with -o.") from error
+        raise UserError(
+            f"Another quickstart, or a command that one left running, works in {folder}.",
+            "Wait until it has ended (ps shows it), or choose another folder with -o.",
+        ) from error
     finally:
         os.close(descriptor)
 

@@ -81,11 +81,31 @@ def fold_folder(folder: Path, arm: str | None = None) -> Path:
 
 def planning_steps(folder: Path, *, modality: str = "MR") -> list[Step]:
     """From scans to a planned and captioned dataset."""
-    prepare = ("nnssl_plugin", "prepare", "-i", str(folder / "scans"), "-d", PRETRAINING_ID,
-               "-n", PRETRAINING.partition("_")[2], "--modality", modality)
+    prepare = (
+        "nnssl_plugin",
+        "prepare",
+        "-i",
+        str(folder / "scans"),
+        "-d",
+        PRETRAINING_ID,
+        "-n",
+        PRETRAINING.partition("_")[2],
+        "--modality",
+        modality,
+    )
     # --clean: a fingerprint that an interruption left half-written is made anew
-    plan = ("nnUNetv2_plan_and_preprocess", "-d", PRETRAINING_ID, "-c", CONFIGURATION, "--clean",
-            "-npfp", "2", "-np", "2")
+    plan = (
+        "nnUNetv2_plan_and_preprocess",
+        "-d",
+        PRETRAINING_ID,
+        "-c",
+        CONFIGURATION,
+        "--clean",
+        "-npfp",
+        "2",
+        "-np",
+        "2",
+    )
     caption = ("nnssl_plugin", "caption", "-d", PRETRAINING_ID, "--captioner", "template")
     return [
         Step("prepare", "make an nnU-Net dataset of the unlabelled scans, with a body mask as its one label", prepare),
@@ -102,20 +122,45 @@ def pretraining_steps(folder: Path, plan: Mapping[str, Any], *, device: str) -> 
         plan: content of the plan that nnU-Net made for the unlabelled dataset.
         device: ``cpu`` or ``cuda``.
     """
-    shrink = ("nnssl_plugin", "plan", "-d", PRETRAINING_ID, "-p", STOCK_PLAN, "-n", SMALL_PLAN, "--overwrite",
-              *_assignments(plan))
+    shrink = (
+        "nnssl_plugin",
+        "plan",
+        "-d",
+        PRETRAINING_ID,
+        "-p",
+        STOCK_PLAN,
+        "-n",
+        SMALL_PLAN,
+        "--overwrite",
+        *_assignments(plan),
+    )
     return [
         Step("shrink", "copy the plan with a narrow network and few epochs", shrink),
-        _training("pretrain", "pretrain on the unlabelled scans", (PRETRAINING_ID, "all"), SMALL_PLAN, device,
-                  fold_folder(folder)),
+        _training(
+            "pretrain",
+            "pretrain on the unlabelled scans",
+            (PRETRAINING_ID, "all"),
+            SMALL_PLAN,
+            device,
+            fold_folder(folder),
+        ),
     ]
 
 
 def finetuning_steps(folder: Path, *, device: str) -> list[Step]:
     """The labelled dataset under the same plan, and both arms of fine-tuning."""
     plan = ("nnUNetv2_plan_and_preprocess", "-d", TARGET_ID, "--clean", "-npfp", "2", "--no_pp")
-    move = ("nnUNetv2_move_plans_between_datasets", "-s", PRETRAINING_ID, "-t", TARGET_ID,
-            "-sp", SMALL_PLAN, "-tp", SMALL_PLAN)
+    move = (
+        "nnUNetv2_move_plans_between_datasets",
+        "-s",
+        PRETRAINING_ID,
+        "-t",
+        TARGET_ID,
+        "-sp",
+        SMALL_PLAN,
+        "-tp",
+        SMALL_PLAN,
+    )
     preprocess = ("nnUNetv2_preprocess", "-d", TARGET_ID, "-plans_name", SMALL_PLAN, "-c", CONFIGURATION, "-np", "2")
     steps = [
         Step("plan-target", "nnU-Net measures the labelled cases", plan),
@@ -152,18 +197,65 @@ def _arm_steps(folder, arm, weights, device):
     """Adapt, fine-tune, predict and evaluate."""
     target, predictions = folder / "nnUNet_raw" / TARGET, folder / "predictions" / arm
     plan = f"{SMALL_PLAN}-{arm}"
-    adapt = ("nnssl_plugin", "adapt", "-d", TARGET_ID, "-w", str(weights), "-c", CONFIGURATION, "-p", SMALL_PLAN,
-             "-n", arm, *(["--from-scratch"] if arm == "scratch" else []))
-    predict = ("nnUNetv2_predict", "-i", str(target / "imagesTs"), "-o", str(predictions), "-d", TARGET_ID,
-               "-c", CONFIGURATION, "-f", "0", "-tr", FINETUNER, "-p", plan, "-device", device,
-               "-step_size", "0.5", "--disable_tta", "--save_probabilities", "-npp", "1", "-nps", "1")
-    evaluate = ("nnUNetv2_evaluate_folder", str(target / "labelsTs"), str(predictions),
-                "-djfile", str(predictions / "dataset.json"), "-pfile", str(predictions / "plans.json"), "-np", "2")
+    adapt = (
+        "nnssl_plugin",
+        "adapt",
+        "-d",
+        TARGET_ID,
+        "-w",
+        str(weights),
+        "-c",
+        CONFIGURATION,
+        "-p",
+        SMALL_PLAN,
+        "-n",
+        arm,
+        *(["--from-scratch"] if arm == "scratch" else []),
+    )
+    predict = (
+        "nnUNetv2_predict",
+        "-i",
+        str(target / "imagesTs"),
+        "-o",
+        str(predictions),
+        "-d",
+        TARGET_ID,
+        "-c",
+        CONFIGURATION,
+        "-f",
+        "0",
+        "-tr",
+        FINETUNER,
+        "-p",
+        plan,
+        "-device",
+        device,
+        "-step_size",
+        "0.5",
+        "--disable_tta",
+        "--save_probabilities",
+        "-npp",
+        "1",
+        "-nps",
+        "1",
+    )
+    evaluate = (
+        "nnUNetv2_evaluate_folder",
+        str(target / "labelsTs"),
+        str(predictions),
+        "-djfile",
+        str(predictions / "dataset.json"),
+        "-pfile",
+        str(predictions / "plans.json"),
+        "-np",
+        "2",
+    )
     start = "the pretrained weights" if arm == "pretrained" else "random weights, on the same schedule"
     return [
         Step(f"adapt-{arm}", f"write the plan that fine-tunes from {start}", adapt),
-        _training(f"finetune-{arm}", f"fine-tune from {start}", (TARGET_ID, "0"), plan, device,
-                  fold_folder(folder, arm)),
+        _training(
+            f"finetune-{arm}", f"fine-tune from {start}", (TARGET_ID, "0"), plan, device, fold_folder(folder, arm)
+        ),
         Step(f"predict-{arm}", "predict the test cases, which neither training has seen", predict),
         Step(f"evaluate-{arm}", "Dice of each test case", evaluate),
     ]

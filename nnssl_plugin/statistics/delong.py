@@ -24,8 +24,9 @@ class AurocDifference:
     p: float  # two-sided; 1 where the difference and its standard error are both 0
 
 
-def auroc_difference(first: np.ndarray, second: np.ndarray, positives: np.ndarray, *, subjects: Sequence[str],
-                     confidence: float = 0.95) -> AurocDifference:
+def auroc_difference(
+    first: np.ndarray, second: np.ndarray, positives: np.ndarray, *, subjects: Sequence[str], confidence: float = 0.95
+) -> AurocDifference:
     """Compare the areas of two scores of the same cases.
 
     Args:
@@ -45,12 +46,17 @@ def auroc_difference(first: np.ndarray, second: np.ndarray, positives: np.ndarra
     if error == 0:
         return AurocDifference(difference, difference, difference, 1.0 if abs(difference) < 1e-12 else np.nan)
     reach = float(norm.ppf((1 + confidence) / 2) * error)
-    return AurocDifference(difference, difference - reach, difference + reach,
-                           float(2 * norm.sf(abs(difference) / error)))
+    return AurocDifference(
+        difference, difference - reach, difference + reach, float(2 * norm.sf(abs(difference) / error))
+    )
 
 
-def delong_covariance(scores: np.ndarray, positives: np.ndarray, *, subjects: Sequence[str],
-                      ) -> tuple[np.ndarray, np.ndarray]:
+def delong_covariance(
+    scores: np.ndarray,
+    positives: np.ndarray,
+    *,
+    subjects: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray]:
     """Areas (R,) of R scores of the same cases, and their covariance (R, R).
 
     Args:

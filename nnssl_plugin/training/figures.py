@@ -44,7 +44,7 @@ def draw_progress(history: dict[str, list], path: str | Path, *, panels: Sequenc
     rows = max(1, math.ceil(len(panels) / 2))
     figure, axes = plt.subplots(rows, 2, figsize=(15, 4.25 * rows), squeeze=False)
     figure.subplots_adjust(0.06, 0.16 / rows, 0.98, 1 - 0.12 / rows, hspace=0.35, wspace=0.15)
-    for axis in axes.flat[len(panels):]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, belongs) in zip(axes.flat, panels, strict=False):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -67,17 +67,3 @@ def draw_progress(history: dict[str, list], path: str | Path, *, panels: Sequenc
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")
     save_figure(figure, path)
-
-
-
-
-
-
-
-
-
-
-
-
-
-

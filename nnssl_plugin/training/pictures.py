@@ -31,6 +31,8 @@ class Colours:
 
 HEAT = "PuOr"
 """Colours of values in [-1, 1]: purple and orange, which colour-blind readers tell apart."""
+
+
 def draw_pictures(images: list[tuple[str, Tensor | Overlay | Colours]], path: str | Path) -> None:
     """Titled images beside each other: the three central slices of a volume (D, H, W), or the image (H, W) itself.
 

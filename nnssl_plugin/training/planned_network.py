@@ -1,11 +1,15 @@
 """nnU-Net's trainer for every network that a plan can name: with deep supervision, or without (Primus, SwinUNETR)."""
 
+import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnssl_plugin.nnunet.plans import takes_deep_supervision
+
+DEFAULT_DEVICE = torch.device("cuda")
+"""nnU-Net's."""
 
 
 class PlannedNetworkTrainer(nnUNetTrainer):

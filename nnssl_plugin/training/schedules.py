@@ -34,8 +34,10 @@ class Schedule:
     def __init__(self, optimizer: Optimizer, *, lr: float, total: int, warmup: float = 0, first_cycle: int = 0):
         if not 0 <= warmup < total - first_cycle:
             before = f" after {first_cycle} in which the decoder trains alone" if first_cycle else ""
-            raise UserError(f"A warm-up of {warmup:g}{before} does not fit into a training of {total:g} steps.",
-                            "Make the warm-up shorter or the training longer.")
+            raise UserError(
+                f"A warm-up of {warmup:g}{before} does not fit into a training of {total:g} steps.",
+                "Make the warm-up shorter or the training longer.",
+            )
         self.optimizer = optimizer
         self.lr = lr
         self.total = total

@@ -17,8 +17,12 @@ def run(repository, script, *arguments):
 
 def test_official_splits_of_adrenalmnist_stay_apart(repository, tmp_path):
     rng = np.random.default_rng(0)
-    arrays = {"train_images": rng.integers(0, 2, (3, 6, 7, 8), dtype=np.uint8), "train_labels": [[0], [1], [0]],
-              "val_images": rng.integers(0, 2, (2, 6, 7, 8), dtype=np.uint8), "val_labels": [[1], [0]]}
+    arrays = {
+        "train_images": rng.integers(0, 2, (3, 6, 7, 8), dtype=np.uint8),
+        "train_labels": [[0], [1], [0]],
+        "val_images": rng.integers(0, 2, (2, 6, 7, 8), dtype=np.uint8),
+        "val_labels": [[1], [0]],
+    }
     np.savez(tmp_path / "a.npz", **arrays)
     assert run(repository, "adrenal_data.py", "-i", tmp_path / "a.npz", "-o", tmp_path / "out").startswith("3 train, 2")
     for official, name, channel in (("train", "train", ""), ("val", "test", "_0000")):
@@ -35,7 +39,7 @@ def test_tables_name_the_images_that_are_there(repository, tmp_path):
     for path in ("us/benign/b (1).png", "sts/P1/CT_image.nii.gz", "sts/P1/CT_mask.nii.gz", "sts/P2/PET_image.nii.gz"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    captions = "image_path,text_caption,label\nbenign/b (1).png,\"A, b\",benign\nbenign/gone.png,x,benign\n"
+    captions = 'image_path,text_caption,label\nbenign/b (1).png,"A, b",benign\nbenign/gone.png,x,benign\n'
     (tmp_path / "us" / "captions.csv").write_text(captions)
     run(repository, "busi_data.py", "-i", tmp_path / "us", "-o", tmp_path / "us.csv")
     assert read_table(tmp_path / "us.csv") == [{"case": "benign/b (1).png", "diagnosis": "benign"}]

@@ -22,8 +22,14 @@ study_figures, study_file, study_results, study_runner, study_steps = (
 STUDY = {
     "name": "small",
     "question": "Does it run?",
-    "data": {"title": "phantoms", "licence": "none", "label_kind": "phantom", "images": "images", "labels": "labels",
-             "label_names": ["first", "second"]},
+    "data": {
+        "title": "phantoms",
+        "licence": "none",
+        "label_kind": "phantom",
+        "images": "images",
+        "labels": "labels",
+        "label_names": ["first", "second"],
+    },
     "cases": {"unlabelled": 12, "pool": 4, "evaluation": 2},
     "fractions": [1.0, 0.5],
     "seeds": [0, 3],
@@ -74,22 +80,25 @@ def test_a_study_that_needs_more_cases_than_there_are_is_refused(tmp_path, data)
         study_file.choose_cases(study, data)
 
 
-@pytest.mark.parametrize(("changes", "complaint"), [
-    ({"epochs": 3}, "unknown key 'epochs'"),
-    ({"cases": {"unlabelled": 4, "pool": 2}}, "no 'evaluation'"),
-    ({"arms": [{"name": "a", "pretraining": "med3d"}]}, "no arm is from scratch"),
-    ({"arms": [{"name": "a", "pretraining": "other"}, {"name": "b", "pretraining": None}]}, "'other'"),
-    ({"arms": [{"name": "a__b", "pretraining": None}]}, "'a__b'"),
-    ({"fractions": [0.0]}, "fractions"),
-    ({"cases": {"unlabelled": 4, "pool": 5, "evaluation": 1}}, "pool <= unlabelled"),
-    ({"plan": {"epochs": 3}}, "keys of plan"),
-    ({"finetuning": {"seed": 3}}, "seed"),
-    ({"seeds": [1, 1]}, "seeds"),
-    ({"data": []}, "not a block"),
-    ({"data": STUDY["data"] | {"images": "{case}/{case}.nii.gz"}}, "pattern"),
-    ({"data": STUDY["data"] | {"labels": "{case}/mask.nrrd"}}, "pattern"),
-    ({"separation": {"patch": 4}}, "unknown key 'patch'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"epochs": 3}, "unknown key 'epochs'"),
+        ({"cases": {"unlabelled": 4, "pool": 2}}, "no 'evaluation'"),
+        ({"arms": [{"name": "a", "pretraining": "med3d"}]}, "no arm is from scratch"),
+        ({"arms": [{"name": "a", "pretraining": "other"}, {"name": "b", "pretraining": None}]}, "'other'"),
+        ({"arms": [{"name": "a__b", "pretraining": None}]}, "'a__b'"),
+        ({"fractions": [0.0]}, "fractions"),
+        ({"cases": {"unlabelled": 4, "pool": 5, "evaluation": 1}}, "pool <= unlabelled"),
+        ({"plan": {"epochs": 3}}, "keys of plan"),
+        ({"finetuning": {"seed": 3}}, "seed"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"data": []}, "not a block"),
+        ({"data": STUDY["data"] | {"images": "{case}/{case}.nii.gz"}}, "pattern"),
+        ({"data": STUDY["data"] | {"labels": "{case}/mask.nrrd"}}, "pattern"),
+        ({"separation": {"patch": 4}}, "unknown key 'patch'"),
+    ],
+)
 def test_a_study_that_does_not_hold_together_is_refused(tmp_path, changes, complaint):
     with pytest.raises(UserError, match=complaint):
         read(tmp_path, **changes)
@@ -137,9 +146,13 @@ def test_the_studies_of_the_repository_find_their_cases(path, data_folder):
 
 
 def all_steps(study, folder):
-    return [*study_steps.planning_steps(study, folder), *study_steps.pretraining_steps(study, folder, device="cpu"),
-            *study_steps.separation_steps(study, folder, device="cpu"),
-            *study_steps.adaptation_steps(study, folder), *study_steps.finetuning_steps(study, folder, device="cpu")]
+    return [
+        *study_steps.planning_steps(study, folder),
+        *study_steps.pretraining_steps(study, folder, device="cpu"),
+        *study_steps.separation_steps(study, folder, device="cpu"),
+        *study_steps.adaptation_steps(study, folder),
+        *study_steps.finetuning_steps(study, folder, device="cpu"),
+    ]
 
 
 def test_a_study_runs_the_packages_and_nnunets_commands(tmp_path):
@@ -152,14 +165,18 @@ def test_a_study_runs_the_packages_and_nnunets_commands(tmp_path):
 def test_twins_differ_in_their_weights_alone(tmp_path):
     study = read(tmp_path)
     for seed in study.seeds:
-        plans = [step.command for step in study_steps.adaptation_steps(study, tmp_path)
-                 if step.title.startswith("settings") and step.title.endswith(f"seed{seed}")]
-        settings = [command[command.index("--set"):] for command in plans]
+        plans = [
+            step.command
+            for step in study_steps.adaptation_steps(study, tmp_path)
+            if step.title.startswith("settings") and step.title.endswith(f"seed{seed}")
+        ]
+        settings = [command[command.index("--set") :] for command in plans]
         assert len(settings) == 2 and settings[0] == settings[1]
         assert f"finetuning.seed={seed}" in settings[0]
     adapt = [step.command for step in study_steps.adaptation_steps(study, tmp_path) if step.title.startswith("adapt")]
     assert [("-w" in command, "--from-scratch" in command) for command in adapt] == [(True, False)] * 2 + [
-        (False, True)] * 2
+        (False, True)
+    ] * 2
 
 
 def test_each_fold_is_trained_under_the_plan_of_its_seed(tmp_path):
@@ -171,8 +188,10 @@ def test_each_fold_is_trained_under_the_plan_of_its_seed(tmp_path):
 
 
 def test_an_arm_may_have_settings_of_its_own(tmp_path):
-    arms = [{"name": "frozen", "pretraining": "med3d", "finetuning": {"frozen_encoder_epochs": 1, "epochs": 3}},
-            {"name": "scratch", "pretraining": None}]
+    arms = [
+        {"name": "frozen", "pretraining": "med3d", "finetuning": {"frozen_encoder_epochs": 1, "epochs": 3}},
+        {"name": "scratch", "pretraining": None},
+    ]
     settings = {step.title: step.command for step in study_steps.adaptation_steps(read(tmp_path, arms=arms), tmp_path)}
     assert {"finetuning.frozen_encoder_epochs=1", "finetuning.epochs=3"} <= set(settings["settings-frozen-seed0"])
     assert "finetuning.epochs=2" in settings["settings-scratch-seed0"]
@@ -242,10 +261,20 @@ def test_an_early_stop_is_no_failure_and_ends_the_others(tmp_path):
 
 def runs_of(study, scores):
     """Runs with given scores: (arm, seed, fraction) → Dice of the cases."""
-    return [study_results.Run(arm.name, seed, fraction,
-                              {label: {f"case_{i}": value for i, value in enumerate(scores[arm.name, seed, fraction])}
-                               for label in ("mean", "first", "second")}, [0.1, 0.5])
-            for seed, fraction in study.folds for arm in study.arms]
+    return [
+        study_results.Run(
+            arm.name,
+            seed,
+            fraction,
+            {
+                label: {f"case_{i}": value for i, value in enumerate(scores[arm.name, seed, fraction])}
+                for label in ("mean", "first", "second")
+            },
+            [0.1, 0.5],
+        )
+        for seed, fraction in study.folds
+        for arm in study.arms
+    ]
 
 
 @pytest.fixture
@@ -305,28 +334,47 @@ def test_figures_are_drawn(small, tmp_path):
 @pytest.mark.slow
 def test_a_miniature_study_from_scans_to_its_page(tmp_path):
     data = tmp_path / "data"
-    write_phantoms(data / "images", 14, seed=1, labels_folder=data / "labels", shape=(24, 32, 24),
-                   spacing_mm=(2.5, 2.5, 2.5))
+    write_phantoms(
+        data / "images", 14, seed=1, labels_folder=data / "labels", shape=(24, 32, 24), spacing_mm=(2.5, 2.5, 2.5)
+    )
     for image in (data / "images").glob("*_0000.nii.gz"):
         image.rename(image.with_name(image.name.replace("_0000", "")))
     network = "configurations.3d_fullres.architecture.arch_kwargs"
     short = {"epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1, "batch_size": 2}
     study = STUDY | {
-        "fractions": [1.0], "seeds": [0],
+        "fractions": [1.0],
+        "seeds": [0],
         "plan": {"configurations.3d_fullres.batch_size": 2, f"{network}.features_per_stage": [4, 8, 16]},
         "pretrainings": {
-            "med3d": {"trainer": "Med3DInsightPretrainer",
-                      "edits": short | {"method.queries": 8, "method.dim": 16, "method.heads": 2}},
-            "s2dc": {"trainer": "S2DCPretrainer",
-                     "edits": short | {"warmup_epochs": 0, "method.token_stride": 4, "method.hidden": 8,
-                                       "method.dim": 8, "method.queue": 8}},
+            "med3d": {
+                "trainer": "Med3DInsightPretrainer",
+                "edits": short | {"method.queries": 8, "method.dim": 16, "method.heads": 2},
+            },
+            "s2dc": {
+                "trainer": "S2DCPretrainer",
+                "edits": short
+                | {
+                    "warmup_epochs": 0,
+                    "method.token_stride": 4,
+                    "method.hidden": 8,
+                    "method.dim": 8,
+                    "method.queue": 8,
+                },
+            },
         },
         "finetuning": {"epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1},
         "separation": {"stride": 4},
     }
     write_json(tmp_path / "small.json", study)
-    command = [sys.executable, str(BENCHMARKS / "label_efficiency.py"), str(tmp_path / "small.json"),
-               "-o", str(tmp_path / "run"), "--data", str(data)]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "label_efficiency.py"),
+        str(tmp_path / "small.json"),
+        "-o",
+        str(tmp_path / "run"),
+        "--data",
+        str(data),
+    ]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-4000:]
     result = read_json(tmp_path / "run" / "result.json")

@@ -46,8 +46,10 @@ class Task(nn.Module):
 
     def encode(self, views):
         features = self.backbone.features(views["image"])
-        outputs = {"restored": self.backbone.reconstruct(features),
-                   "tokens": self.head(self.backbone.tokens(features)[0])}
+        outputs = {
+            "restored": self.backbone.reconstruct(features),
+            "tokens": self.head(self.backbone.tokens(features)[0]),
+        }
         with torch.no_grad():
             theirs = self.teacher.module.tokens(self.teacher.module.features(views["image"]))[0]
         outputs["theirs"] = self.teacher_head(theirs)
@@ -63,9 +65,15 @@ def recorded():
 
 def test_every_network_is_recorded_once_and_teachers_are_not_trained(recorded):
     task, calls = recorded
-    expected = [(task.backbone, True), (task.backbone, True), (task.backbone.reconstruction_head, True),
-                (task.head, True), (task.teacher.module, False), (task.teacher_head, False),
-                (task.whole_teacher, False)]
+    expected = [
+        (task.backbone, True),
+        (task.backbone, True),
+        (task.backbone.reconstruction_head, True),
+        (task.head, True),
+        (task.teacher.module, False),
+        (task.teacher_head, False),
+        (task.whole_teacher, False),
+    ]
     assert [call.network for call in calls.calls] == [network for network, _ in expected]
     assert [call.trained for call in calls.calls] == [trained for _, trained in expected]
 
@@ -117,7 +125,8 @@ def test_the_parts_of_a_real_step_add_up(nnunet_environment, monkeypatch):
 
 
 def test_the_correspondence_has_a_share_of_the_step():
-    result = correspondence.measure(patch=(16, 16, 16), grid=(4, 4, 4), batch=2, features=(4, 8), rounds=2,
-                                    device="cpu")
+    result = correspondence.measure(
+        patch=(16, 16, 16), grid=(4, 4, 4), batch=2, features=(4, 8), rounds=2, device="cpu"
+    )
     assert result["tokens"] == 64 and 0 < result["share"] < 1
     assert 0 < result["matches_per_sample"] <= 64

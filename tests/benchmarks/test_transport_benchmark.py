@@ -33,8 +33,7 @@ def test_the_exact_cost_is_a_lower_bound(rows):
 def test_the_objective_is_that_of_a_naive_loop():
     rng = np.random.default_rng(0)
     plan, cost = rng.random((3, 4)), rng.random((3, 4))
-    expected = sum(plan[i, j] * cost[i, j] + 0.05 * plan[i, j] * np.log(plan[i, j])
-                   for i in range(3) for j in range(4))
+    expected = sum(plan[i, j] * cost[i, j] + 0.05 * plan[i, j] * np.log(plan[i, j]) for i in range(3) for j in range(4))
     assert transport.entropic_objective(plan, cost, 0.05) == pytest.approx(expected)
     assert transport.entropic_objective(np.zeros((2, 2)), np.ones((2, 2)), 0.05) == 0
 

@@ -36,8 +36,15 @@ def test_from_scratch_needs_no_checkpoint(folder, capsys):
     assert "-p nnUNetPlans-scratch" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["-n", "a__b", "--from-scratch"], ["-n", "toy"], ["-n", "toy", "-w", "gone.pth"],
-                                       ["-n", "toy", "--from-scratch", "-c", "2d"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-n", "a__b", "--from-scratch"],
+        ["-n", "toy"],
+        ["-n", "toy", "-w", "gone.pth"],
+        ["-n", "toy", "--from-scratch", "-c", "2d"],
+    ],
+)
 def test_mistakes_are_a_few_lines_and_exit_code_2(folder, capsys, arguments):
     assert main(["adapt", "-d", "901", *arguments]) == 2
     captured = capsys.readouterr()
@@ -57,8 +64,9 @@ def test_wider_weights_are_taken_when_asked_for(folder, tmp_path, capsys):
 
 def test_keys_are_renamed_by_a_table(folder, tmp_path, capsys):
     network = build_network(fake_plan(), "3d_fullres", read_json(folder / "dataset.json"))
-    renamed = {key.replace("encoder.", "enc_"): value for key, value in network.encoder.state_dict(
-        prefix="encoder.").items()}
+    renamed = {
+        key.replace("encoder.", "enc_"): value for key, value in network.encoder.state_dict(prefix="encoder.").items()
+    }
     save_checkpoint({"state_dict": renamed}, tmp_path / "other.pth")
     table = {"format": 1, "name": "mine", "rename": [["^enc_", "encoder."]]}
     (tmp_path / "table.json").write_text(json.dumps(table))

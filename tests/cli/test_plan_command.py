@@ -24,16 +24,19 @@ def folder(nnunet_environment) -> Path:
     return Path(os.environ["nnUNet_preprocessed"], NAME)
 
 
-@pytest.mark.parametrize(("text", "path", "value"), [
-    ("epochs=50", ("pretraining", "epochs"), 50),
-    ("method.epsilon=0.1", ("pretraining", "method", "epsilon"), 0.1),
-    ("method.corruption=mask", ("pretraining", "method", "corruption"), "mask"),
-    ("batch_size=null", ("pretraining", "batch_size"), None),
-    ("finetuning.epochs=5", ("finetuning", "epochs"), 5),
-    ("pretraining.seed=1", ("pretraining", "seed"), 1),
-    ("configurations.2d.patch_size=[8,8]", ("configurations", "2d", "patch_size"), [8, 8]),
-    ("name=a=b", ("pretraining", "name"), "a=b"),
-])
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("epochs=50", ("pretraining", "epochs"), 50),
+        ("method.epsilon=0.1", ("pretraining", "method", "epsilon"), 0.1),
+        ("method.corruption=mask", ("pretraining", "method", "corruption"), "mask"),
+        ("batch_size=null", ("pretraining", "batch_size"), None),
+        ("finetuning.epochs=5", ("finetuning", "epochs"), 5),
+        ("pretraining.seed=1", ("pretraining", "seed"), 1),
+        ("configurations.2d.patch_size=[8,8]", ("configurations", "2d", "patch_size"), [8, 8]),
+        ("name=a=b", ("pretraining", "name"), "a=b"),
+    ],
+)
 def test_assignments_are_parsed(text, path, value):
     assert parse_assignment(text) == (path, value)
 
@@ -46,18 +49,39 @@ def test_what_is_no_assignment_is_refused(text):
 
 def test_a_plan_of_the_new_name_is_written_and_every_change_printed(folder, capsys):
     source = read_json(folder / "nnUNetPlans.json")
-    assert main(["plan", "-d", "901", "-n", "short", "--set", "epochs=50", "method.epsilon=0.1", "lr=0.01",
-                 "--set", f"{FEATURES}=[4,8,8]", "configurations.3d_fullres.batch_size=2"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "-d",
+                "901",
+                "-n",
+                "short",
+                "--set",
+                "epochs=50",
+                "method.epsilon=0.1",
+                "lr=0.01",
+                "--set",
+                f"{FEATURES}=[4,8,8]",
+                "configurations.3d_fullres.batch_size=2",
+            ]
+        )
+        == 0
+    )
     plan = read_json(folder / "short.json")
     assert plan["plans_name"] == "short" and read_json(folder / "nnUNetPlans.json") == source
     assert plan["pretraining"] == {"epochs": 50, "lr": 0.01, "method": {"epsilon": 0.1, "mass": 0.9}}
     kwargs = PlansManager(plan).get_configuration("3d_fullres").network_arch_init_kwargs
     assert kwargs["features_per_stage"] == [4, 8, 8]
     printed = capsys.readouterr().out.splitlines()
-    assert sorted(printed[:-1]) == sorted([
-        "pretraining.epochs: 3 → 50", "pretraining.method.epsilon: 0.05 → 0.1", "pretraining.lr: not set → 0.01",
-        f"{FEATURES}: [4, 8, 16] → [4, 8, 8]",
-    ])
+    assert sorted(printed[:-1]) == sorted(
+        [
+            "pretraining.epochs: 3 → 50",
+            "pretraining.method.epsilon: 0.05 → 0.1",
+            "pretraining.lr: not set → 0.01",
+            f"{FEATURES}: [4, 8, 16] → [4, 8, 8]",
+        ]
+    )
     assert printed[-1] == f"wrote {folder / 'short.json'}"
 
 
@@ -105,13 +129,16 @@ def test_a_patch_that_the_network_was_not_built_for_is_refused(folder):
         write_edited_plan("901", "odd", assignments=[text.replace("32]", "18]") for text in assignments])
 
 
-@pytest.mark.parametrize(("assignment", "remedy"), [
-    ("configurations.3d_fullres.batchsize=2", "Did you mean 'batch_size'?"),
-    ("configurations.3d_fullres.architecture.arch_kwargs.feature_per_stage=[1]", "features_per_stage"),
-    ("configurations.2d.batch_size=2", "nnUNetv2_plan_and_preprocess -d 901 -c 2d"),
-    ("configurations.3d_fullres.batch_size.x=2", "There are: none"),
-    ("configurations.3d_fullres=2", "For example"),
-])
+@pytest.mark.parametrize(
+    ("assignment", "remedy"),
+    [
+        ("configurations.3d_fullres.batchsize=2", "Did you mean 'batch_size'?"),
+        ("configurations.3d_fullres.architecture.arch_kwargs.feature_per_stage=[1]", "features_per_stage"),
+        ("configurations.2d.batch_size=2", "nnUNetv2_plan_and_preprocess -d 901 -c 2d"),
+        ("configurations.3d_fullres.batch_size.x=2", "There are: none"),
+        ("configurations.3d_fullres=2", "For example"),
+    ],
+)
 def test_a_typo_inside_configurations_is_refused(folder, assignment, remedy):
     with pytest.raises(UserError) as error:
         write_edited_plan("901", "typo", assignments=[assignment])
@@ -122,8 +149,9 @@ def test_inherited_values_are_changed_in_the_heir_alone():
     plans = fake_plan()
     plans["configurations"]["small"] = {"inherits_from": "3d_fullres"}
     before = deepcopy(plans)
-    edited, changes = edit_plan(plans, "new", [parse_assignment(
-        "configurations.small.architecture.arch_kwargs.features_per_stage=[2,4,8]")])
+    edited, changes = edit_plan(
+        plans, "new", [parse_assignment("configurations.small.architecture.arch_kwargs.features_per_stage=[2,4,8]")]
+    )
     assert plans == before and edited["configurations"]["3d_fullres"] == before["configurations"]["3d_fullres"]
     kwargs = PlansManager(edited).get_configuration("small").network_arch_init_kwargs
     assert kwargs["features_per_stage"] == [2, 4, 8] and kwargs["n_stages"] == 3
@@ -144,11 +172,14 @@ def test_a_patch_that_the_strides_do_not_divide_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:Network class no.such.Network not found", "ignore::FutureWarning")
-@pytest.mark.parametrize("assignment", [
-    f"{FEATURES}=[4,8]",
-    "configurations.3d_fullres.architecture.network_class_name=no.such.Network",
-    "configurations.3d_fullres.architecture.arch_kwargs.n_stages=7",
-])
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        f"{FEATURES}=[4,8]",
+        "configurations.3d_fullres.architecture.network_class_name=no.such.Network",
+        "configurations.3d_fullres.architecture.arch_kwargs.n_stages=7",
+    ],
+)
 def test_a_network_that_cannot_be_built_is_refused(assignment):
     edited, _ = edit_plan(fake_plan(), "new", [parse_assignment(assignment)])
     with pytest.raises(UserError, match="cannot be built"):
@@ -160,8 +191,21 @@ def test_other_data_needs_another_identifier_and_preprocessing(folder, capsys):
     assert main(["plan", "-d", "901", "-n", "coarse", "--set", spacing]) == 2
     said = capsys.readouterr().err
     assert "spacing of 3d_fullres changed" in said and "data_identifier=coarse_3d_fullres" in said
-    assert main(["plan", "-d", "901", "-n", "coarse", "--set", spacing,
-                 "configurations.3d_fullres.data_identifier=coarse_3d_fullres"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "-d",
+                "901",
+                "-n",
+                "coarse",
+                "--set",
+                spacing,
+                "configurations.3d_fullres.data_identifier=coarse_3d_fullres",
+            ]
+        )
+        == 0
+    )
     assert "nnUNetv2_preprocess -d 901 -plans_name coarse -c 3d_fullres" in capsys.readouterr().out
 
 

@@ -22,8 +22,9 @@ def read(files, *, channels=1, segmentation=None, **plan):
     manager = PlansManager(inference_plan(channels=channels, **plan))
     configuration = manager.get_configuration(next(iter(manager.plans["configurations"])))
     dataset_json = {"channel_names": {str(c): f"MR{c}" for c in range(channels)}, "labels": {"background": 0, "b": 1}}
-    return read_image(tuple(files), plans=manager, configuration=configuration, dataset_json=dataset_json,
-                      segmentation=segmentation)
+    return read_image(
+        tuple(files), plans=manager, configuration=configuration, dataset_json=dataset_json, segmentation=segmentation
+    )
 
 
 def test_files_are_grouped_by_case_in_the_order_of_the_channels(tmp_path):
@@ -33,7 +34,10 @@ def test_files_are_grouped_by_case_in_the_order_of_the_channels(tmp_path):
     (tmp_path / "._b_0000.nii.gz").touch()
     cases, left_out = find_images(tmp_path, ".nii.gz")
     assert {case: [p.name[-11:-7] for p in files] for case, files in cases.items()} == {
-        "a": ["0000"], "a_b": ["0000"], "b": ["0000", "0001"]}
+        "a": ["0000"],
+        "a_b": ["0000"],
+        "b": ["0000", "0001"],
+    }
     assert left_out == {}
 
 
@@ -55,14 +59,19 @@ def test_a_folder_without_such_images_says_what_it_holds(tmp_path):
 
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_a_case_is_preprocessed_as_nnunet_does(tmp_path, dimensions):
-    files = [write(tmp_path / f"a_000{c}.nii.gz", np.random.default_rng(c).normal(size=(9, 11, 7)) + 5,
-                   spacing=(1.0, 2.0, 1.5)) for c in range(2)]
+    files = [
+        write(
+            tmp_path / f"a_000{c}.nii.gz", np.random.default_rng(c).normal(size=(9, 11, 7)) + 5, spacing=(1.0, 2.0, 1.5)
+        )
+        for c in range(2)
+    ]
     plan = {"dimensions": dimensions, "transpose": (1, 0, 2)}
     found = read(files, channels=2, **plan)
     manager = PlansManager(inference_plan(channels=2, **plan))
     configuration = manager.get_configuration("2d" if dimensions == 2 else "3d_fullres")
-    expected, _, _ = DefaultPreprocessor(verbose=False).run_case([str(f) for f in files], None, manager, configuration,
-                                                                 {"labels": {"background": 0}})
+    expected, _, _ = DefaultPreprocessor(verbose=False).run_case(
+        [str(f) for f in files], None, manager, configuration, {"labels": {"background": 0}}
+    )
     np.testing.assert_array_equal(found.data, expected)
     assert found.spacing == ((2.0, 1.0, 1.0) if dimensions == 2 else (1.0, 1.0, 1.0))
     assert found.segmentation is None and found.warnings == ()

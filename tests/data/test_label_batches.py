@@ -22,8 +22,13 @@ def open_batches(nnunet_environment):
         write_fake_dataset(channels=2)
         folder = Path(nnunet_environment["nnUNet_preprocessed"]) / NAME / "fake_data"
         return StepBatches(
-            Cases(folder, NAMES, transpose_forward=(0, 1, 2)), needs, patch_size=patch, batch_size=2,
-            available={name: np.ones(2, bool) for name in NAMES}, stream=(1, 0), structures=structures,
+            Cases(folder, NAMES, transpose_forward=(0, 1, 2)),
+            needs,
+            patch_size=patch,
+            batch_size=2,
+            available={name: np.ones(2, bool) for name in NAMES},
+            stream=(1, 0),
+            structures=structures,
         )
 
     return make
@@ -70,14 +75,17 @@ def test_labels_outside_the_case_are_unknown_and_keep_their_values_when_resized(
     np.testing.assert_array_equal(resize_labels(segmentation, (6, 8)), segmentation[0].repeat(2, 0).repeat(2, 1))
 
 
-@pytest.mark.parametrize(("labels", "structures"), [
-    ({"background": 0, "body": 1}, {}),
-    ({"background": 0, "tumour": 1}, {1: "tumour"}),
-    ({"background": 0, "body": 1, "liver": 2}, {1: "body", 2: "liver"}),
-    ({"background": 0, "liver": 1, "ignore": 2}, {1: "liver"}),
-    ({"background": 0, "whole": [1, 2], "core": [2]}, {1: "whole", 2: "whole"}),
-    ({"background": 0}, {}),
-])
+@pytest.mark.parametrize(
+    ("labels", "structures"),
+    [
+        ({"background": 0, "body": 1}, {}),
+        ({"background": 0, "tumour": 1}, {1: "tumour"}),
+        ({"background": 0, "body": 1, "liver": 2}, {1: "body", 2: "liver"}),
+        ({"background": 0, "liver": 1, "ignore": 2}, {1: "liver"}),
+        ({"background": 0, "whole": [1, 2], "core": [2]}, {1: "whole", 2: "whole"}),
+        ({"background": 0}, {}),
+    ],
+)
 def test_a_body_mask_names_no_structures(labels, structures):
     assert structure_labels({"labels": labels}) == structures
 

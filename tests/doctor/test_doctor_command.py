@@ -15,15 +15,23 @@ from nnssl_plugin.doctor.finding import OK, PROBLEM, STATUSES, WARNING, Finding
 from nnssl_plugin.doctor.report import section_lines, summary
 from nnssl_plugin.doctor.trainers import expected_trainers, own_shelf
 
-TORCH = Answer({"torch": {"version": "2.14.1", "requires": []}, "torch_error": "", "torchvision_error": "", "gpus": [],
-                "torchvision": {"version": "0.29.1", "requires": ["torch>=2.14"]}})
+TORCH = Answer(
+    {
+        "torch": {"version": "2.14.1", "requires": []},
+        "torch_error": "",
+        "torchvision_error": "",
+        "gpus": [],
+        "torchvision": {"version": "0.29.1", "requires": ["torch>=2.14"]},
+    }
+)
 
 
 @pytest.fixture
 def answers(monkeypatch):
     """torch and nnU-Net as they answer when all is well, without the seconds that asking takes."""
-    trainers = {name: {"module": module, "file": "f.py", "error": ""}
-                for name, module in expected_trainers(own_shelf()).items()}
+    trainers = {
+        name: {"module": module, "file": "f.py", "error": ""} for name, module in expected_trainers(own_shelf()).items()
+    }
     monkeypatch.setattr(asking, "ask_torch", lambda environment: TORCH)
     monkeypatch.setattr(asking, "ask_nnunet", lambda environment, names: Answer({"trainers": trainers}))
     monkeypatch.setenv("nnUNet_extTrainer", str(own_shelf()))
@@ -43,7 +51,7 @@ def test_a_problem_exits_with_1_and_shows_what_mends_it(answers, nnunet_environm
     monkeypatch.delenv("nnUNet_results")
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
-    assert 'export nnUNet_results=' in printed and printed.splitlines()[-1].startswith("1 problem,")
+    assert "export nnUNet_results=" in printed and printed.splitlines()[-1].startswith("1 problem,")
 
 
 def test_cuda_asked_for_and_absent_exits_with_1(answers, nnunet_environment):
@@ -78,8 +86,10 @@ def test_the_summary_counts():
 
 
 def test_neither_torch_nor_nnunet_is_imported():
-    code = "import sys, nnssl_plugin.doctor.examination, nnssl_plugin.cli.doctor\n" \
-           "sys.exit(' '.join({'torch', 'torchvision', 'nnunetv2', 'batchgenerators'} & set(sys.modules)))"
+    code = (
+        "import sys, nnssl_plugin.doctor.examination, nnssl_plugin.cli.doctor\n"
+        "sys.exit(' '.join({'torch', 'torchvision', 'nnunetv2', 'batchgenerators'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
 
 

@@ -30,8 +30,13 @@ def environment(tmp_path):
 
 
 def describe(raw, **changes):
-    content = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "body": 1}, "numTraining": 3,
-               "file_ending": ".nii.gz", **changes}
+    content = {
+        "channel_names": {"0": "T1", "1": "T2"},
+        "labels": {"background": 0, "body": 1},
+        "numTraining": 3,
+        "file_ending": ".nii.gz",
+        **changes,
+    }
     (raw / "dataset.json").write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
@@ -134,8 +139,9 @@ def test_triplets_without_embeddings_or_with_a_broken_line_are_problems(environm
     assert "line 4" in look(environment)["triplets"].message
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[]", "lacks channel_names"),
-                                               ('{"labels": {}}', "numTraining")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot be read"), ("[]", "lacks channel_names"), ('{"labels": {}}', "numTraining")]
+)
 def test_a_damaged_description_is_a_problem(text, message, environment):
     (raw_of(environment) / "dataset.json").write_text(text)
     (finding,) = dataset_findings(dataset(environment))
@@ -157,8 +163,11 @@ def test_missing_images_and_a_wrong_count_are_reported(environment):
 
 
 def test_plans_say_what_is_preprocessed_with_inherited_folders(environment):
-    configurations = {"2d": {"data_identifier": "flat"}, "3d_fullres": {"data_identifier": "data"},
-                      "mine": {"inherits_from": "3d_fullres"}}
+    configurations = {
+        "2d": {"data_identifier": "flat"},
+        "3d_fullres": {"data_identifier": "data"},
+        "mine": {"inherits_from": "3d_fullres"},
+    }
     write_plan(environment, "nnUNetPlans", configurations)
     assert look(environment)["plans"].status == WARNING and "not preprocessed" in look(environment)["plans"].message
     write_plan(environment, "nnUNetPlans-x", {"3d_fullres": {"data_identifier": "data"}}, cases=["c0", "c1", "c2"])
@@ -197,8 +206,10 @@ def test_an_image_that_cannot_be_read_is_a_problem(content, environment):
 
 def test_cases_listed_in_the_description_are_found(environment, tmp_path, monkeypatch):
     monkeypatch.setenv("SCANS", str(raw_of(environment) / "imagesTr"))
-    listed = {f"x{n}": {"images": [f"$SCANS/c{n}_000{channel}.nii.gz" for channel in (0, 1)], "label": "label.nii.gz"}
-              for n in (0, 2)}
+    listed = {
+        f"x{n}": {"images": [f"$SCANS/c{n}_000{channel}.nii.gz" for channel in (0, 1)], "label": "label.nii.gz"}
+        for n in (0, 2)
+    }
     describe(raw_of(environment), dataset=listed, numTraining=2)
     assert look(environment)["images"].status == OK
     assert room_needed(dataset(environment))[0]["nnUNet_preprocessed"] == pytest.approx((720 + 216) * 2 * 4)

@@ -8,10 +8,21 @@ import pytest
 from nnssl_plugin.doctor.finding import OK, PROBLEM, WARNING
 from nnssl_plugin.doctor.packages import command_findings, installed_versions, own_requirements, package_findings
 
-REQUIRES = ["nnunetv2<3,>=2.8.1", "torch>=2.6", "open_clip_torch>=3.0", "tqdm", 'pot>=0.9.6; extra == "transport"',
-            'winonly; sys_platform == "another"']
-INSTALLED = {"nnssl-plugin": "0.1.0", "nnunetv2": "2.8.1", "torch": "2.14.1+cu130", "open-clip-torch": "3.3.0",
-             "tqdm": "4.0"}
+REQUIRES = [
+    "nnunetv2<3,>=2.8.1",
+    "torch>=2.6",
+    "open_clip_torch>=3.0",
+    "tqdm",
+    'pot>=0.9.6; extra == "transport"',
+    'winonly; sys_platform == "another"',
+]
+INSTALLED = {
+    "nnssl-plugin": "0.1.0",
+    "nnunetv2": "2.8.1",
+    "torch": "2.14.1+cu130",
+    "open-clip-torch": "3.3.0",
+    "tqdm": "4.0",
+}
 
 
 def by_topic(findings):
@@ -26,8 +37,15 @@ def test_everything_in_range_is_in_order():
     assert "not installed (optional)" in findings["pot"].message and "1 more" in findings["others"].message
 
 
-@pytest.mark.parametrize(("name", "version", "range_"), [("nnunetv2", "2.5.0", "<3,>=2.8.1"), ("nnunetv2", "3.0", "<3"),
-                                                         ("torch", "2.5.1", ">=2.6"), ("tqdm", None, "tqdm")])
+@pytest.mark.parametrize(
+    ("name", "version", "range_"),
+    [
+        ("nnunetv2", "2.5.0", "<3,>=2.8.1"),
+        ("nnunetv2", "3.0", "<3"),
+        ("torch", "2.5.1", ">=2.6"),
+        ("tqdm", None, "tqdm"),
+    ],
+)
 def test_too_old_too_new_or_missing_is_a_problem_with_the_install_command(name, version, range_):
     installed = {**INSTALLED, name: version}
     if version is None:

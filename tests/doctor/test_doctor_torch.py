@@ -49,8 +49,14 @@ def test_a_matching_pair_is_in_order(tmp_path, environment):
 def test_a_cpu_torch_beside_a_cuda_torchvision_is_named_with_its_remedy(tmp_path, environment):
     """The metadata agree: only the import tells (nnU-Net's own trainers then hide every external one)."""
     install(tmp_path, "torch", "2.13.0", TORCH.format(version="2.13.0+cpu"))
-    install(tmp_path, "torchvision", "0.28.0", "raise RuntimeError('operator torchvision::nms does not exist')",
-            requires=["torch==2.13.0"], build="+cu130")
+    install(
+        tmp_path,
+        "torchvision",
+        "0.28.0",
+        "raise RuntimeError('operator torchvision::nms does not exist')",
+        requires=["torch==2.13.0"],
+        build="+cu130",
+    )
     finding = pair(environment)
     assert finding.status == PROBLEM
     for part in ("torch 2.13.0+cpu", "torchvision 0.28.0+cu130", "operator torchvision::nms does not exist"):
@@ -110,8 +116,10 @@ def test_a_gpu_is_described():
     assert driver.status == OK and "580.1" in driver.message and "CUDA 13.0" in driver.message
 
 
-@pytest.mark.parametrize(("changes", "remedy"), [({"free": 3 * GIB}, "nvidia-smi"),
-                                                 ({"free": 5.9 * GIB, "total": 6 * GIB}, "-gpu_memory_target 5")])
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [({"free": 3 * GIB}, "nvidia-smi"), ({"free": 5.9 * GIB, "total": 6 * GIB}, "-gpu_memory_target 5")],
+)
 def test_a_full_or_small_gpu_is_a_warning(changes, remedy):
     first = gpu_findings(Answer({"gpus": [gpu(**changes)]}), [], {})[0]
     assert first.status == WARNING and remedy in first.remedy

@@ -23,7 +23,8 @@ def shelf(tmp_path):
     (tmp_path / "shelf").mkdir()
     (tmp_path / "plugin.py").write_text(
         "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
-        "class First(nnUNetTrainer): pass\nclass Second(nnUNetTrainer): pass\n")
+        "class First(nnUNetTrainer): pass\nclass Second(nnUNetTrainer): pass\n"
+    )
     (tmp_path / "shelf" / "f_first.py").write_text("from plugin import First\n")
     (tmp_path / "shelf" / "s_second.py").write_text("from plugin import Second as Second\n")
     return tmp_path / "shelf"
@@ -50,8 +51,11 @@ def search(nnunet, shelf, tmp_path):
     expected = {"First": "plugin", "Second": "plugin"}
 
     def look(*folders):
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path),
-                       "nnUNet_extTrainer": os.pathsep.join(str(folder) for folder in folders)}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(tmp_path),
+            "nnUNet_extTrainer": os.pathsep.join(str(folder) for folder in folders),
+        }
         answer = ask_nnunet(environment, list(expected))
         return {f.topic: f for f in trainer_findings(answer, expected, shelf, environment)}
 
@@ -69,7 +73,8 @@ def folder_with(tmp_path, **modules):
 def test_found_trainers_are_listed_with_the_file_that_defines_them(search, shelf, tmp_path):
     findings = search(shelf)
     assert {name: (f.status, f.message) for name, f in findings.items()} == {
-        name: (OK, str(tmp_path / "plugin.py")) for name in ("First", "Second")}
+        name: (OK, str(tmp_path / "plugin.py")) for name in ("First", "Second")
+    }
 
 
 def test_a_path_without_the_shelf_is_a_problem(search, tmp_path):
@@ -99,8 +104,10 @@ def test_whatever_a_module_of_another_folder_raises_is_named(source, search, she
 
 
 def test_a_trainer_of_the_same_name_in_an_earlier_folder_is_a_clash(search, shelf, tmp_path):
-    source = "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\nclass First(nnUNetTrainer):\n" \
-             "    def train(self): pass\n"
+    source = (
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\nclass First(nnUNetTrainer):\n"
+        "    def train(self): pass\n"
+    )
     folder = folder_with(tmp_path, another=source)
     findings = search(folder, shelf)
     assert findings["First"].status == PROBLEM and str(folder / "another.py") in findings["First"].message

@@ -20,8 +20,10 @@ def test_nnunets_own_numbers_fit_a_large_machine():
 def test_two_cores_of_a_cluster_node_are_not_sixty_four():
     findings = by_topic({}, SMALL)
     assert "2 of 64 may be used" in findings["CPU cores"].message
-    assert findings["nnUNet_n_proc_DA"].status == WARNING and "12 processes on 2 cores" in \
-        findings["nnUNet_n_proc_DA"].message
+    assert (
+        findings["nnUNet_n_proc_DA"].status == WARNING
+        and "12 processes on 2 cores" in findings["nnUNet_n_proc_DA"].message
+    )
     assert findings["nnUNet_def_n_proc"].remedy == "export nnUNet_def_n_proc=2"
     assert findings["memory"].remedy == "export nnUNet_n_proc_DA=1 nnUNet_def_n_proc=1"
     assert findings["/dev/shm"].status == WARNING and "--shm-size" in findings["/dev/shm"].remedy
@@ -34,8 +36,10 @@ def test_zero_training_workers_are_a_warning_as_planning_fails_on_them():
     assert "/dev/shm" not in by_topic({"nnUNet_n_proc_DA": "0"}, SMALL)
 
 
-@pytest.mark.parametrize(("name", "value"), [("nnUNet_n_proc_DA", "many"), ("nnUNet_n_proc_DA", ""),
-                                             ("nnUNet_def_n_proc", "-1"), ("nnUNet_def_n_proc", "0")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("nnUNet_n_proc_DA", "many"), ("nnUNet_n_proc_DA", ""), ("nnUNet_def_n_proc", "-1"), ("nnUNet_def_n_proc", "0")],
+)
 def test_no_number_is_a_problem(name, value):
     finding = by_topic({name: value}, LARGE)[name]
     assert finding.status == PROBLEM and finding.remedy == f"export {name}=16"

@@ -69,20 +69,38 @@ def pretrain(root, kind):
 
 
 def pretrained(root, kind):
-    return (root / "nnUNet_results" / NAME / f"Med3DInsightPretrainer__{kind}__3d_fullres" / "fold_all"
-            / "checkpoint_final.pth")
+    return (
+        root
+        / "nnUNet_results"
+        / NAME
+        / f"Med3DInsightPretrainer__{kind}__3d_fullres"
+        / "fold_all"
+        / "checkpoint_final.pth"
+    )
 
 
 def write_target(raw):
     """Five labelled cases of four channels with thick slices, and one to predict."""
-    write_phantoms(raw / "imagesTr", 5, seed=1, shape=SHAPE, spacing_mm=SPACING_MM, channels=CHANNELS,
-                   labels_folder=raw / "labelsTr")
+    write_phantoms(
+        raw / "imagesTr",
+        5,
+        seed=1,
+        shape=SHAPE,
+        spacing_mm=SPACING_MM,
+        channels=CHANNELS,
+        labels_folder=raw / "labelsTr",
+    )
     write_phantoms(raw / "imagesTs", 1, seed=2, shape=SHAPE, spacing_mm=SPACING_MM, channels=CHANNELS)
-    write_json(raw / "dataset.json", {
-        "channel_names": {str(channel): f"MR{channel}" for channel in range(CHANNELS)},
-        "labels": {"background": 0, "liver": 1, "kidney": 2}, "numTraining": 5, "file_ending": ".nii.gz",
-        "overwrite_image_reader_writer": "NibabelIOWithReorient",
-    })
+    write_json(
+        raw / "dataset.json",
+        {
+            "channel_names": {str(channel): f"MR{channel}" for channel in range(CHANNELS)},
+            "labels": {"background": 0, "liver": 1, "kidney": 2},
+            "numTraining": 5,
+            "file_ending": ".nii.gz",
+            "overwrite_image_reader_writer": "NibabelIOWithReorient",
+        },
+    )
 
 
 def adapt(root, kind):
@@ -96,16 +114,18 @@ def command(root, *words):
     environment = environment_for(root, search_path()) | {"OMP_NUM_THREADS": "2"}
     if words[0] == "nnUNetv2_train":
         environment["nnUNet_n_proc_DA"] = "0"  # planning fails on it
-    finished = subprocess.run(words, env=environment, cwd=root, capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL)
+    finished = subprocess.run(
+        words, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     return finished.stdout
 
 
 def train(root, plan, trainer, *more):
     """Fine-tune fold 0 and return its checkpoint and what was printed."""
-    printed = command(root, "nnUNetv2_train", TARGET_ID, "3d_fullres", "0", "-p", plan, "-tr", trainer,
-                      "-device", "cpu", *more)
+    printed = command(
+        root, "nnUNetv2_train", TARGET_ID, "3d_fullres", "0", "-p", plan, "-tr", trainer, "-device", "cpu", *more
+    )
     fold = root / "nnUNet_results" / TARGET / f"{trainer}__{plan}__3d_fullres" / "fold_0"
     return torch.load(fold / "checkpoint_final.pth", weights_only=False), printed
 
@@ -121,8 +141,11 @@ def test_the_whole_encoder_reaches_the_other_dataset(folder, kind):
     encoder = "eva.blocks." if kind == "primus" else "encoder.stages.1."
     same = [key for key in source if key.startswith(encoder)]
     assert same and all(torch.equal(adapted[key], source[key]) for key in same)
-    stem = {"plain": "encoder.stages.0.0.convs.0.conv.weight", "residual": "encoder.stem.convs.0.conv.weight",
-            "primus": "down_projection.proj.weight"}[kind]
+    stem = {
+        "plain": "encoder.stages.0.0.convs.0.conv.weight",
+        "residual": "encoder.stem.convs.0.conv.weight",
+        "primus": "down_projection.proj.weight",
+    }[kind]
     assert adapted[stem].shape[1] == CHANNELS and source[stem].shape[1] == 1
     torch.testing.assert_close(adapted[stem].sum(1, keepdim=True), source[stem])
 
@@ -134,9 +157,33 @@ def test_it_fine_tunes_and_predicts(folder, kind):
     values = checkpoint["network_weights"].values()
     assert all(torch.isfinite(value).all() for value in values if value.is_floating_point())
     out = folder / "predictions" / kind
-    command(folder, "nnUNetv2_predict", "-i", str(folder / "nnUNet_raw" / TARGET / "imagesTs"), "-o", str(out),
-            "-d", TARGET_ID, "-c", "3d_fullres", "-f", "0", "-tr", TRAINER, "-p", f"{kind}-pre", "-device", "cpu",
-            "-step_size", "1", "--disable_tta", "-npp", "1", "-nps", "1")
+    command(
+        folder,
+        "nnUNetv2_predict",
+        "-i",
+        str(folder / "nnUNet_raw" / TARGET / "imagesTs"),
+        "-o",
+        str(out),
+        "-d",
+        TARGET_ID,
+        "-c",
+        "3d_fullres",
+        "-f",
+        "0",
+        "-tr",
+        TRAINER,
+        "-p",
+        f"{kind}-pre",
+        "-device",
+        "cpu",
+        "-step_size",
+        "1",
+        "--disable_tta",
+        "-npp",
+        "1",
+        "-nps",
+        "1",
+    )
     (predicted,) = out.glob("*.nii.gz")
     image = nibabel.load(folder / "nnUNet_raw" / TARGET / "imagesTs" / "phantom_000_0000.nii.gz")
     prediction = nibabel.load(predicted)
@@ -156,9 +203,25 @@ def test_every_route_brings_the_same_weights_and_losses(folder, monkeypatch):
     environment = environment_for(folder, search_path())
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "PATH"):
         monkeypatch.setenv(name, environment[name])
-    *rows, scratch = weight_routes.main([
-        "-d", TARGET_ID, "-p", "residual", "-w", str(pretrained(folder, "residual")), "-o", str(folder / "routes"),
-        "--iterations", "2", "--routes", "adapt", "import", "stock", "scratch"])
+    *rows, scratch = weight_routes.main(
+        [
+            "-d",
+            TARGET_ID,
+            "-p",
+            "residual",
+            "-w",
+            str(pretrained(folder, "residual")),
+            "-o",
+            str(folder / "routes"),
+            "--iterations",
+            "2",
+            "--routes",
+            "adapt",
+            "import",
+            "stock",
+            "scratch",
+        ]
+    )
     assert [row["route"] for row in rows] == ["adapt", "import", "stock"]
     assert rows[0]["adapted_sha256"] == rows[1]["adapted_sha256"]
     assert len({(row["trained_sha256"], row["train_loss"], row["validation_loss"]) for row in rows}) == 1
@@ -183,8 +246,14 @@ def test_training_with_weights_of_another_network_fails_loudly(folder):
     environment = environment_for(folder, search_path()) | {"nnUNet_n_proc_DA": "0"}
     finished = subprocess.run(
         ["nnUNetv2_train", TARGET_ID, "3d_fullres", "0", "-p", "mixed", "-tr", TRAINER, "-device", "cpu"],
-        env=environment, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert finished.returncode != 0
     assert "of the encoder's parameters come from the checkpoint" in finished.stderr
-    assert not os.path.exists(folder / "nnUNet_results" / TARGET / f"{TRAINER}__mixed__3d_fullres" / "fold_0"
-                              / "checkpoint_final.pth")
+    assert not os.path.exists(
+        folder / "nnUNet_results" / TARGET / f"{TRAINER}__mixed__3d_fullres" / "fold_0" / "checkpoint_final.pth"
+    )

@@ -31,8 +31,12 @@ TRAINER, FOLDS, CASES, PER_SUBJECT = "PretrainedClassificationTrainer", 2, 20, 2
 BLOB = Target("blob", "multiclass", ("none", "bright", "dark"))
 LESION = Target("lesion", "binary", ("no", "yes"))
 SIGNS = Target("signs", "multilabel", ("bright", "dark"))
-TRAINING = ("classification.epochs=5", "classification.iterations_per_epoch=8", "classification.batch_size=4",
-            "classification.lr=0.003")
+TRAINING = (
+    "classification.epochs=5",
+    "classification.iterations_per_epoch=8",
+    "classification.batch_size=4",
+    "classification.lr=0.003",
+)
 
 
 def small(configuration):
@@ -69,21 +73,32 @@ def write_dataset(root, name, labels, blobs_of, *, shape, ending):
                 io.imsave(path, values.astype(np.uint8), check_contrast=False)
             else:
                 nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), np.eye(4)), path)
-    write_json(raw / "dataset.json", {"channel_names": {"0": "MR"}, "labels": {"background": 0, "body": 1},
-                                      "numTraining": len(labels.cases), "file_ending": ending})
+    write_json(
+        raw / "dataset.json",
+        {
+            "channel_names": {"0": "MR"},
+            "labels": {"background": 0, "body": 1},
+            "numTraining": len(labels.cases),
+            "file_ending": ending,
+        },
+    )
     write_class_labels(raw, labels)
 
 
 def flat_labels():
-    return ClassLabels((BLOB,), subjects(),
-                       {"blob": {case: i // PER_SUBJECT % 3 for i, case in enumerate(subjects())}})
+    return ClassLabels((BLOB,), subjects(), {"blob": {case: i // PER_SUBJECT % 3 for i, case in enumerate(subjects())}})
 
 
 def solid_labels():
     bright, dark = ({case: i // PER_SUBJECT // step % 2 for i, case in enumerate(subjects())} for step in (1, 2))
-    return ClassLabels((LESION, SIGNS), subjects(), {
-        "lesion": bright,
-        "signs": {case: tuple(k for k, has in enumerate((bright[case], dark[case])) if has) for case in bright}})
+    return ClassLabels(
+        (LESION, SIGNS),
+        subjects(),
+        {
+            "lesion": bright,
+            "signs": {case: tuple(k for k, has in enumerate((bright[case], dark[case])) if has) for case in bright},
+        },
+    )
 
 
 def command(root, *words):
@@ -91,8 +106,9 @@ def command(root, *words):
     environment = environment_for(root, search_path())
     if words[0] == "nnUNetv2_train":
         environment["nnUNet_n_proc_DA"] = "0"  # planning fails on it
-    finished = subprocess.run(words, env=environment, cwd=root, capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL)
+    finished = subprocess.run(
+        words, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     return finished.stdout
 
@@ -100,20 +116,43 @@ def command(root, *words):
 def dataset(root, number, name, labels, blobs_of, *, configuration, shape, ending, settings):
     """Everything from files to two trained folds; fold 0 by the command, fold 1 by the function that it calls."""
     write_dataset(root, name, labels, blobs_of, shape=shape, ending=ending)
-    command(root, "nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-npfp", "1", "-np", "1",
-            "--verify_dataset_integrity")
+    command(
+        root,
+        "nnUNetv2_plan_and_preprocess",
+        "-d",
+        number,
+        "-c",
+        configuration,
+        "-npfp",
+        "1",
+        "-np",
+        "1",
+        "--verify_dataset_integrity",
+    )
     preprocessed = root / "nnUNet_preprocessed" / name
-    stages = len(read_json(preprocessed / "nnUNetPlans.json")["configurations"][configuration]["architecture"]
-                 ["arch_kwargs"]["features_per_stage"])
+    stages = len(
+        read_json(preprocessed / "nnUNetPlans.json")["configurations"][configuration]["architecture"]["arch_kwargs"][
+            "features_per_stage"
+        ]
+    )
     narrow = f"{small(configuration)}={[8 * 2 ** min(s, 2) for s in range(stages)]}"
     assert main(["plan", "-d", number, "-n", "small", "--set", narrow, *TRAINING, *settings]) == 0
     write_json(preprocessed / "splits_final.json", make_class_splits(labels, labels.cases, folds=FOLDS))
-    printed = command(root, "nnUNetv2_train", number, configuration, "0", "-tr", TRAINER, "-p", "small",
-                      "-device", "cpu")
+    printed = command(
+        root, "nnUNetv2_train", number, configuration, "0", "-tr", TRAINER, "-p", "small", "-device", "cpu"
+    )
     train(number, configuration, 1)
     model = root / "nnUNet_results" / name / f"{TRAINER}__small__{configuration}"
-    return SimpleNamespace(number=number, name=name, labels=labels, configuration=configuration, model=model,
-                           preprocessed=preprocessed, printed=printed, raw=root / "nnUNet_raw" / name)
+    return SimpleNamespace(
+        number=number,
+        name=name,
+        labels=labels,
+        configuration=configuration,
+        model=model,
+        preprocessed=preprocessed,
+        printed=printed,
+        raw=root / "nnUNet_raw" / name,
+    )
 
 
 def train(number, configuration, fold, *, plan="small", **more):
@@ -133,13 +172,34 @@ def road(tmp_path_factory):
         values = {0: [], 1: [90], 2: [-100]}
         yield SimpleNamespace(
             root=root,
-            flat=dataset(root, "903", "Dataset903_Flat", flat, lambda case: values[flat.labels["blob"][case]],
-                         configuration="2d", shape=(44, 52), ending=".png", settings=()),
-            solid=dataset(root, "904", "Dataset904_Solid", solid,
-                          lambda case: [(90, -100)[k] for k in solid.labels["signs"][case]],
-                          configuration="3d_fullres", shape=(22, 20, 24), ending=".nii.gz",
-                          settings=("classification.inputs=windows", "classification.windows=2",
-                                    "classification.crop=foreground", "finetuning.weights=null")))
+            flat=dataset(
+                root,
+                "903",
+                "Dataset903_Flat",
+                flat,
+                lambda case: values[flat.labels["blob"][case]],
+                configuration="2d",
+                shape=(44, 52),
+                ending=".png",
+                settings=(),
+            ),
+            solid=dataset(
+                root,
+                "904",
+                "Dataset904_Solid",
+                solid,
+                lambda case: [(90, -100)[k] for k in solid.labels["signs"][case]],
+                configuration="3d_fullres",
+                shape=(22, 20, 24),
+                ending=".nii.gz",
+                settings=(
+                    "classification.inputs=windows",
+                    "classification.windows=2",
+                    "classification.crop=foreground",
+                    "finetuning.weights=null",
+                ),
+            ),
+        )
 
 
 def rows_of(which, target, fold=0):
@@ -168,8 +228,9 @@ def test_what_can_be_seen_is_learned(road, which, target):
     which = getattr(road, which)
     several = len(which.labels.targets) > 1
     for fold in range(FOLDS):
-        summary = read_json(which.model / f"fold_{fold}" / "validation"
-                            / f"summary{'_' + target.name if several else ''}.json")
+        summary = read_json(
+            which.model / f"fold_{fold}" / "validation" / f"summary{'_' + target.name if several else ''}.json"
+        )
         assert summary["auroc"] > 0.8, (target.name, fold)
 
 
@@ -202,8 +263,24 @@ def test_pretrained_weights_reach_the_classifier_through_adapt(road):
     torch.manual_seed(5)
     weights = build_network(plans, "3d_fullres", dataset_json).state_dict()
     save_checkpoint({"network_weights": weights}, road.root / "pretrained.pth")
-    assert main(["plan", "-d", "904", "-p", "small", "-n", "probe", "--set", "classification.epochs=1",
-                 'classification.targets=["lesion"]', "finetuning.trains=head"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "-d",
+                "904",
+                "-p",
+                "small",
+                "-n",
+                "probe",
+                "--set",
+                "classification.epochs=1",
+                'classification.targets=["lesion"]',
+                "finetuning.trains=head",
+            ]
+        )
+        == 0
+    )
     assert main(["adapt", "-d", "904", "-w", str(road.root / "pretrained.pth"), "-p", "probe", "-n", "pre"]) == 0
     train("904", "3d_fullres", "all", plan="probe-pre")
     model = road.solid.model.with_name(f"{TRAINER}__probe-pre__3d_fullres")
@@ -215,8 +292,12 @@ def test_pretrained_weights_reach_the_classifier_through_adapt(road):
 @pytest.mark.parametrize(("which", "target"), [("flat", BLOB), ("solid", LESION)])
 def test_the_folds_are_pooled_by_the_command(road, which, target, capsys):
     which = getattr(road, which)
-    assert main(["evaluate", "classification", "-d", which.number, "-p", "small", "-c", which.configuration,
-                 "-f", "0", "1"]) == 0
+    assert (
+        main(
+            ["evaluate", "classification", "-d", which.number, "-p", "small", "-c", which.configuration, "-f", "0", "1"]
+        )
+        == 0
+    )
     assert f"{target.name}, {CASES} cases of {CASES // PER_SUBJECT} subjects" in capsys.readouterr().out
     several = f"_{target.name}" if len(which.labels.targets) > 1 else ""
     output = which.model / "crossval_results_folds_0_1"
@@ -237,8 +318,25 @@ def test_new_images_get_the_probabilities_that_validation_gave_them(road, which,
             (file,) = (which.raw / "imagesTr").glob(f"{case}_0000*")
             (images / file.name).symlink_to(file)
         table = tmp_path / f"predictions_of_{fold}.csv"
-        assert main(["classify", "-i", str(images), "-o", str(table), "-m", str(which.model), "-f", str(fold),
-                     "-seg", str(which.raw / "labelsTr"), *pictures]) == 0
+        assert (
+            main(
+                [
+                    "classify",
+                    "-i",
+                    str(images),
+                    "-o",
+                    str(table),
+                    "-m",
+                    str(which.model),
+                    "-f",
+                    str(fold),
+                    "-seg",
+                    str(which.raw / "labelsTr"),
+                    *pictures,
+                ]
+            )
+            == 0
+        )
         for target in targets:
             several = f"_{target.name}" if len(targets) > 1 else ""
             with table.with_stem(table.stem + several).open(newline="") as stream:

@@ -33,8 +33,9 @@ def walked(tmp_path_factory):
 def nnunet(folder, *command):
     """Run one of nnU-Net's commands on the quickstart's folders."""
     environment = environment_for(folder, search_path())
-    finished = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL)
+    finished = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     return finished.stdout
 
@@ -136,11 +137,28 @@ def test_walking_a_finished_road_again_only_shows_the_numbers(walked):
 
 
 def test_nnunet_finds_the_best_configuration_among_the_arms(walked):
-    nnunet(walked[0], "nnUNetv2_find_best_configuration", road.TARGET_ID, "-p", PRETRAINED, SCRATCH,
-           "-c", road.CONFIGURATION, "-tr", road.FINETUNER, "-f", "0", "--disable_ensembling", "-np", "1")
+    nnunet(
+        walked[0],
+        "nnUNetv2_find_best_configuration",
+        road.TARGET_ID,
+        "-p",
+        PRETRAINED,
+        SCRATCH,
+        "-c",
+        road.CONFIGURATION,
+        "-tr",
+        road.FINETUNER,
+        "-f",
+        "0",
+        "--disable_ensembling",
+        "-np",
+        "1",
+    )
     information = read_json(walked[0] / "nnUNet_results" / road.TARGET / "inference_information.json")
     assert information["best_model_or_ensemble"]["selected_model_or_models"][0]["plans_identifier"] in (
-        PRETRAINED, SCRATCH)
+        PRETRAINED,
+        SCRATCH,
+    )
     assert len(information["considered_models"]) == 2
 
 

@@ -40,9 +40,33 @@ def folder(tmp_path_factory):
         weights = fold_of(root, PRETRAINER, PLAN, "all") / "checkpoint_final.pth"
         assert main(["adapt", "-d", ID, "-w", str(weights), "-p", PLAN, "-n", "pre"]) == 0
         train(root, "0", f"{PLAN}-pre", FINETUNER)
-        command(root, "nnUNetv2_predict", "-i", str(root / "nnUNet_raw" / DATASET / "imagesTs"),
-                "-o", str(root / "predictions"), "-d", ID, "-c", "3d_fullres", "-f", "0", "-tr", FINETUNER,
-                "-p", f"{PLAN}-pre", "-device", "cpu", "-step_size", "1", "--disable_tta", "-npp", "1", "-nps", "1")
+        command(
+            root,
+            "nnUNetv2_predict",
+            "-i",
+            str(root / "nnUNet_raw" / DATASET / "imagesTs"),
+            "-o",
+            str(root / "predictions"),
+            "-d",
+            ID,
+            "-c",
+            "3d_fullres",
+            "-f",
+            "0",
+            "-tr",
+            FINETUNER,
+            "-p",
+            f"{PLAN}-pre",
+            "-device",
+            "cpu",
+            "-step_size",
+            "1",
+            "--disable_tta",
+            "-npp",
+            "1",
+            "-nps",
+            "1",
+        )
         yield root
 
 
@@ -50,10 +74,16 @@ def write_dataset(raw):
     """Five labelled cases and one to predict."""
     write_phantoms(raw / "imagesTr", 5, seed=1, shape=SHAPE, spacing_mm=SPACING_MM, labels_folder=raw / "labelsTr")
     write_phantoms(raw / "imagesTs", 1, seed=2, shape=SHAPE, spacing_mm=SPACING_MM)
-    write_json(raw / "dataset.json", {
-        "channel_names": {"0": "MR"}, "labels": {"background": 0, "liver": 1, "kidney": 2}, "numTraining": 5,
-        "file_ending": ".nii.gz", "overwrite_image_reader_writer": "NibabelIOWithReorient",
-    })
+    write_json(
+        raw / "dataset.json",
+        {
+            "channel_names": {"0": "MR"},
+            "labels": {"background": 0, "liver": 1, "kidney": 2},
+            "numTraining": 5,
+            "file_ending": ".nii.gz",
+            "overwrite_image_reader_writer": "NibabelIOWithReorient",
+        },
+    )
 
 
 def shrink(root):
@@ -71,8 +101,9 @@ def command(root, *words):
     environment = environment_for(root, search_path()) | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     if words[0] == "nnUNetv2_train":
         environment["nnUNet_n_proc_DA"] = "0"  # planning fails on it
-    finished = subprocess.run(words, env=environment, cwd=root, capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL)
+    finished = subprocess.run(
+        words, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
 
 
@@ -90,11 +121,18 @@ def test_the_pretraining_leaves_a_plain_checkpoint_numbers_and_pictures(folder):
     assert checkpoint["ssl_state"]["step"] == 6 and checkpoint["provenance"]["method"] == "s2dc"
     assert all(torch.isfinite(v).all() for v in checkpoint["network_weights"].values() if v.is_floating_point())
     quality = read_json(fold / "quality.json")
-    for name in ("train/global", "train/p2p", "train/p2s", "diagnostics/matching_accuracy", "diagnostics/cosine_gap",
-                 "diagnostics/silhouette"):
+    for name in (
+        "train/global",
+        "train/p2p",
+        "train/p2s",
+        "diagnostics/matching_accuracy",
+        "diagnostics/cosine_gap",
+        "diagnostics/silhouette",
+    ):
         assert np.isfinite(quality[name]), name
     assert {path.name for path in (fold / "figures").iterdir()} == {
-        f"{name}_epoch_0001.png" for name in ("views", "similarity", "components")}
+        f"{name}_epoch_0001.png" for name in ("views", "similarity", "components")
+    }
 
 
 def test_the_whole_encoder_was_loaded(folder):

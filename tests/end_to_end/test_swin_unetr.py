@@ -28,13 +28,26 @@ SHAPE = (18, 20, 17)
 CLASSES = {"background": 0, "body": 1, "lesion": 2}
 LINEAR = {"order": 1, "order_z": 0, "force_separate_z": None}
 RESAMPLING = {f"resampling_fn_{kind}": "resample_data_or_seg_to_shape" for kind in ("data", "seg", "probabilities")} | {
-    f"resampling_fn_{kind}_kwargs": {"is_seg": kind == "seg", **LINEAR} for kind in ("data", "seg", "probabilities")}
+    f"resampling_fn_{kind}_kwargs": {"is_seg": kind == "seg", **LINEAR} for kind in ("data", "seg", "probabilities")
+}
 """What prediction reads of a plan, as nnU-Net's planner writes it."""
-SMALL = [f"configurations.3d_fullres.architecture.arch_kwargs.{name}={str(value).lower()}"
-         for name, value in ARGUMENTS.items()]
-PRETRAINING = ["epochs=2", "iterations_per_epoch=2", "validation_iterations=1", "batch_size=2", "lr=0.001",
-               "method.queries=4", "method.dim=16", "method.heads=2", "method.layers=1", "method.mask_block=4",
-               "method.slice_bins=8"]
+SMALL = [
+    f"configurations.3d_fullres.architecture.arch_kwargs.{name}={str(value).lower()}"
+    for name, value in ARGUMENTS.items()
+]
+PRETRAINING = [
+    "epochs=2",
+    "iterations_per_epoch=2",
+    "validation_iterations=1",
+    "batch_size=2",
+    "lr=0.001",
+    "method.queries=4",
+    "method.dim=16",
+    "method.heads=2",
+    "method.layers=1",
+    "method.mask_block=4",
+    "method.slice_bins=8",
+]
 FINETUNING = ["finetuning.epochs=1", "finetuning.iterations_per_epoch=2", "finetuning.validation_iterations=1"]
 
 
@@ -48,11 +61,36 @@ def walked(tmp_path_factory):
         weights = str(checkpoint)
         assert main(["plan", "-d", DATASET_ID, "-n", "like", "--like", weights, "--set", *FINETUNING]) == 0
         assert main(["adapt", "-d", DATASET_ID, "-w", weights, "-p", "like", "-n", "pre"]) == 0
-    printed = command(target, "nnUNetv2_train", DATASET_ID, "3d_fullres", "0", "-p", "like-pre", "-tr", TRAINER,
-                      "-device", "cpu")
-    command(target, "nnUNetv2_predict", "-i", str(target / "images"), "-o", str(target / "predictions"), "-d",
-            DATASET_ID, "-c", "3d_fullres", "-f", "0", "-tr", TRAINER, "-p", "like-pre", "-device", "cpu",
-            "-step_size", "1", "--disable_tta", "-npp", "1", "-nps", "1")
+    printed = command(
+        target, "nnUNetv2_train", DATASET_ID, "3d_fullres", "0", "-p", "like-pre", "-tr", TRAINER, "-device", "cpu"
+    )
+    command(
+        target,
+        "nnUNetv2_predict",
+        "-i",
+        str(target / "images"),
+        "-o",
+        str(target / "predictions"),
+        "-d",
+        DATASET_ID,
+        "-c",
+        "3d_fullres",
+        "-f",
+        "0",
+        "-tr",
+        TRAINER,
+        "-p",
+        "like-pre",
+        "-device",
+        "cpu",
+        "-step_size",
+        "1",
+        "--disable_tta",
+        "-npp",
+        "1",
+        "-nps",
+        "1",
+    )
     return SimpleNamespace(source=source, target=target, checkpoint=checkpoint, printed=printed)
 
 
@@ -71,12 +109,29 @@ def pretrain(root):
     """Two epochs of Med3DInsight on one channel, with the plan of the preset."""
     with folders(root):
         write_fake_dataset(cases=4)
-        assert main(["plan", "-d", DATASET_ID, "-n", "swin", "--preset", "swinunetr-b", "med3dinsight",
-                     "--set", *SMALL, *PRETRAINING]) == 0
+        assert (
+            main(
+                [
+                    "plan",
+                    "-d",
+                    DATASET_ID,
+                    "-n",
+                    "swin",
+                    "--preset",
+                    "swinunetr-b",
+                    "med3dinsight",
+                    "--set",
+                    *SMALL,
+                    *PRETRAINING,
+                ]
+            )
+            == 0
+        )
         preprocessed = root / "nnUNet_preprocessed" / NAME
         plan = read_json(preprocessed / "swin.json") | {"continue_training": False}
-        trainer = Med3DInsightPretrainer(plan, "3d_fullres", "all", read_json(preprocessed / "dataset.json"),
-                                         torch.device("cpu"))
+        trainer = Med3DInsightPretrainer(
+            plan, "3d_fullres", "all", read_json(preprocessed / "dataset.json"), torch.device("cpu")
+        )
         trainer.run_training()
     return root / "nnUNet_results" / NAME / "Med3DInsightPretrainer__swin__3d_fullres/fold_all/checkpoint_final.pth"
 
@@ -87,7 +142,9 @@ def write_target(root):
         plan = write_fake_dataset(cases=CASES, channels=CHANNELS)
     preprocessed = root / "nnUNet_preprocessed" / NAME
     plan["configurations"]["3d_fullres"] |= RESAMPLING | {
-        "normalization_schemes": ["ZScoreNormalization"] * CHANNELS, "use_mask_for_norm": [False] * CHANNELS}
+        "normalization_schemes": ["ZScoreNormalization"] * CHANNELS,
+        "use_mask_for_norm": [False] * CHANNELS,
+    }
     plan["foreground_intensity_properties_per_channel"] = {str(channel): {} for channel in range(CHANNELS)}
     write_json(preprocessed / "nnUNetPlans.json", plan)
     write_json(preprocessed / "dataset.json", read_json(preprocessed / "dataset.json") | {"labels": CLASSES})
@@ -108,8 +165,9 @@ def write_image(path, values_zyx):
 def command(root, *words):
     """One of nnU-Net's commands on these folders; what it printed."""
     environment = environment_for(root, search_path()) | {"nnUNet_n_proc_DA": "0"}
-    finished = subprocess.run(words, env=environment, cwd=root, capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL)
+    finished = subprocess.run(
+        words, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     return finished.stdout
 

@@ -61,8 +61,9 @@ def test_the_blocks_of_primus_are_its_stages():
     first, last = names_in(network, groups[1]), names_in(network, groups[2])
     assert {"eva.pos_embed", "down_projection.proj.weight"} <= first and "eva.norm.weight" in last
     assert {name.split(".")[2] for name in first if name.startswith("eva.blocks")} == {"0"}
-    assert names_in(network, groups[0]) == {name for name, _ in network.named_parameters()
-                                            if name.startswith("up_projection.")}
+    assert names_in(network, groups[0]) == {
+        name for name, _ in network.named_parameters() if name.startswith("up_projection.")
+    }
 
 
 @every_network
@@ -76,8 +77,9 @@ def test_a_linear_probe_moves_the_last_layers_alone(kind):
     network.train()
     rest_at_test_mode(network)
     head = network.get_submodule(HEADS[kind].rstrip("."))
-    assert head.training and not any(module.training for module in network.modules()
-                                     if isinstance(module, (nn.InstanceNorm3d, nn.LayerNorm)))
+    assert head.training and not any(
+        module.training for module in network.modules() if isinstance(module, (nn.InstanceNorm3d, nn.LayerNorm))
+    )
 
 
 @every_network
@@ -104,8 +106,14 @@ def test_the_optimiser_is_that_of_nnunets_own_trainer():
 
     def reference(kind, lr, weight_decay, **attributes):
         trainer = object.__new__(kind)
-        trainer.__dict__.update(network=nn.Linear(2, 2), initial_lr=lr, weight_decay=weight_decay, num_epochs=10,
-                                print_to_log_file=lambda *arguments: None, **attributes)
+        trainer.__dict__.update(
+            network=nn.Linear(2, 2),
+            initial_lr=lr,
+            weight_decay=weight_decay,
+            num_epochs=10,
+            print_to_log_file=lambda *arguments: None,
+            **attributes,
+        )
         return trainer.configure_optimizers()[0]
 
     stage = {"training_stage": None, "warmup_duration_whole_net": 2, "current_epoch": 0, "device": torch.device("cpu")}
@@ -147,16 +155,21 @@ def test_a_plan_may_choose_the_other_optimiser():
 
 def sawtooth(first, total, warmup, lr):
     """Two runs one after the other, each a linear rise and nnU-Net's decay."""
+
     def run(length, rise):
-        return [lr * (k + 1) / (rise + 1) if k < rise else lr * (1 - (k - rise) / (length - rise)) ** 0.9
-                for k in range(length)]
+        return [
+            lr * (k + 1) / (rise + 1) if k < rise else lr * (1 - (k - rise) / (length - rise)) ** 0.9
+            for k in range(length)
+        ]
+
     return run(first, first / 2) + run(total - first, warmup)
 
 
 @pytest.mark.parametrize(("first", "warmup"), [(4, 2), (10, 5), (3, 0)])
 def test_the_decoders_warm_up_is_a_tooth_of_its_own(first, warmup):
-    groups = [{"params": [nn.Parameter(torch.zeros(1))], **extra}
-              for extra in ({}, {"lr_scale": 0.5, "frozen_until": first})]
+    groups = [
+        {"params": [nn.Parameter(torch.zeros(1))], **extra} for extra in ({}, {"lr_scale": 0.5, "frozen_until": first})
+    ]
     schedule = PolySchedule(torch.optim.SGD(groups, lr=1.0), lr=0.1, total=30, warmup=warmup, first_cycle=first)
     for epoch, expected in enumerate(sawtooth(first, 30, warmup, 0.1)):
         schedule.step(epoch)
@@ -173,16 +186,19 @@ def test_teeth_that_do_not_fit_are_refused():
         PolySchedule(optimizer, lr=0.1, total=10, warmup=6, first_cycle=5)
 
 
-@pytest.mark.parametrize(("block", "said"), [
-    ({"trains": "head", "layer_decay": 0.5}, "layer_decay cannot apply"),
-    ({"trains": "decoder", "frozen_encoder_epochs": 2}, "frozen_encoder_epochs cannot apply"),
-    ({"trains": "head", "decoder_warmup_epochs": 2, "layer_decay": 0.5}, "layer_decay and decoder_warmup_epochs"),
-    ({"frozen_encoder_epochs": 1, "decoder_warmup_epochs": 1}, "both say how long"),
-    ({"trains": "encoder"}, "one of all, decoder, head"),
-    ({"optimiser": "lion"}, "sgd, adamw or null"),
-    ({"weight_decay": -1}, "positive number"),
-    ({"decoder_warmup_epochs": -1}, "number of epochs"),
-])
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"trains": "head", "layer_decay": 0.5}, "layer_decay cannot apply"),
+        ({"trains": "decoder", "frozen_encoder_epochs": 2}, "frozen_encoder_epochs cannot apply"),
+        ({"trains": "head", "decoder_warmup_epochs": 2, "layer_decay": 0.5}, "layer_decay and decoder_warmup_epochs"),
+        ({"frozen_encoder_epochs": 1, "decoder_warmup_epochs": 1}, "both say how long"),
+        ({"trains": "encoder"}, "one of all, decoder, head"),
+        ({"optimiser": "lion"}, "sgd, adamw or null"),
+        ({"weight_decay": -1}, "positive number"),
+        ({"decoder_warmup_epochs": -1}, "number of epochs"),
+    ],
+)
 def test_contradictions_and_unknown_values_are_refused(block, said):
     with pytest.raises(UserError, match=said):
         read_settings({"plans_name": "p", "finetuning": {"weights": None} | block}, "3d_fullres")
@@ -194,7 +210,9 @@ def test_every_recipe_of_the_how_to_is_accepted(repository):
     assert len(recipes) >= 4
     for recipe in recipes:
         values = dict(pair.removeprefix("finetuning.").split("=") for pair in recipe.strip(" `").split())
-        settings = {key: value if key in ("trains", "optimiser") else float(value) if "." in value else int(value)
-                    for key, value in values.items()}
+        settings = {
+            key: value if key in ("trains", "optimiser") else float(value) if "." in value else int(value)
+            for key, value in values.items()
+        }
         assert asdict(FinetuningSettings(**settings)).items() >= settings.items()
         assert all(math.isfinite(v) for v in settings.values() if not isinstance(v, str))

@@ -61,8 +61,12 @@ def test_files_and_folders_of_a_table_become_cases_with_labels(raw, scans, table
     assert labels == labelled.labels
     assert labels.targets[0].kind == "binary" and labels.targets[0].classes == ("healthy", "sick")
     assert labels.labels["diagnosis"] == {"four": 1, "siteA_p1_one": 1, "siteA_p1_two": 1, "siteB_three": 0}
-    assert labels.subjects == {"four": "four", "siteA_p1_one": "siteA/p1", "siteA_p1_two": "siteA/p1",
-                               "siteB_three": "p3"}
+    assert labels.subjects == {
+        "four": "four",
+        "siteA_p1_one": "siteA/p1",
+        "siteA_p1_two": "siteA/p1",
+        "siteB_three": "p3",
+    }
     description = read_json(summary.folder / "dataset.json")
     assert description["numTraining"] == 4 and description["labels"] == {"background": 0, "body": 1}
     assert labelled.dropped == labelled.unlabelled == () and labelled.left_out == 1
@@ -90,15 +94,18 @@ def test_a_refused_scan_loses_its_row(raw, scans, table):
         prepare(scans, table_of_bad)
 
 
-@pytest.mark.parametrize(("lines", "words"), [
-    ((*ROWS, "five,,sick"), "not below .*: five"),
-    ((*ROWS, "four.nii,,sick"), "'four' and 'four.nii' both name"),
-    ((*ROWS, "siteA/p1/one,,sick"), "both name"),
-    ((*ROWS, "four,,sick"), "'four' occurs twice"),
-    ((*ROWS, "unnamed,,"), "no diagnosis for unnamed"),
-    (ROWS[:2], "one class only"),
-    (("case,subject", "four,p"), "no column of class labels"),
-])
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ((*ROWS, "five,,sick"), "not below .*: five"),
+        ((*ROWS, "four.nii,,sick"), "'four' and 'four.nii' both name"),
+        ((*ROWS, "siteA/p1/one,,sick"), "both name"),
+        ((*ROWS, "four,,sick"), "'four' occurs twice"),
+        ((*ROWS, "unnamed,,"), "no diagnosis for unnamed"),
+        (ROWS[:2], "one class only"),
+        (("case,subject", "four,p"), "no column of class labels"),
+    ],
+)
 def test_a_wrong_table_is_refused_before_anything_is_written(raw, scans, table, lines, words):
     with pytest.raises(UserError, match=words) as error:
         prepare(scans, table(*lines))
@@ -131,13 +138,16 @@ def test_what_is_given_goes_before_what_is_inferred():
     assert [t.name for t in infer_targets(rows, ["x"], where=Path("t.csv"))] == ["x"]
 
 
-@pytest.mark.parametrize(("cells", "spec", "words"), [
-    (("low", "mid", "high") * 2, "x:ordinal", "order of the classes of x is not known"),
-    (("1.5", "2.7", "3.1", "4.4", "4.4"), None, "4 different values in 5 rows"),
-    (("a", "b"), "x:nominal", "kind 'nominal'"),
-    (("a", "b"), "y", "no column 'y'; it has: x"),
-    (("a", "b"), "x:binary:a", "one class only"),
-])
+@pytest.mark.parametrize(
+    ("cells", "spec", "words"),
+    [
+        (("low", "mid", "high") * 2, "x:ordinal", "order of the classes of x is not known"),
+        (("1.5", "2.7", "3.1", "4.4", "4.4"), None, "4 different values in 5 rows"),
+        (("a", "b"), "x:nominal", "kind 'nominal'"),
+        (("a", "b"), "y", "no column 'y'; it has: x"),
+        (("a", "b"), "x:binary:a", "one class only"),
+    ],
+)
 def test_a_target_that_cannot_be_inferred_is_refused(cells, spec, words):
     with pytest.raises(UserError, match=words):
         target(*cells, spec=spec)
@@ -148,9 +158,12 @@ def test_counts_and_rare_classes_are_told(raw, scans, table):
     lines = describe(labelled.labels)
     assert lines[0] == "diagnosis (binary, positive: sick):"
     assert [line.split() for line in lines[1:]] == [
-        ["healthy", "1", "cases", "of", "1", "subjects"], ["sick", "3", "cases", "of", "2", "subjects"]]
+        ["healthy", "1", "cases", "of", "1", "subjects"],
+        ["sick", "3", "cases", "of", "2", "subjects"],
+    ]
     assert warn_of_rare_classes(labelled.labels, folds=2) == [
-        "diagnosis: class healthy has 1 subjects, fewer than 2 folds; some will lack it."]
+        "diagnosis: class healthy has 1 subjects, fewer than 2 folds; some will lack it."
+    ]
     assert len(warn_of_rare_classes(labelled.labels)) == 2
 
 
@@ -205,8 +218,18 @@ def test_2d_images_pass_planning_and_preprocessing(nnunet_environment, raw, sour
         Image.fromarray(rng.integers(0, 255, (40, 48), dtype=np.uint8)).save(source / f"{number}.png")
         rows.append(f"{number}.png,{'ab'[number % 2]}")
     prepare(source, table("case,x", *rows))
-    command = ["nnUNetv2_plan_and_preprocess", "-d", "501", "-c", "2d", "--verify_dataset_integrity", "-np", "1",
-               "-npfp", "1"]
+    command = [
+        "nnUNetv2_plan_and_preprocess",
+        "-d",
+        "501",
+        "-c",
+        "2d",
+        "--verify_dataset_integrity",
+        "-np",
+        "1",
+        "-npfp",
+        "1",
+    ]
     subprocess.run(command, env=nnunet_environment, check=True, capture_output=True, timeout=300)
     preprocessed = Path(nnunet_environment["nnUNet_preprocessed"]) / "Dataset501_Classes"
     assert len(list((preprocessed / "nnUNetPlans_2d").glob("*.pkl"))) == 6

@@ -58,16 +58,23 @@ def test_a_turned_photograph_stands_upright(tmp_path):
     assert not picture.as_stored
 
 
-@pytest.mark.parametrize(("make", "reason"), [
-    (lambda path: path.write_bytes(b""), "empty file"),
-    (lambda path: path.write_bytes(b"no image"), "unreadable"),
-    (lambda path: path.write_bytes(png_bytes(noise((64, 64)))[:-400]), "truncated"),
-    (lambda path: write(path, np.full((16, 16), 7, np.uint8)), "constant image: every pixel is 7"),
-    (lambda path: write(path, noise((16, 4))), "4 x 16 pixels"),
-    (lambda path: write(path, noise((16, 16)).astype(np.float32), format="TIFF"), "floating-point"),
-    (lambda path: write(path, noise((16, 16)), format="TIFF", save_all=True,
-                        append_images=[Image.fromarray(noise((16, 16)))]), "2 images in one file"),
-])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.write_bytes(b""), "empty file"),
+        (lambda path: path.write_bytes(b"no image"), "unreadable"),
+        (lambda path: path.write_bytes(png_bytes(noise((64, 64)))[:-400]), "truncated"),
+        (lambda path: write(path, np.full((16, 16), 7, np.uint8)), "constant image: every pixel is 7"),
+        (lambda path: write(path, noise((16, 4))), "4 x 16 pixels"),
+        (lambda path: write(path, noise((16, 16)).astype(np.float32), format="TIFF"), "floating-point"),
+        (
+            lambda path: write(
+                path, noise((16, 16)), format="TIFF", save_all=True, append_images=[Image.fromarray(noise((16, 16)))]
+            ),
+            "2 images in one file",
+        ),
+    ],
+)
 def test_what_is_no_single_image_is_refused(tmp_path, make, reason):
     make(tmp_path / "a.png")
     with pytest.raises(RejectedScan, match=reason):

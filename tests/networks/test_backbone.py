@@ -11,10 +11,14 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.networks.backbone import Backbone
 
 CHANNELS = (4, 8, 16)
-STRIDES = {2: {"isotropic": (1, 2, 2), "anisotropic": ((1, 1), (1, 2), (2, 2))},
-           3: {"isotropic": (1, 2, 2), "anisotropic": ((1, 1, 1), (1, 2, 2), (2, 2, 2))}}
-CUMULATIVE = {2: {"isotropic": ((1, 1), (2, 2), (4, 4)), "anisotropic": ((1, 1), (1, 2), (2, 4))},
-              3: {"isotropic": ((1,) * 3, (2,) * 3, (4,) * 3), "anisotropic": ((1, 1, 1), (1, 2, 2), (2, 4, 4))}}
+STRIDES = {
+    2: {"isotropic": (1, 2, 2), "anisotropic": ((1, 1), (1, 2), (2, 2))},
+    3: {"isotropic": (1, 2, 2), "anisotropic": ((1, 1, 1), (1, 2, 2), (2, 2, 2))},
+}
+CUMULATIVE = {
+    2: {"isotropic": ((1, 1), (2, 2), (4, 4)), "anisotropic": ((1, 1), (1, 2), (2, 4))},
+    3: {"isotropic": ((1,) * 3, (2,) * 3, (4,) * 3), "anisotropic": ((1, 1, 1), (1, 2, 2), (2, 4, 4))},
+}
 SPATIAL = {2: (16, 24), 3: (8, 16, 12)}
 
 every_network = pytest.mark.parametrize("network_class", [PlainConvUNet, ResidualEncoderUNet])
@@ -27,9 +31,20 @@ def build(network_class=PlainConvUNet, dimensions=3, strides="isotropic", channe
     conv, norm = {2: (nn.Conv2d, nn.InstanceNorm2d), 3: (nn.Conv3d, nn.InstanceNorm3d)}[dimensions]
     depth = "n_blocks_per_stage" if network_class is ResidualEncoderUNet else "n_conv_per_stage"
     network = network_class(
-        channels, 3, CHANNELS, conv, 3, STRIDES[dimensions][strides], num_classes=2, n_conv_per_stage_decoder=1,
-        conv_bias=True, norm_op=norm, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
-        deep_supervision=deep_supervision, **{depth: (1, 2, 1)},
+        channels,
+        3,
+        CHANNELS,
+        conv,
+        3,
+        STRIDES[dimensions][strides],
+        num_classes=2,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=norm,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
+        deep_supervision=deep_supervision,
+        **{depth: (1, 2, 1)},
     )
     return Backbone(network, channels)
 

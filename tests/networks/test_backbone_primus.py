@@ -15,8 +15,18 @@ SHAPE, PATCH, WIDTH = (16, 8, 24), 4, 24
 
 def build(channels=1, kind=Primus, patch=PATCH, **arguments):
     torch.manual_seed(0)
-    network = kind(input_channels=channels, embed_dim=WIDTH, patch_embed_size=(patch,) * 3, num_classes=3, eva_depth=2,
-                   eva_numheads=2, input_shape=SHAPE, init_values=0.1, scale_attn_inner=True, **arguments)
+    network = kind(
+        input_channels=channels,
+        embed_dim=WIDTH,
+        patch_embed_size=(patch,) * 3,
+        num_classes=3,
+        eva_depth=2,
+        eva_numheads=2,
+        input_shape=SHAPE,
+        init_values=0.1,
+        scale_attn_inner=True,
+        **arguments,
+    )
     return Backbone(network, channels)
 
 
@@ -53,12 +63,15 @@ def test_patches_that_the_transformer_drops_come_back_as_mask_tokens(monkeypatch
     assert (tokens[:, 1::2] == 7.0).all() and not (tokens[:, ::2] == 7.0).all(2).any()
 
 
-@pytest.mark.parametrize(("parts", "prefixes"), [
-    (("encoder", "decoder"), ["down_projection.", "eva.", "register_tokens", "up_projection.decode.0."]),
-    (("encoder",), ["down_projection.", "eva.", "register_tokens"]),
-    (("decoder",), ["up_projection.decode.0."]),
-    ((), []),
-])
+@pytest.mark.parametrize(
+    ("parts", "prefixes"),
+    [
+        (("encoder", "decoder"), ["down_projection.", "eva.", "register_tokens", "up_projection.decode.0."]),
+        (("encoder",), ["down_projection.", "eva.", "register_tokens"]),
+        (("decoder",), ["up_projection.decode.0."]),
+        ((), []),
+    ],
+)
 def test_trained_prefixes_name_exactly_the_trained_keys(parts, prefixes):
     backbone = build(num_register_tokens=2)
     backbone.train_only(parts)
@@ -79,7 +92,8 @@ def test_reconstruction_reaches_everything_trained():
 
 def test_the_network_keeps_its_keys():
     assert set(build().network.state_dict()) == {
-        key.removeprefix("network.") for key in build().state_dict() if key.startswith("network.")}
+        key.removeprefix("network.") for key in build().state_dict() if key.startswith("network.")
+    }
 
 
 def test_a_copy_reads_its_own_network():

@@ -43,8 +43,14 @@ def count(module):
 def test_the_preset_is_the_network_of_the_papers(repository):
     architecture = json.loads((repository / "plans" / "swinunetr-b.json").read_text())["architecture"]
     with torch.device("meta"):
-        network = get_network_from_plans(architecture["network_class_name"], architecture["arch_kwargs"],
-                                         architecture["_kw_requires_import"], 1, 14, deep_supervision=False)
+        network = get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            1,
+            14,
+            deep_supervision=False,
+        )
     assert round(count(network) / 1e6, 2) == 72.76 and round(count(network.swinViT) / 1e6, 2) == 18.64
     backbone = Backbone(network, 1)
     sizes = [tuple(f.shape[1:3]) for f in backbone.features(torch.empty(1, 1, 96, 96, 96, device="meta"))]
@@ -64,10 +70,12 @@ def test_the_names_of_its_parts_lead_to_them():
     network = build(channels=4).network
     assert network.get_submodule(network.key_to_encoder) is network.swinViT
     assert network.get_submodule(network.key_to_stem) is network.swinViT.patch_embed
-    readers = {name for name, module in network.named_modules() if isinstance(module, nn.Conv3d)
-               and module.in_channels == 4}
+    readers = {
+        name for name, module in network.named_modules() if isinstance(module, nn.Conv3d) and module.in_channels == 4
+    }
     assert {name.removesuffix(".conv") for name in readers} == {
-        name.removesuffix(".conv") for name in network.keys_to_in_proj}
+        name.removesuffix(".conv") for name in network.keys_to_in_proj
+    }
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -78,7 +86,8 @@ def test_shapes_of_features_tokens_and_reconstruction(channels):
     x = torch.randn(2, channels, *PATCH)
     features = backbone.features(x)
     assert [tuple(f.shape) for f in features] == [
-        (2, width, *(size // 2**stage for size in PATCH)) for stage, width in enumerate((channels, *WIDTHS))]
+        (2, width, *(size // 2**stage for size in PATCH)) for stage, width in enumerate((channels, *WIDTHS))
+    ]
     assert features[0] is x
     tokens, grid = backbone.tokens(features, stride=16)
     assert grid == (4, 2, 2) and tokens.shape == (2, 16, 96)
@@ -137,12 +146,15 @@ def test_reconstruction_gives_everything_trained_a_gradient(image, skips):
     assert bool(backbone.network.encoder1.layer.conv1.conv.weight.grad.any()) == skips
 
 
-@pytest.mark.parametrize(("parts", "prefixes"), [
-    (("encoder", "decoder"), ["swinViT.", *SKIPS, *UPSAMPLING]),
-    (("encoder",), ["swinViT."]),
-    (("decoder",), [*SKIPS, *UPSAMPLING]),
-    ((), []),
-])
+@pytest.mark.parametrize(
+    ("parts", "prefixes"),
+    [
+        (("encoder", "decoder"), ["swinViT.", *SKIPS, *UPSAMPLING]),
+        (("encoder",), ["swinViT."]),
+        (("decoder",), [*SKIPS, *UPSAMPLING]),
+        ((), []),
+    ],
+)
 def test_trained_prefixes_name_exactly_the_trained_keys(parts, prefixes):
     backbone = build()
     backbone.train_only(parts)

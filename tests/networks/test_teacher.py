@@ -41,9 +41,19 @@ def same(first, second):
 def unet(dimensions=2):
     conv, norm = {2: (nn.Conv2d, nn.InstanceNorm2d), 3: (nn.Conv3d, nn.InstanceNorm3d)}[dimensions]
     return PlainConvUNet(
-        input_channels=1, n_stages=3, features_per_stage=[4, 6, 8], conv_op=conv, kernel_sizes=3, strides=[1, 2, 2],
-        n_conv_per_stage=2, num_classes=2, n_conv_per_stage_decoder=1, conv_bias=True, norm_op=norm,
-        norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
+        input_channels=1,
+        n_stages=3,
+        features_per_stage=[4, 6, 8],
+        conv_op=conv,
+        kernel_sizes=3,
+        strides=[1, 2, 2],
+        n_conv_per_stage=2,
+        num_classes=2,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=norm,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
     )
 
 
@@ -161,7 +171,8 @@ def test_the_copy_is_frozen_and_separate_and_the_student_is_left_as_it_was():
     teacher = Teacher(student, 0.9)
     assert not any(p.requires_grad for p in teacher.parameters()) and all(p.requires_grad for p in student.parameters())
     assert student.training and not {p.data_ptr() for p in student.parameters()} & {
-        p.data_ptr() for p in teacher.parameters()}
+        p.data_ptr() for p in teacher.parameters()
+    }
     image = torch.randn(2, 2, 5, 5, requires_grad=True)
     assert not teacher(image).requires_grad
 

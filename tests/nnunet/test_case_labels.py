@@ -49,8 +49,11 @@ def problem(folder, **options):
 
 def test_labels_of_every_kind_are_indices_into_the_classes(dataset):
     labels = read_class_labels(dataset())
-    assert labels.labels == {"diagnosis": {"a": 0, "b": 2, "c": 1}, "findings": {"a": (), "b": (0, 1), "c": (1,)},
-                             "grade": {"a": 0, "b": 2, "c": 1}}
+    assert labels.labels == {
+        "diagnosis": {"a": 0, "b": 2, "c": 1},
+        "findings": {"a": (), "b": (0, 1), "c": (1,)},
+        "grade": {"a": 0, "b": 2, "c": 1},
+    }
     assert labels.subjects == {"a": "p1", "b": "p1", "c": "c"} and labels.cases == ("a", "b", "c")
     assert [target.outputs for target in labels.targets] == [3, 2, 2]
     assert labels.cases_of_class(labels.target("findings"), 1) == ["b", "c"]
@@ -85,14 +88,17 @@ def test_only_the_cases_that_are_used_need_a_label(dataset):
     assert "no row for e" in problem(folder, cases=["a", "e"])
 
 
-@pytest.mark.parametrize(("row", "words"), [
-    ("a,p9,benign,none,low", "'a' occurs twice"),
-    ("d,,benin,none,low", "diagnosis of case d is benin"),
-    ("d,,benign,nodule;cyst,low", "findings of case d is cyst"),
-    ("d,,benign,,low", "no findings for d"),
-    ("d,,benign,none", "line 5: 4 cells, the header has 5"),
-    (",p,benign,none,low", "line 5: no case"),
-])
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("a,p9,benign,none,low", "'a' occurs twice"),
+        ("d,,benin,none,low", "diagnosis of case d is benin"),
+        ("d,,benign,nodule;cyst,low", "findings of case d is cyst"),
+        ("d,,benign,,low", "no findings for d"),
+        ("d,,benign,none", "line 5: 4 cells, the header has 5"),
+        (",p,benign,none,low", "line 5: no case"),
+    ],
+)
 def test_a_wrong_row_is_named(dataset, row, words):
     assert words in problem(dataset(TABLE + row + "\n"))
 
@@ -104,13 +110,16 @@ def test_one_class_only_is_refused(dataset):
     assert "one class only" in problem(dataset(table, {"diagnosis": DIAGNOSIS}), cases=["a", "b"])
 
 
-@pytest.mark.parametrize(("table", "words"), [
-    ("", "no column 'case'"),
-    ("case,subject,diagnosis\n", "holds no rows"),
-    ("name,diagnosis\na,benign\n", "no column 'case'"),
-    ("case,diagnosis,diagnosis\na,benign,benign\n", "'diagnosis' twice"),
-    ("case,subject\na,p\nb,q\n", "no column 'diagnosis'"),
-])
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("", "no column 'case'"),
+        ("case,subject,diagnosis\n", "holds no rows"),
+        ("name,diagnosis\na,benign\n", "no column 'case'"),
+        ("case,diagnosis,diagnosis\na,benign,benign\n", "'diagnosis' twice"),
+        ("case,subject\na,p\nb,q\n", "no column 'diagnosis'"),
+    ],
+)
 def test_a_table_without_its_columns_is_refused(dataset, table, words):
     assert words in problem(dataset(table, {"diagnosis": DIAGNOSIS}))
 
@@ -139,15 +148,18 @@ def test_a_damaged_block_is_refused(block):
         targets_from_block(block)
 
 
-@pytest.mark.parametrize(("name", "kind", "classes", "words"), [
-    ("grade", "nominal", ("a", "b"), "kind 'nominal'"),
-    ("grade", "binary", ("a", "b", "c"), "binary but has"),
-    ("grade", "multiclass", ("a",), "one class only"),
-    ("grade", "multiclass", ("a", "a"), "Name each class once"),
-    ("grade", "multilabel", ("a", "none"), "'none'"),
-    ("a/b", "binary", ("a", "b"), "cannot be named"),
-    ("subject", "binary", ("a", "b"), "cannot be named"),
-])
+@pytest.mark.parametrize(
+    ("name", "kind", "classes", "words"),
+    [
+        ("grade", "nominal", ("a", "b"), "kind 'nominal'"),
+        ("grade", "binary", ("a", "b", "c"), "binary but has"),
+        ("grade", "multiclass", ("a",), "one class only"),
+        ("grade", "multiclass", ("a", "a"), "Name each class once"),
+        ("grade", "multilabel", ("a", "none"), "'none'"),
+        ("a/b", "binary", ("a", "b"), "cannot be named"),
+        ("subject", "binary", ("a", "b"), "cannot be named"),
+    ],
+)
 def test_a_target_that_cannot_be_used_is_refused(name, kind, classes, words):
     with pytest.raises(UserError, match=words):
         Target(name, kind, classes)

@@ -40,8 +40,10 @@ def test_each_subset_holds_every_smaller_one():
     assert all(cases == sorted(cases) for cases in subsets.values())
 
 
-@pytest.mark.parametrize(("total", "fraction", "expected"), [(10, 0.7, 7), (10, 0.01, 1), (1, 0.2, 1), (7, 0.5, 4),
-                                                             (25, 0.28, 7), (100, 0.07, 7)])
+@pytest.mark.parametrize(
+    ("total", "fraction", "expected"),
+    [(10, 0.7, 7), (10, 0.01, 1), (1, 0.2, 1), (7, 0.5, 4), (25, 0.28, 7), (100, 0.07, 7)],
+)
 def test_counts_are_rounded_up_without_floating_point_surprises(total, fraction, expected):
     assert len(nested_subsets([str(i) for i in range(total)], [fraction])[fraction]) == expected
 
@@ -52,8 +54,9 @@ def test_a_subset_depends_on_cases_and_seed_alone():
     assert nested_subsets(CASES, [0.4], seed=8)[0.4] != alone
 
 
-@pytest.mark.parametrize(("cases", "fractions"), [([], [0.5]), (["a", "a"], [0.5]), (CASES, [0.0]), (CASES, [20]),
-                                                  (CASES, [float("nan")])])
+@pytest.mark.parametrize(
+    ("cases", "fractions"), [([], [0.5]), (["a", "a"], [0.5]), (CASES, [0.0]), (CASES, [20]), (CASES, [float("nan")])]
+)
 def test_what_cannot_be_drawn_is_refused(cases, fractions):
     with pytest.raises(UserError):
         nested_subsets(cases, fractions)

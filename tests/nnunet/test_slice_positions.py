@@ -43,10 +43,13 @@ def preprocess(path, reader, transpose, target_spacing):
     return resample_data_or_seg_to_shape(data, shape, spacing, target_spacing, order=1), properties
 
 
-@pytest.mark.parametrize("codes, transpose, reader, plane", [
-    *itertools.product(ORIENTATIONS, [(0, 1, 2), (2, 0, 1)], [NibabelIOWithReorient], PLANES),
-    *itertools.product(["RAS", "ASL"], [(0, 1, 2), (1, 2, 0)], [NibabelIO, SimpleITKIO], PLANES),
-])
+@pytest.mark.parametrize(
+    "codes, transpose, reader, plane",
+    [
+        *itertools.product(ORIENTATIONS, [(0, 1, 2), (2, 0, 1)], [NibabelIOWithReorient], PLANES),
+        *itertools.product(["RAS", "ASL"], [(0, 1, 2), (1, 2, 0)], [NibabelIO, SimpleITKIO], PLANES),
+    ],
+)
 def test_marked_slice_is_where_it_is_said_to_be(codes, transpose, reader, plane, tmp_path):
     path = tmp_path / "image.nii.gz"
     image = stored_image(codes, path)
@@ -61,7 +64,8 @@ def test_marked_slice_is_where_it_is_said_to_be(codes, transpose, reader, plane,
     target_spacing = [0.8, 1.1, 1.3]
     case, properties = preprocess(path, reader, transpose, target_spacing)
     case_axis, coordinate = slice_in_case(
-        index, plane, properties=properties, transpose_forward=transpose, case_shape=case.shape[1:])
+        index, plane, properties=properties, transpose_forward=transpose, case_shape=case.shape[1:]
+    )
 
     profile = case[0].max(tuple({0, 1, 2} - {case_axis}))
     weights = np.clip(profile - 150, 0, None)

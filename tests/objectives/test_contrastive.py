@@ -197,8 +197,11 @@ def test_the_temperature_matters_for_sinkhorn():
     """The mean diagonal of identical views at logit scale 1 and 10."""
     tokens = units(1, 144, 512)
     low, high = (
-        sinkhorn_with_dustbin(scale * tokens @ tokens.mT, dustbin=1.0, iterations=100).exp()[0, :-1, :-1]
-        .diagonal().mean() for scale in (1, 10)
+        sinkhorn_with_dustbin(scale * tokens @ tokens.mT, dustbin=1.0, iterations=100)
+        .exp()[0, :-1, :-1]
+        .diagonal()
+        .mean()
+        for scale in (1, 10)
     )
     assert low < 0.02 and high > 0.8
 
@@ -232,8 +235,7 @@ def test_iterations_of_sinkhorn_keep_no_matrix_for_the_backward():
     def saved(iterations):
         largest = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: largest.append(t) or t, lambda t: t):
-            sinkhorn_with_dustbin(
-                torch.randn(1, 30, 30, requires_grad=True), dustbin=1.0, iterations=iterations)
+            sinkhorn_with_dustbin(torch.randn(1, 30, 30, requires_grad=True), dustbin=1.0, iterations=iterations)
         return len({t.untyped_storage().data_ptr() for t in largest if t.numel() > 31})
 
     assert saved(20) == saved(1)

@@ -183,8 +183,19 @@ def test_nothing_is_read_on_the_host():
         assert x.grad.shape == (4, 8) and metric.grad.shape == (8, 8)
 
 
-@pytest.mark.parametrize("wrong", [{"mass": 0.0}, {"mass": 1.01}, {"mass": -1}, {"epsilon": 0.0}, {"epsilon": -1.0},
-                                   {"mass": math.nan}, {"iterations": 0}, {"solver": "simplex"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mass": 0.0},
+        {"mass": 1.01},
+        {"mass": -1},
+        {"epsilon": 0.0},
+        {"epsilon": -1.0},
+        {"mass": math.nan},
+        {"iterations": 0},
+        {"solver": "simplex"},
+    ],
+)
 @pytest.mark.parametrize("solver", ["log", "pot"])
 def test_values_out_of_range_are_refused(wrong, solver):
     settings = {"mass": 0.9, "epsilon": 0.05, "iterations": 5, "solver": solver} | wrong

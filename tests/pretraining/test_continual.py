@@ -52,8 +52,9 @@ def started(**pretraining):
 
 
 def encoder_equals(network, weights) -> bool:
-    return all(torch.equal(value, weights[key]) for key, value in network.state_dict().items()
-               if key.startswith("encoder."))
+    return all(
+        torch.equal(value, weights[key]) for key, value in network.state_dict().items() if key.startswith("encoder.")
+    )
 
 
 def test_a_fresh_start_takes_the_weights_into_student_and_teacher():
@@ -68,8 +69,12 @@ def test_a_fresh_start_takes_the_weights_into_student_and_teacher():
 
 
 def test_the_new_checkpoint_names_its_origin_and_the_chain():
-    told = {"method": "supervised, nnUNetTrainer", "licence": "CC-BY-4.0", "citations": ["Somebody et al."],
-            "trained": ["encoder.", "decoder.encoder.", "decoder.stages."]}
+    told = {
+        "method": "supervised, nnUNetTrainer",
+        "licence": "CC-BY-4.0",
+        "citations": ["Somebody et al."],
+        "trained": ["encoder.", "decoder.encoder.", "decoder.stages."],
+    }
     weights = write_source(**told)
     first = Path(run(pretraining={"epochs": 1, "weights": "source.pth"}).output_folder, "checkpoint_final.pth")
     provenance = read_checkpoint(first)["provenance"]
@@ -131,12 +136,19 @@ def test_missing_weights_and_other_architectures_are_refused_with_the_remedy():
 def test_med3dinsight_pretrains_primus_from_primus():
     plan = with_primus(fake_plan())
     weights = write_source("primus.pth", plan)
-    block = {"epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1, "batch_size": 2, "method": MED3D,
-             "weights": "primus.pth"}
+    block = {
+        "epochs": 1,
+        "iterations_per_epoch": 2,
+        "validation_iterations": 1,
+        "batch_size": 2,
+        "method": MED3D,
+        "weights": "primus.pth",
+    }
     write_fake_dataset(channels=2)
     plan |= {"pretraining": block, "continue_training": False}
-    trainer = Med3DInsightPretrainer(plan, "3d_fullres", "all", read_json(preprocessed() / "dataset.json"),
-                                     torch.device("cpu"))
+    trainer = Med3DInsightPretrainer(
+        plan, "3d_fullres", "all", read_json(preprocessed() / "dataset.json"), torch.device("cpu")
+    )
     trainer.on_train_start()
     network = trainer.task.backbone.network
     assert all(torch.equal(network.state_dict()[key], weights[key]) for key in weights if key.startswith("eva."))

@@ -187,9 +187,21 @@ def test_decoder_that_no_loss_reaches_stays_initial():
 def test_logs_one_number_per_epoch_and_draws_it():
     trainer = run()
     history = trainer.log.history()
-    expected = ("train_losses", "val_losses", "lrs", "train/contrast", "train/size", "val/contrast", "feature_std",
-                "effective_rank", "seconds_waiting", "seconds_computing", "peak_memory_gib", "skipped_steps",
-                "diagnostics/queue_norm")
+    expected = (
+        "train_losses",
+        "val_losses",
+        "lrs",
+        "train/contrast",
+        "train/size",
+        "val/contrast",
+        "feature_std",
+        "effective_rank",
+        "seconds_waiting",
+        "seconds_computing",
+        "peak_memory_gib",
+        "skipped_steps",
+        "diagnostics/queue_norm",
+    )
     assert all(len(history[name]) == 4 for name in expected)
     assert Path(trainer.output_folder, "progress.png").stat().st_size > 10_000
     figures = sorted(p.name for p in Path(trainer.output_folder, "figures").iterdir())
@@ -232,10 +244,19 @@ def test_settings_come_from_the_plan():
     assert "temperature: 0.2 → 0.5" in Path(trainer.log_file).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("block, said", [({"epochz": 3}, "epochz"), ({"epochs": "many"}, "epochs"),
-                                         ({"method": {"queu": 3}}, "queu"), ({"method": {"queue": True}}, "queue"),
-                                         ({"epochs": 0}, "epochs"), ({"batch_size": 0}, "batch_size"),
-                                         ({"lr": -0.1}, "lr"), ({"iterations_per_epoch": 0}, "iterations")])
+@pytest.mark.parametrize(
+    "block, said",
+    [
+        ({"epochz": 3}, "epochz"),
+        ({"epochs": "many"}, "epochs"),
+        ({"method": {"queu": 3}}, "queu"),
+        ({"method": {"queue": True}}, "queue"),
+        ({"epochs": 0}, "epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"lr": -0.1}, "lr"),
+        ({"iterations_per_epoch": 0}, "iterations"),
+    ],
+)
 def test_wrong_settings_are_named(block, said):
     with pytest.raises(UserError, match=said):
         make_trainer(pretraining=block)

@@ -17,8 +17,13 @@ from nnssl_plugin.methods.med3dinsight.trainer import Med3DInsightPretrainer
 from nnssl_plugin.objectives.partial_transport import mpot_loss
 from nnssl_plugin.training.distributed import gather_samples
 
-SMALL = {"epochs": 2, "iterations_per_epoch": 3, "validation_iterations": 1, "batch_size": 2,
-         "method": {"queries": 4, "dim": 16, "heads": 2, "layers": 1, "mask_block": 4}}
+SMALL = {
+    "epochs": 2,
+    "iterations_per_epoch": 3,
+    "validation_iterations": 1,
+    "batch_size": 2,
+    "method": {"queries": 4, "dim": 16, "heads": 2, "layers": 1, "mask_block": 4},
+}
 
 
 class Coupled(nn.Module):
@@ -118,10 +123,26 @@ def test_toy_has_equal_state_on_both_ranks_and_stops_together(environment, tmp_p
 def test_torchrun_with_the_train_command_trains_once_on_two_ranks(nnunet_environment, tmp_path):
     write_fake_dataset(channels=1, pretraining=SMALL)
     arguments = ["901", "3d_fullres", "all", "-tr", "Med3DInsightPretrainer", "-device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               "-m", "nnssl_plugin.cli.main", "train", *arguments]
-    finished = subprocess.run(command, cwd=tmp_path, env=nnunet_environment | {"nnUNet_n_proc_DA": "0"},
-                              capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "nnssl_plugin.cli.main",
+        "train",
+        *arguments,
+    ]
+    finished = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=nnunet_environment | {"nnUNet_n_proc_DA": "0"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     fold = next(Path(nnunet_environment["nnUNet_results"]).glob("*/Med3DInsightPretrainer__*/fold_all"))
     checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=True)

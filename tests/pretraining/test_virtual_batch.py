@@ -127,8 +127,14 @@ def test_encoding_in_chunks_is_encoding():
 
 
 def test_training_in_chunks_is_training_on_the_batch():
-    runs = [run(trainer_class=Med3DInsightPretrainer, channels=1,
-                pretraining={"batch_size": 5, "chunk_size": size, "method": METHOD} | ONE_EPOCH) for size in (None, 2)]
+    runs = [
+        run(
+            trainer_class=Med3DInsightPretrainer,
+            channels=1,
+            pretraining={"batch_size": 5, "chunk_size": size, "method": METHOD} | ONE_EPOCH,
+        )
+        for size in (None, 2)
+    ]
     histories = [trainer.log.history() for trainer in runs]
     for name in ("train_losses", "val_losses"):
         np.testing.assert_allclose(histories[0][name], histories[1][name], rtol=1e-4)

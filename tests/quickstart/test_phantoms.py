@@ -84,8 +84,13 @@ def test_files_depend_on_seed_and_index_alone(tmp_path):
 def test_files_are_read_by_another_library_with_their_grid(tmp_path):
     paths = write_phantoms(tmp_path / "images", 1, seed=0, labels_folder=tmp_path / "labels", channels=2, **SMALL)
     assert [p.name for p in paths] == ["phantom_000_0000.nii.gz", "phantom_000_0001.nii.gz"]
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["images", "labels", "phantom_000.nii.gz",
-                                                           "phantom_000_0000.nii.gz", "phantom_000_0001.nii.gz"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [
+        "images",
+        "labels",
+        "phantom_000.nii.gz",
+        "phantom_000_0000.nii.gz",
+        "phantom_000_0001.nii.gz",
+    ]
     image, labels = phantom(np.random.default_rng((0, 0)), channels=2, **SMALL)
     read = SimpleITK.ReadImage(str(paths[1]))
     assert read.GetSpacing() == (1.0, 1.5, 2.0)

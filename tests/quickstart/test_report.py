@@ -70,8 +70,10 @@ def pretend_pretraining(folder):
     """The files of a pretraining that the report reads."""
     raw = folder / "nnUNet_raw" / PRETRAINING
     rng = np.random.default_rng(0)
-    triplets = [Triplet(f"scan{i}", plane, 3, n, f"A slice <{i}>.", "me")
-                for i, (plane, n) in enumerate([("axial", 6), ("coronal", 12), ("sagittal", 10)])]
+    triplets = [
+        Triplet(f"scan{i}", plane, 3, n, f"A slice <{i}>.", "me")
+        for i, (plane, n) in enumerate([("axial", 6), ("coronal", 12), ("sagittal", 10)])
+    ]
     for triplet in triplets:
         save(raw / "imagesTr" / f"{triplet.case}_0000.nii.gz", rng.normal(size=SHAPE).astype(np.float32))
     write_triplets(raw, triplets)
@@ -91,9 +93,13 @@ def pretend_finetuning(folder):
         series = [np.float32(value) for value in (0.5, 0.2)]  # as stock nnU-Net logs
         log = {name: series for name in ("train_losses", "val_losses", "mean_fg_dice")}
         torch.save({"logging": log}, fold_folder(folder, arm) / "checkpoint_final.pth")
-        rows = [{"reference_file": f"/x/{case}.nii.gz",
-                 "metrics": {str(i + 1): {"Dice": DICE[arm][row, i]} for i in range(2)}}
-                for row, case in reversed(list(enumerate(CASES)))]
+        rows = [
+            {
+                "reference_file": f"/x/{case}.nii.gz",
+                "metrics": {str(i + 1): {"Dice": DICE[arm][row, i]} for i in range(2)},
+            }
+            for row, case in reversed(list(enumerate(CASES)))
+        ]
         write_json(folder / "predictions" / arm / "summary.json", {"metric_per_case": rows})
     truth = np.zeros(SHAPE, np.uint8)
     truth[2:6, 2:6, 1:4], truth[6:9, 6:9, 3:5] = 1, 2

@@ -42,8 +42,12 @@ def silent(line):
 def test_the_output_of_a_command_is_kept_and_a_second_attempt_adds_to_it(tmp_path):
     code = "import os; print(os.environ['nnUNet_n_proc_DA'], os.environ['nnUNet_extTrainer'])"
     for _ in range(2):
-        run(step(code, environment=(("nnUNet_n_proc_DA", "0"),)), tmp_path / "logs" / "a.log",
-            environment=environment(), say=silent)
+        run(
+            step(code, environment=(("nnUNet_n_proc_DA", "0"),)),
+            tmp_path / "logs" / "a.log",
+            environment=environment(),
+            say=silent,
+        )
     assert (tmp_path / "logs" / "a.log").read_text().split() == ["0", "shelf"] * 2
 
 
@@ -166,8 +170,10 @@ def short(tmp_path, monkeypatch):
     """A road of scripts that leave a file each; ``pretrain`` fails while ``tmp_path/fail`` exists."""
 
     def steps(*names):
-        code = ("import pathlib, sys; p = pathlib.Path({!r}); p.open('a').write('x'); "
-                "sys.exit((p.parent / 'fail').exists())")
+        code = (
+            "import pathlib, sys; p = pathlib.Path({!r}); p.open('a').write('x'); "
+            "sys.exit((p.parent / 'fail').exists())"
+        )
         return [step(code.format(str(tmp_path / name)), name) for name in names]
 
     def scans(folder, setting):
@@ -208,7 +214,10 @@ def test_after_a_failure_the_same_call_goes_on_where_it_was(short, tmp_path):
     (tmp_path / "fail").unlink()
     short()
     assert {name: (tmp_path / name).read_text() for name in ("prepare", "plan", "pretrain")} == {
-        "prepare": "xx", "plan": "x", "pretrain": "x"}
+        "prepare": "xx",
+        "plan": "x",
+        "pretrain": "x",
+    }
     _, said = short()
     assert "done already" in said[0]
     assert (tmp_path / "plan").read_text() == "x"
@@ -216,17 +225,21 @@ def test_after_a_failure_the_same_call_goes_on_where_it_was(short, tmp_path):
 
 def test_interrupting_stops_the_command_and_says_how_to_go_on(tmp_path):
     """As a terminal does it: Ctrl-C to the process, whose child is then told once and given time to write."""
-    child = ("import pathlib, signal, sys, time\n"
-             "def stop(*_): pathlib.Path('told').open('a').write('x'); sys.exit(75)\n"
-             "signal.signal(signal.SIGTERM, stop); pathlib.Path('ready').touch(); time.sleep(60)")
-    parent = ("import sys; from pathlib import Path\n"
-              "from nnssl_plugin.quickstart import commands; from nnssl_plugin.quickstart.steps import Step\n"
-              f"step = Step('x', '', (sys.executable, '-c', {child!r}))\n"
-              "try:\n"
-              "    with commands.termination_as_interrupt():\n"
-              "        environment = commands.environment_for(Path('.'), '')\n"
-              "        commands.run(step, Path('log'), environment=environment, say=print)\n"
-              "except commands.Stopped: print('stopped')")
+    child = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_): pathlib.Path('told').open('a').write('x'); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop); pathlib.Path('ready').touch(); time.sleep(60)"
+    )
+    parent = (
+        "import sys; from pathlib import Path\n"
+        "from nnssl_plugin.quickstart import commands; from nnssl_plugin.quickstart.steps import Step\n"
+        f"step = Step('x', '', (sys.executable, '-c', {child!r}))\n"
+        "try:\n"
+        "    with commands.termination_as_interrupt():\n"
+        "        environment = commands.environment_for(Path('.'), '')\n"
+        "        commands.run(step, Path('log'), environment=environment, say=print)\n"
+        "except commands.Stopped: print('stopped')"
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
         (tmp_path / "ready").unlink(missing_ok=True)
         (tmp_path / "told").unlink(missing_ok=True)

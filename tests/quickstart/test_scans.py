@@ -203,7 +203,7 @@ def test_a_large_scan_is_averaged_and_stays_in_its_place(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("shape", "spacing"),
-    [((512, 512, 200), (0.8, 0.8, 3.0)), ((2, 900, 900), (5, .5, .5)), ((48,) * 3, (1,) * 3), ((9, 5, 3), (1, 1, 1))],
+    [((512, 512, 200), (0.8, 0.8, 3.0)), ((2, 900, 900), (5, 0.5, 0.5)), ((48,) * 3, (1,) * 3), ((9, 5, 3), (1, 1, 1))],
 )
 def test_block_factors_bound_the_voxels_and_even_out_the_spacing(shape, spacing):
     factors = block_factors(shape, spacing)

@@ -20,8 +20,11 @@ PLAN = {
 
 
 def every_step(folder, device="cpu"):
-    return [*planning_steps(folder), *pretraining_steps(folder, PLAN, device=device),
-            *finetuning_steps(folder, device=device)]
+    return [
+        *planning_steps(folder),
+        *pretraining_steps(folder, PLAN, device=device),
+        *finetuning_steps(folder, device=device),
+    ]
 
 
 def commands(folder):
@@ -78,8 +81,9 @@ def test_the_device_reaches_training_and_prediction(tmp_path):
 )
 def test_a_large_patch_is_cut_to_what_the_strides_divide(patch, stride):
     fitting = fitting_patch(patch, [[1, 1, 1], stride])
-    assert all(size % s == 0 and 2 * s <= size <= planned
-               for size, s, planned in zip(fitting, stride, patch, strict=True))
+    assert all(
+        size % s == 0 and 2 * s <= size <= planned for size, s, planned in zip(fitting, stride, patch, strict=True)
+    )
     smallest = math.prod(fitting) <= road.MOST_PATCH_VOXELS
     assert smallest or all(size == 2 * s for size, s in zip(fitting, stride, strict=True))
     if math.prod(patch) <= road.MOST_PATCH_VOXELS:

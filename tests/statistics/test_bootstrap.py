@@ -58,12 +58,15 @@ def test_equal_runs_differ_by_nothing():
     assert (interval.mean, interval.low, interval.high) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("a", "b", "options"), [
-    ([1.0, 2.0], [1.0], {}),
-    ([[1.0]], [[1.0]], {}),
-    ([1.0], [1.0], {"confidence": 95}),
-    ([1.0], [1.0], {"samples": 0}),
-])
+@pytest.mark.parametrize(
+    ("a", "b", "options"),
+    [
+        ([1.0, 2.0], [1.0], {}),
+        ([[1.0]], [[1.0]], {}),
+        ([1.0], [1.0], {"confidence": 95}),
+        ([1.0], [1.0], {"samples": 0}),
+    ],
+)
 def test_arguments_that_do_not_fit_are_refused(a, b, options):
     with pytest.raises(ValueError):
         paired_bootstrap(a, b, **options)

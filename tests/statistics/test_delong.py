@@ -46,8 +46,9 @@ def naive_clustered(scores, positives, subjects):
                 s10, s01 = s10 + up[0] * up[1], s01 + down[0] * down[1]
                 s11, s11_turned = s11 + up[0] * down[1], s11_turned + up[1] * down[0]
             share = len(names) / (len(names) - 1)
-            covariance[a, b] = (s10 * i10 / (i10 - 1) / m**2 + s01 * i01 / (i01 - 1) / n**2
-                                + (s11 + s11_turned) * share / (m * n))
+            covariance[a, b] = (
+                s10 * i10 / (i10 - 1) / m**2 + s01 * i01 / (i01 - 1) / n**2 + (s11 + s11_turned) * share / (m * n)
+            )
     return covariance
 
 

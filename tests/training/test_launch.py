@@ -56,8 +56,12 @@ def test_user_errors_become_a_few_lines_and_exit_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == ["nnssl_plugin env: It broke.", "Mend it."]
 
 
-STARTS = {"bash": 'export nnUNet_extTrainer="', "fish": 'set -gx nnUNet_extTrainer "',
-          "powershell": '$env:nnUNet_extTrainer = "', "cmd": "set nnUNet_extTrainer="}
+STARTS = {
+    "bash": 'export nnUNet_extTrainer="',
+    "fish": 'set -gx nnUNet_extTrainer "',
+    "powershell": '$env:nnUNet_extTrainer = "',
+    "cmd": "set nnUNet_extTrainer=",
+}
 
 
 @pytest.mark.parametrize("shell, start", STARTS.items())

@@ -30,8 +30,12 @@ def test_cosine_without_warm_up_starts_at_lr_halves_in_the_middle_and_ends_at_0(
 
 @pytest.mark.parametrize("warmup", [0, 3, 10, 2.5])
 def test_cosine_against_a_naive_loop(warmup):
-    expected = [0.1 * (k + 1) / (warmup + 1) if k < warmup
-                else 0.1 * 0.5 * (1 + math.cos(math.pi * (k - warmup) / (40 - warmup))) for k in range(41)]
+    expected = [
+        0.1 * (k + 1) / (warmup + 1)
+        if k < warmup
+        else 0.1 * 0.5 * (1 + math.cos(math.pi * (k - warmup) / (40 - warmup)))
+        for k in range(41)
+    ]
     assert rates(CosineSchedule(optimizer(), lr=0.1, total=40, warmup=warmup), range(41)) == pytest.approx(expected)
 
 

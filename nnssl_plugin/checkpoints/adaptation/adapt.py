@@ -57,8 +57,15 @@ def adapt_weights(
             and is not.
     """
     layout, tensors, order = Layout(target), _shared(target), list(target.state_dict())
-    wishes = _wishes(source, target, layout, inflate=inflate, resize_width=resize_width, source_grid=source_grid,
-                     target_grid=target_grid)
+    wishes = _wishes(
+        source,
+        target,
+        layout,
+        inflate=inflate,
+        resize_width=resize_width,
+        source_grid=source_grid,
+        target_grid=target_grid,
+    )
     adapter = _Adapter(source, order, layout, trained, wishes)
     parameters = {id(p) for p in target.parameters()}
     state: dict[str, Tensor] = {}
@@ -68,24 +75,38 @@ def adapt_weights(
         match, fitted = adapter.take(keys, fresh)
         state.update(dict.fromkeys(keys, fresh if fitted.value is None else fitted.value.contiguous()))
         learned = id(tensor) in parameters
-        records.append(TensorRecord(
-            keys=keys, part=layout.part(keys), reason=fitted.reason, shape=tuple(tensor.shape), source=match,
-            status="initialised" if fitted.value is None else "adapted" if fitted.reason else "copied",
-            parameters=tensor.numel() if learned else 0, loaded=fitted.taken if learned else 0,
-        ))
+        records.append(
+            TensorRecord(
+                keys=keys,
+                part=layout.part(keys),
+                reason=fitted.reason,
+                shape=tuple(tensor.shape),
+                source=match,
+                status="initialised" if fitted.value is None else "adapted" if fitted.reason else "copied",
+                parameters=tensor.numel() if learned else 0,
+                loaded=fitted.taken if learned else 0,
+            )
+        )
     return {key: state[key] for key in order}, LoadReport(tuple(records), adapter.unused(tensors))
 
 
 class _Adapter:
     """What a checkpoint has for each tensor of a network."""
 
-    def __init__(self, source: Mapping[str, Tensor], order: Sequence[str], layout: Layout,
-                 trained: Sequence[str] | None, wishes: Wishes):
+    def __init__(
+        self,
+        source: Mapping[str, Tensor],
+        order: Sequence[str],
+        layout: Layout,
+        trained: Sequence[str] | None,
+        wishes: Wishes,
+    ):
         self.source, self.layout, self.trained, self.wishes = source, layout, trained, wishes
         self.correspondence = Correspondence(source, order)
         before, now = family(source), family(order)
-        self.stranger = f"the checkpoint holds a {before}, this network is a {now}" if (
-            before and now and before != now) else ""
+        self.stranger = (
+            f"the checkpoint holds a {before}, this network is a {now}" if (before and now and before != now) else ""
+        )
 
     def take(self, keys: tuple[str, ...], fresh: Tensor) -> tuple[str | None, Fitted]:
         """The key of the checkpoint whose values ``fresh`` (on the CPU) takes, or None, and what became of it."""
@@ -94,8 +115,10 @@ class _Adapter:
             return None, Fitted(None, reason)
         values = self.source[match].detach()
         if values.is_floating_point() and not torch.isfinite(values).all():
-            raise UserError(f"The checkpoint's tensor {match} holds values that are not finite: its training diverged.",
-                            "Use an earlier checkpoint of the same run.")
+            raise UserError(
+                f"The checkpoint's tensor {match} holds values that are not finite: its training diverged.",
+                "Use an earlier checkpoint of the same run.",
+            )
         fitted = fit(values.to(device="cpu", dtype=fresh.dtype), fresh, self.layout.role(keys, fresh), self.wishes)
         return None if fitted.value is None else match, fitted
 
@@ -111,22 +134,37 @@ class _Adapter:
         if self.stranger:
             return None, self.stranger
         candidates = self.correspondence.candidates(keys)
-        if candidates and self.trained is not None and not any(
-                key.startswith(prefix) for key in candidates for prefix in self.trained):
+        if (
+            candidates
+            and self.trained is not None
+            and not any(key.startswith(prefix) for key in candidates for prefix in self.trained)
+        ):
             return None, NOT_TRAINED
         present = [key for key in candidates if key in self.source]
         return (present[-1], "") if present else (None, self.correspondence.why_missing(keys[0]))
 
 
-def _wishes(source: Mapping[str, Tensor], target: nn.Module, layout: Layout, *, inflate: bool, resize_width: bool,
-            source_grid: Sequence[int] | None, target_grid: Sequence[int] | None) -> Wishes:
+def _wishes(
+    source: Mapping[str, Tensor],
+    target: nn.Module,
+    layout: Layout,
+    *,
+    inflate: bool,
+    resize_width: bool,
+    source_grid: Sequence[int] | None,
+    target_grid: Sequence[int] | None,
+) -> Wishes:
     """What was asked for, and what is known of the positional embeddings."""
     before = tuple(source_grid) if source_grid is not None else None
     after = tuple(target_grid) if target_grid is not None else layout.token_grid()
     return Wishes(
-        inflate=inflate, resize_width=resize_width, transformer=layout.transformer,
-        source_grid=before, source_prefix=_prefix(source, layout.positions, before),
-        target_grid=after, target_prefix=_prefix(target.state_dict(), layout.positions, after),
+        inflate=inflate,
+        resize_width=resize_width,
+        transformer=layout.transformer,
+        source_grid=before,
+        source_prefix=_prefix(source, layout.positions, before),
+        target_grid=after,
+        target_prefix=_prefix(target.state_dict(), layout.positions, after),
     )
 
 
@@ -158,8 +196,10 @@ def check_coverage(
     lines = [f"Only {coverage:.1%} of the encoder's parameters come from the checkpoint; {minimum:.0%} are needed."]
     lines.append(f"The architectures differ: {'; '.join(differences[:3])}." if differences else _likely_cause(fresh))
     largest = {record.reason: record for record in sorted(fresh, key=lambda record: record.parameters)}
-    lines += [f"  {record.keys[0]}: {record.reason}" for record in
-              sorted(largest.values(), key=lambda record: -record.parameters)[:2]]
+    lines += [
+        f"  {record.keys[0]}: {record.reason}"
+        for record in sorted(largest.values(), key=lambda record: -record.parameters)[:2]
+    ]
     if differences and mend:
         remedy = f"Write a plan with the checkpoint's network, then adapt to it with -p:\n  {mend}"
     else:
@@ -181,7 +221,8 @@ def architecture_differences(source: Mapping[str, Any] | None, target: Mapping[s
     names = dict.fromkeys((*source["kwargs"], *target["kwargs"]))
     return [
         f"{name} is {_json(source['kwargs'].get(name))} in pretraining, {_json(target['kwargs'].get(name))} here"
-        for name in names if source["kwargs"].get(name) != target["kwargs"].get(name)
+        for name in names
+        if source["kwargs"].get(name) != target["kwargs"].get(name)
     ]
 
 

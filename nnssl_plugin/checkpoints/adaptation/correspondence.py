@@ -87,8 +87,11 @@ class Layout:
         if isinstance(module, _ConvTransposeNd):
             return Role("upsampling" if cells else "other")
         concatenated = any(CONCATENATED.match(key) for key in keys) and module.in_channels % 2 == 0
-        return Role("patch" if cells and max(module.kernel_size) > 1 else "kernel",
-                    reads_image=any(key.startswith(self._image) for key in keys), parts=2 if concatenated else 1)
+        return Role(
+            "patch" if cells and max(module.kernel_size) > 1 else "kernel",
+            reads_image=any(key.startswith(self._image) for key in keys),
+            parts=2 if concatenated else 1,
+        )
 
     def token_grid(self) -> tuple[int, ...] | None:
         """The grid of tokens that the network was built for, where its rotary embedding tells."""
@@ -127,7 +130,7 @@ class Correspondence:
         if place is None or (encoder and self._before and int(encoder[1]) > self._before):
             return f"new stage: {self._before + 1} in the checkpoint, {self._now + 1} here"
         for block in BLOCK.finditer(place):
-            stage = place[:block.start(1)]
+            stage = place[: block.start(1)]
             if self._holds(f"{stage}0.") and not self._holds(f"{stage}{block[1]}."):
                 return "new block: the checkpoint has fewer in this place"
         return MISSING
@@ -137,7 +140,7 @@ class Correspondence:
         if stage is None or not self._shift:
             return key
         number = int(stage[1]) + self._shift
-        return f"{key[:stage.start(1)]}{number}{key[stage.end(1):]}" if number >= 0 else None
+        return f"{key[: stage.start(1)]}{number}{key[stage.end(1) :]}" if number >= 0 else None
 
     def _holds(self, prefix: str) -> bool:
         return any(key.startswith(prefix) for key in self.source)

@@ -118,8 +118,12 @@ def adapt_checkpoint(
 
     state, report = _fit(source, plans, configuration, dataset_json, changes)
     report = report.with_warnings(input_differences(source, digest, plans, configuration, dataset_json))
-    check_coverage(report, minimum=min_coverage, differences=architecture_differences(source.network, network),
-                   mend=_plan_like(dataset, plans_name, weights))
+    check_coverage(
+        report,
+        minimum=min_coverage,
+        differences=architecture_differences(source.network, network),
+        mend=_plan_like(dataset, plans_name, weights),
+    )
     save_checkpoint(_weights_file(source, state, report), file)
     report.save(report_file := file.with_name(f"{file.stem}_report.json"))
     write_json(plan_file, plan)  # last: a plan never names weights that are not there
@@ -128,8 +132,10 @@ def adapt_checkpoint(
 
 def _plan_like(dataset: str, plans_name: str, weights: str | Path) -> str:
     """The command that writes a plan with the network of the checkpoint."""
-    return (f"nnssl_plugin plan -d {dataset} -p {plans_name} --like {shlex.quote(str(weights))} "
-            f"-n {plans_name}-like-pretraining")
+    return (
+        f"nnssl_plugin plan -d {dataset} -p {plans_name} --like {shlex.quote(str(weights))} "
+        f"-n {plans_name}-like-pretraining"
+    )
 
 
 def _block(plans: Mapping[str, Any], configuration: str, file: Path | None) -> dict[str, Any]:
@@ -161,15 +167,21 @@ def fit_source(
         changes: changes of shape that are asked for.
     """
     return adapt_weights(
-        source.weights, network, trained=source.trained, inflate=changes.inflate, resize_width=changes.resize_width,
+        source.weights,
+        network,
+        trained=source.trained,
+        inflate=changes.inflate,
+        resize_width=changes.resize_width,
         source_grid=changes.source_grid or _token_grid(source.network, _patch_size(source)),
-        target_grid=_token_grid(describe_network(plans, configuration),
-                                resolve_configuration(plans, configuration)["patch_size"]),
+        target_grid=_token_grid(
+            describe_network(plans, configuration), resolve_configuration(plans, configuration)["patch_size"]
+        ),
     )
 
 
-def input_differences(source: Source, digest: str, plans: Mapping[str, Any], configuration: str,
-                      dataset_json: Mapping[str, Any]) -> list[str]:
+def input_differences(
+    source: Source, digest: str, plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+) -> list[str]:
     """What the target sees otherwise than the pretraining did, or may see, a line each."""
     provenance, here = source.provenance, describe_input(plans, configuration, dataset_json)
     lines = compare_inputs(provenance, here)
@@ -231,5 +243,7 @@ def _check_free(folder: Path, plan: Mapping[str, Any], configuration: str) -> No
         raise UserError(f"{path} exists and {whose}.", "Choose another name with -n.")
     results = results_of(folder.name, name)
     if results:
-        raise UserError(f"{path} exists, says something else, and was trained with: {results[0]}.",
-                        "Choose another name with -n, so that these results keep their plan.")
+        raise UserError(
+            f"{path} exists, says something else, and was trained with: {results[0]}.",
+            "Choose another name with -n, so that these results keep their plan.",
+        )

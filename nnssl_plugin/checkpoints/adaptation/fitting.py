@@ -79,8 +79,11 @@ def _fit_kernel(values: Tensor, fresh: Tensor, role: Role, wishes: Wishes) -> Fi
         if not wishes.inflate:
             return Fitted(None, f"{change} (--inflate adapts it)")
         mean = role.kind == "upsampling"
-        values = (rules.inflate(values, fresh.shape[2], mean=not mean) if fresh.dim() > values.dim()
-                  else rules.flatten(values, mean=mean))
+        values = (
+            rules.inflate(values, fresh.shape[2], mean=not mean)
+            if fresh.dim() > values.dim()
+            else rules.flatten(values, mean=mean)
+        )
         steps.append(change)
     if role.reads_image and values.shape[1] != fresh.shape[1]:
         steps.append(f"input channels {values.shape[1]} → {fresh.shape[1]}")
@@ -105,13 +108,15 @@ def _fit_width(values: Tensor, fresh: Tensor, role: Role, wishes: Wishes, steps:
 
 def _fit_positions(values: Tensor, fresh: Tensor, wishes: Wishes) -> Fitted:
     if values.shape[-1] != fresh.shape[-1]:
-        return Fitted(None, f"width {values.shape[-1]} in the checkpoint, {fresh.shape[-1]} here "
-                            "(a transformer's is never resized)")
+        return Fitted(
+            None,
+            f"width {values.shape[-1]} in the checkpoint, {fresh.shape[-1]} here (a transformer's is never resized)",
+        )
     before, after = wishes.source_grid, wishes.target_grid
     moved = before is not None and after is not None and before != after
     if values.shape == fresh.shape and not moved:
         return Fitted(values, taken=values.numel())
-    first, own = values[:, :wishes.source_prefix], values[:, wishes.source_prefix:]
+    first, own = values[:, : wishes.source_prefix], values[:, wishes.source_prefix :]
     prefix, tokens = wishes.target_prefix, fresh.shape[1] - wishes.target_prefix
     steps = [f"prefix tokens {first.shape[1]} → {prefix}"] if first.shape[1] != prefix else []
     if moved or own.shape[1] != tokens:
@@ -137,12 +142,17 @@ def _grid(grid: tuple[int, ...] | None, tokens: int, whose: str, dimensions: int
     if len(possible) == 1 and prod(possible[0]) == tokens:
         return possible[0]
     if grid is not None:
-        raise UserError(f"The positional embedding of the {whose} has {tokens} tokens, its grid would be {_by(grid)}.",
-                        "Name the grid with --token-grid: the patch in voxels divided by that of an embedded patch.")
-    raise UserError(f"The positional embedding of the {whose} has {tokens} tokens; over which grid is not known.",
-                    "Name the checkpoint's with --token-grid, for example --token-grid 8 8 8: the patch in voxels "
-                    "divided by that of an embedded patch." if whose == "checkpoint" else
-                    "Use a network with rotary embeddings, which knows its grid, or pass target_grid.")
+        raise UserError(
+            f"The positional embedding of the {whose} has {tokens} tokens, its grid would be {_by(grid)}.",
+            "Name the grid with --token-grid: the patch in voxels divided by that of an embedded patch.",
+        )
+    raise UserError(
+        f"The positional embedding of the {whose} has {tokens} tokens; over which grid is not known.",
+        "Name the checkpoint's with --token-grid, for example --token-grid 8 8 8: the patch in voxels "
+        "divided by that of an embedded patch."
+        if whose == "checkpoint"
+        else "Use a network with rotary embeddings, which knows its grid, or pass target_grid.",
+    )
 
 
 def _by(sizes: Sequence[int]) -> str:

@@ -32,8 +32,13 @@ def compare_inputs(source: Mapping[str, Any], target: Mapping[str, Any]) -> list
         source: ``provenance`` of the checkpoint (what ``provenance.describe_input`` gives); an empty one says nothing.
         target: ``provenance.describe_input`` of the target.
     """
-    rules = {"normalisation": _normalisation, "spacing_mm": _spacing, "channels": _channels,
-             "orientation": _orientation, "transpose_forward": _axes}
+    rules = {
+        "normalisation": _normalisation,
+        "spacing_mm": _spacing,
+        "channels": _channels,
+        "orientation": _orientation,
+        "transpose_forward": _axes,
+    }
     lines = [rule(source[field], target[field]) for field, rule in rules.items() if source.get(field)]
     return [line for line in lines if line]
 
@@ -53,7 +58,9 @@ def compare_ct_windows(
         f"CT channel {channel} is normalised by another window: {_window(before[channel])} in pretraining, "
         f"{_window(now[channel])} here"
         for channel in map(str, range(len(schemes)))
-        if schemes[int(channel)] == "CTNormalization" and channel in before and channel in now
+        if schemes[int(channel)] == "CTNormalization"
+        and channel in before
+        and channel in now
         and _windows_differ(before[channel], now[channel])
     ]
 
@@ -69,7 +76,7 @@ def unstated(source: Mapping[str, Any]) -> list[str]:
 def _normalisation(before: Sequence[str], now: Sequence[str]) -> str:
     if list(before) == list(now) or (len(before) != len(now) and set(before) == set(now)):
         return ""
-    return (f"intensities are normalised differently: {_explained(before)} in pretraining, {_explained(now)} here")
+    return f"intensities are normalised differently: {_explained(before)} in pretraining, {_explained(now)} here"
 
 
 def _explained(schemes: Sequence[str]) -> str:
@@ -86,8 +93,10 @@ def _spacing(before: Sequence[float], now: Sequence[float]) -> str:
     if min(ratio, 1 / ratio) >= 1 - SPACING_TOLERANCE:
         return ""
     side = "coarser" if ratio > 1 else "finer"
-    return (f"voxel spacing differs: {list(before)} in pretraining, {list(now)} here (mm; up to "
-            f"{max(ratio, 1 / ratio):.1f} times {side})")
+    return (
+        f"voxel spacing differs: {list(before)} in pretraining, {list(now)} here (mm; up to "
+        f"{max(ratio, 1 / ratio):.1f} times {side})"
+    )
 
 
 def _channels(before: Sequence[str], now: Sequence[str]) -> str:
@@ -115,10 +124,14 @@ def _windows_differ(before: Mapping[str, float], now: Mapping[str, float]) -> bo
     low, high = (choose(before[key], now[key]) for choose, key in ((max, "percentile_00_5"), (min, "percentile_99_5")))
     if low >= high:
         return True
-    return any(abs((hu - before["mean"]) / before["std"] - (hu - now["mean"]) / now["std"]) > CT_TOLERANCE
-               for hu in (low, high))
+    return any(
+        abs((hu - before["mean"]) / before["std"] - (hu - now["mean"]) / now["std"]) > CT_TOLERANCE
+        for hu in (low, high)
+    )
 
 
 def _window(values: Mapping[str, float]) -> str:
-    return (f"[{values['percentile_00_5']:.0f}, {values['percentile_99_5']:.0f}] HU, mean {values['mean']:.0f}, "
-            f"standard deviation {values['std']:.0f}")
+    return (
+        f"[{values['percentile_00_5']:.0f}, {values['percentile_99_5']:.0f}] HU, mean {values['mean']:.0f}, "
+        f"standard deviation {values['std']:.0f}"
+    )

@@ -93,13 +93,15 @@ def plan_like(
         taken += _normalisation(source, len(resolved["normalization_schemes"]), configuration)
     if taken:
         taken.append((("configurations", configuration, "data_identifier"), f"{name}_{configuration}"))
-    shape = dict(taken).get(("configurations", configuration, "median_image_size_in_voxels"),
-                            resolved["median_image_size_in_voxels"])
+    shape = dict(taken).get(
+        ("configurations", configuration, "median_image_size_in_voxels"), resolved["median_image_size_in_voxels"]
+    )
     architecture = _architecture(source)
     patch, notes = _patch(source, architecture, resolved["patch_size"], shape)
     taken += network_assignments(configuration, architecture, patch)
-    written = write_changed_plan(folder, plans, name, [*taken, *asked_for(plans, presets, assignments)],
-                                 overwrite=overwrite)
+    written = write_changed_plan(
+        folder, plans, name, [*taken, *asked_for(plans, presets, assignments)], overwrite=overwrite
+    )
     return replace(written, notes=notes + _memory(plans, read_plan(folder, name), configuration, dataset_json))
 
 
@@ -107,8 +109,10 @@ def _alone(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
     """The plan with one configuration that stands by itself, and without what belongs to other weights."""
     resolved = resolve_configuration(plans, configuration)
     if resolved.get("previous_stage"):
-        raise UserError(f"{configuration} is the second stage of a cascade, whose network also reads labels.",
-                        "Name another configuration with -c, such as 3d_fullres.")
+        raise UserError(
+            f"{configuration} is the second stage of a cascade, whose network also reads labels.",
+            "Name another configuration with -c, such as 3d_fullres.",
+        )
     kept = {key: deepcopy(value) for key, value in resolved.items() if key not in NOT_TAKEN_OVER}
     alone = {**deepcopy(dict(plans)), "configurations": {configuration: kept}}
     settings = {key: value for key, value in alone.pop("finetuning", {}).items() if key not in OF_OTHER_WEIGHTS}
@@ -117,16 +121,22 @@ def _alone(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
 
 def _architecture(source: Source) -> dict[str, Any]:
     if source.network is None:
-        raise UserError(f"{source.path} does not say which network its weights belong to.",
-                        "Name a table that says it with --mapping, or set the architecture by hand: "
-                        "nnssl_plugin plan --set 'configurations.3d_fullres.architecture.…'")
+        raise UserError(
+            f"{source.path} does not say which network its weights belong to.",
+            "Name a table that says it with --mapping, or set the architecture by hand: "
+            "nnssl_plugin plan --set 'configurations.3d_fullres.architecture.…'",
+        )
     kwargs = deepcopy(dict(source.network["kwargs"]))
-    return {"network_class_name": source.network["class"], "arch_kwargs": kwargs,
-            "_kw_requires_import": [key for key in IMPORTED if key in kwargs]}
+    return {
+        "network_class_name": source.network["class"],
+        "arch_kwargs": kwargs,
+        "_kw_requires_import": [key for key in IMPORTED if key in kwargs],
+    }
 
 
-def _patch(source: Source, architecture: Mapping[str, Any], planned: Sequence[int],
-           shape: Sequence[float]) -> tuple[list[int], list[str]]:
+def _patch(
+    source: Source, architecture: Mapping[str, Any], planned: Sequence[int], shape: Sequence[float]
+) -> tuple[list[int], list[str]]:
     """The patch in voxels, and what was changed of the checkpoint's.
 
     Args:
@@ -139,16 +149,20 @@ def _patch(source: Source, architecture: Mapping[str, Any], planned: Sequence[in
     stated = recommended or source.provenance.get("patch_size")
     wanted = list(stated or planned)
     if len(wanted) != len(planned):
-        raise UserError(f"The network of {source.path.name} reads {len(wanted)}D patches, the configuration is "
-                        f"{len(planned)}D.", "Name another configuration with -c.")
+        raise UserError(
+            f"The network of {source.path.name} reads {len(wanted)}D patches, the configuration is {len(planned)}D.",
+            "Name another configuration with -c.",
+        )
     divisors = patch_divisors(architecture, len(wanted))
     covering = [max(1, math.ceil(size / divisor)) * divisor for size, divisor in zip(shape, divisors, strict=True)]
     patch = [min(sizes) for sizes in zip(fitting_patch(wanted, divisors), covering, strict=True)]
     patch = more_than_one_voxel(patch, divisors, shape)
     if patch == list(wanted):
         return patch, []
-    return patch, [f"patch size: {_by(wanted)} {'in the checkpoint' if stated else 'planned'} → {_by(patch)} here "
-                   f"(median case {_by(round(size) for size in shape)} voxels, divisible by {_by(divisors)})"]
+    return patch, [
+        f"patch size: {_by(wanted)} {'in the checkpoint' if stated else 'planned'} → {_by(patch)} here "
+        f"(median case {_by(round(size) for size in shape)} voxels, divisible by {_by(divisors)})"
+    ]
 
 
 def _spacing(source: Source, plans: Mapping[str, Any], configuration: str) -> list[Assignment]:
@@ -157,8 +171,10 @@ def _spacing(source: Source, plans: Mapping[str, Any], configuration: str) -> li
     before, size = plans["original_median_spacing_after_transp"], plans["original_median_shape_after_transp"]
     present = plans["configurations"][configuration]["spacing"]
     if len(wanted) != len(present):
-        raise UserError(f"{source.path.name} was trained at a spacing of {wanted} mm, {configuration} has "
-                        f"{len(present)} axes.", "Leave --spacing out, or name another configuration with -c.")
+        raise UserError(
+            f"{source.path.name} was trained at a spacing of {wanted} mm, {configuration} has {len(present)} axes.",
+            "Leave --spacing out, or name another configuration with -c.",
+        )
     if list(wanted) == list(present):
         return []
     axes = range(len(size) - len(wanted), len(size))  # 2D configurations leave the first axis as it is
@@ -187,28 +203,34 @@ def _for_channels(values: Sequence[Any], channels: int, source: Source) -> list[
     if len(values) == channels:
         return deepcopy(list(values))
     if any(value != values[0] for value in values):
-        raise UserError(f"{source.path.name} normalised {len(values)} channels in different ways, the dataset has "
-                        f"{channels}.", "Leave --normalisation out, and set normalization_schemes with --set.")
+        raise UserError(
+            f"{source.path.name} normalised {len(values)} channels in different ways, the dataset has {channels}.",
+            "Leave --normalisation out, and set normalization_schemes with --set.",
+        )
     return [deepcopy(values[0]) for _ in range(channels)]
 
 
 def _stated(source: Source, field: str, flag: str) -> list[Any]:
     if not source.provenance.get(field):
-        raise UserError(f"{source.path} does not say its {field}.",
-                        f"Leave {flag} out, or set the value by hand with --set.")
+        raise UserError(
+            f"{source.path} does not say its {field}.", f"Leave {flag} out, or set the value by hand with --set."
+        )
     return list(source.provenance[field])
 
 
-def _memory(before: Mapping[str, Any], after: Mapping[str, Any], configuration: str,
-            dataset_json: Mapping[str, Any]) -> list[str]:
+def _memory(
+    before: Mapping[str, Any], after: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+) -> list[str]:
     """A word on the batch size where training needs clearly more memory than what nnU-Net planned."""
     ratio = training_bytes(after, configuration, dataset_json) / training_bytes(before, configuration, dataset_json)
     if ratio <= COMFORTABLE:
         return []
     batch = resolve_configuration(after, configuration)["batch_size"]
-    return [f"memory: a training step needs about {ratio:.1f} times that of {before['plans_name']} at the same batch "
-            f"size of {batch}; if it does not fit: --set configurations.{configuration}.batch_size="
-            f"{max(1, int(batch / ratio))}"]
+    return [
+        f"memory: a training step needs about {ratio:.1f} times that of {before['plans_name']} at the same batch "
+        f"size of {batch}; if it does not fit: --set configurations.{configuration}.batch_size="
+        f"{max(1, int(batch / ratio))}"
+    ]
 
 
 def training_bytes(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> int:
@@ -227,8 +249,10 @@ def training_bytes(plans: Mapping[str, Any], configuration: str, dataset_json: M
         return tensor
 
     image = torch.empty(1, input_channels(plans, configuration, dataset_json), *resolved["patch_size"], device="meta")
-    with (mock.patch.object(F, "scaled_dot_product_attention", _attention_without_matrix),
-          torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)):
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", _attention_without_matrix),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         outputs = network(image)  # held until all is counted, so that no storage's number is given twice
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())
     del outputs

@@ -44,7 +44,7 @@ def kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
     for axis, (before, after) in enumerate(zip(weight.shape[2:], size, strict=True), start=2):
         if before != after:
             index = (torch.arange(before) - (before - 1) // 2 + (after - 1) // 2).clamp(0, after - 1)
-            shape = (*weight.shape[:axis], after, *weight.shape[axis + 1:])
+            shape = (*weight.shape[:axis], after, *weight.shape[axis + 1 :])
             weight = weight.new_zeros(shape).index_add_(axis, index, weight)
     return weight
 

@@ -20,8 +20,19 @@ logger = logging.getLogger(__name__)
 PLAIN = (bool, int, float, complex, str, bytes)
 """Scalars that are kept; subclasses (np.float64 is a float, np.str_ a str) are reduced to them."""
 TORCH_VALUES = (torch.dtype, torch.device, torch.Size)
-DAMAGED = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError,
-           AttributeError, AssertionError, zipfile.BadZipFile)
+DAMAGED = (
+    pickle.UnpicklingError,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    zipfile.BadZipFile,
+)
 """What PyTorch raises for a file that it cannot read; which of them depends on where the damage is."""
 
 
@@ -94,8 +105,10 @@ def read_trusted(path: str | Path) -> dict[str, Any]:
         check_size(path)
         content = torch.load(path, map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{path} needs code that is not installed: {error}.",
-                        "Install the package that wrote it, in a machine that you can lose, and try again.") from error
+        raise UserError(
+            f"{path} needs code that is not installed: {error}.",
+            "Install the package that wrote it, in a machine that you can lose, and try again.",
+        ) from error
     except DAMAGED as error:
         raise _unreadable(path, error) from error
     if isinstance(content, torch.nn.Module):
@@ -116,8 +129,10 @@ def is_safetensors(path: str | Path) -> bool:
     if len(start) == 9 and start[8:] == b"{" and length <= path.stat().st_size - 8:
         return True
     if path.suffix == ".safetensors":
-        raise UserError(f"{path} is named .safetensors but is not of that format, or was cut short.",
-                        "Download it again. If it is a checkpoint of PyTorch, rename it to .pth: no code in it is run.")
+        raise UserError(
+            f"{path} is named .safetensors but is not of that format, or was cut short.",
+            "Download it again. If it is a checkpoint of PyTorch, rename it to .pth: no code in it is run.",
+        )
     return False
 
 
@@ -149,8 +164,10 @@ def _existing(path: str | Path) -> Path:
 
 def _checkpoint(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint.",
-                        "Give a file with network weights, such as checkpoint_final.pth.")
+        raise UserError(
+            f"{path} holds a {type(content).__name__}, not a checkpoint.",
+            "Give a file with network weights, such as checkpoint_final.pth.",
+        )
     return content
 
 
@@ -173,8 +190,10 @@ def _plain(value: Any, place: str, moved: dict[tuple, Tensor]) -> Any:
     for kind in (list, tuple, set):
         if isinstance(value, kind):
             return kind(_plain(v, f"{place}[{i}]", moved) for i, v in enumerate(value))
-    raise TypeError(f"{place} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint holds plain types "
-                    "only (numbers, strings, lists, dicts, tensors)")
+    raise TypeError(
+        f"{place} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint holds plain types "
+        "only (numbers, strings, lists, dicts, tensors)"
+    )
 
 
 def _plain_tensor(value: Tensor, place: str, moved: dict[tuple, Tensor]) -> Tensor:
@@ -207,8 +226,10 @@ def _unreadable(path: Path, error: Exception) -> UserError:
         )
     if isinstance(error, PermissionError):
         return UserError(f"{path} may not be read: permission denied.", f"chmod u+r {path}")
-    return UserError(f"{path} is truncated, damaged or not a checkpoint of PyTorch.",
-                     "Copy or download it again, or use an earlier checkpoint of the same folder.")
+    return UserError(
+        f"{path} is truncated, damaged or not a checkpoint of PyTorch.",
+        "Copy or download it again, or use an earlier checkpoint of the same folder.",
+    )
 
 
 def _called(path: Path) -> list[str]:

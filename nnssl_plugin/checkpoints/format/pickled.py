@@ -43,8 +43,11 @@ def check_size(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > LARGEST_EXPANSION * size + SLACK:
-        raise UserError(f"{path} has {size / 2**20:.1f} MiB and claims to unpack to {unpacked / 2**20:,.0f} MiB; it "
-                        "was not opened.", "Ask its author for a file that torch.save wrote, which is not compressed.")
+        raise UserError(
+            f"{path} has {size / 2**20:.1f} MiB and claims to unpack to {unpacked / 2**20:,.0f} MiB; it "
+            "was not opened.",
+            "Ask its author for a file that torch.save wrote, which is not compressed.",
+        )
 
 
 def unsafe_globals(path: str | Path) -> list[str]:
@@ -76,8 +79,10 @@ def unsafe_globals(path: str | Path) -> list[str]:
         raise _no_pickle(path) from error
     if not pickles:
         raise _no_pickle(path)
-    numpy_names = {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
-                   for entry in numpy_globals()}
+    numpy_names = {
+        entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+        for entry in numpy_globals()
+    }
     return sorted(found - set(_get_allowed_globals()) - numpy_names)
 
 
@@ -94,8 +99,10 @@ def numpy_globals() -> list[Any]:
 
 
 def _no_pickle(path: Path) -> UserError:
-    return UserError(f"{path} holds no pickle that can be read: it is truncated, damaged or no checkpoint of PyTorch.",
-                     "Copy or download it again.")
+    return UserError(
+        f"{path} holds no pickle that can be read: it is truncated, damaged or no checkpoint of PyTorch.",
+        "Copy or download it again.",
+    )
 
 
 def _pickles(path: Path) -> Iterator[BinaryIO]:

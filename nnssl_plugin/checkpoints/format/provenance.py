@@ -22,11 +22,26 @@ OWN_BLOCKS = ("pretraining", "finetuning")
 """Blocks that this package adds to a plan and nnU-Net ignores."""
 NNSSL_CLASSES = ("ResidualEncoderUNet", "PlainConvUNet")
 """Networks that nnssl and nnU-Net's fine-tuning know by their bare name; others keep their dotted name."""
-NNSSL_PLAN = ("dataset_name", "plans_name", "original_median_spacing_after_transp", "image_reader_writer",
-              "transpose_forward", "transpose_backward", "experiment_planner_used")
+NNSSL_PLAN = (
+    "dataset_name",
+    "plans_name",
+    "original_median_spacing_after_transp",
+    "image_reader_writer",
+    "transpose_forward",
+    "transpose_backward",
+    "experiment_planner_used",
+)
 """Fields of nnssl's ``Plan`` besides its configurations; it refuses any other."""
-NNSSL_CONFIGURATION = ("data_identifier", "preprocessor_name", "normalization_schemes", "use_mask_for_norm",
-                       "resampling_fn_data", "resampling_fn_data_kwargs", "spacing", "patch_size")
+NNSSL_CONFIGURATION = (
+    "data_identifier",
+    "preprocessor_name",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "spacing",
+    "patch_size",
+)
 """Fields of nnssl's ``ConfigurationPlan`` that nnU-Net's configurations have under the same name."""
 
 
@@ -66,25 +81,27 @@ def describe_pretraining(
         plan's axes, after ``transpose_forward``.
     """
     resolved = resolve_configuration(plans, configuration)
-    return _as_json_holds_it({
-        "format": FORMAT,
-        "method": method,
-        "settings": dict(settings),
-        "training": dict(training),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "packages": {package: _version(package) for package in PACKAGES},
-        "data": {"dataset": plans["dataset_name"], "cases": cases},
-        "plans_name": plans["plans_name"],
-        "configuration": configuration,
-        **describe_input(plans, configuration, dataset_json),
-        "patch_size": list(resolved["patch_size"]),
-        "network": describe_network(plans, configuration),
-        "trained": list(trained),
-        "steps": steps,
-        "citations": list(citations),
-        "licence": licence,
-        "weights_sha256": weights_hash(weights) if weights is not None else None,
-    })
+    return _as_json_holds_it(
+        {
+            "format": FORMAT,
+            "method": method,
+            "settings": dict(settings),
+            "training": dict(training),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "packages": {package: _version(package) for package in PACKAGES},
+            "data": {"dataset": plans["dataset_name"], "cases": cases},
+            "plans_name": plans["plans_name"],
+            "configuration": configuration,
+            **describe_input(plans, configuration, dataset_json),
+            "patch_size": list(resolved["patch_size"]),
+            "network": describe_network(plans, configuration),
+            "trained": list(trained),
+            "steps": steps,
+            "citations": list(citations),
+            "licence": licence,
+            "weights_sha256": weights_hash(weights) if weights is not None else None,
+        }
+    )
 
 
 def describe_input(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> dict[str, Any]:

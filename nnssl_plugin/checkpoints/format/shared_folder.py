@@ -159,8 +159,10 @@ def read_folder_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path.parent} holds no {path.name}: it is not a folder that nnssl_plugin exported.",
-                        "Download all of its files, or name a checkpoint.") from error
+        raise UserError(
+            f"{path.parent} holds no {path.name}: it is not a folder that nnssl_plugin exported.",
+            "Download all of its files, or name a checkpoint.",
+        ) from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.", "Download it again.") from error
 
@@ -178,12 +180,14 @@ def read_shared_folder(folder: str | Path) -> dict[str, Any]:
         content = _content(folder, state=STATE_VALUES in hashes["files"], plan=ADAPTATION_PLAN in hashes["files"])
         recorded = (hashes["network_weights"], content["provenance"].get("weights_sha256"))
     except (LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is not laid out as nnssl_plugin exports it ({type(error).__name__}: {error}).",
-                        DOWNLOAD_AGAIN) from error
+        raise UserError(
+            f"{folder} is not laid out as nnssl_plugin exports it ({type(error).__name__}: {error}).", DOWNLOAD_AGAIN
+        ) from error
     found = weights_hash(content["network_weights"])
     if any(said not in (None, found) for said in recorded):
-        raise UserError(f"The weights in {folder / MODEL} are not those that were exported (their hash differs).",
-                        DOWNLOAD_AGAIN)
+        raise UserError(
+            f"The weights in {folder / MODEL} are not those that were exported (their hash differs).", DOWNLOAD_AGAIN
+        )
     return content
 
 
@@ -193,8 +197,12 @@ def _content(folder: Path, *, state: bool, plan: bool) -> dict[str, Any]:
     run = decode(read_folder_json(folder / RUN), {})
     content = {
         "network_weights": {key: stored[name] for key, name in read_folder_json(folder / ALIASES).items()},
-        "init_args": {"plans": read_folder_json(folder / PLANS), "configuration": run.pop("configuration"),
-                      "fold": run.pop("fold"), "dataset_json": read_folder_json(folder / DATASET)},
+        "init_args": {
+            "plans": read_folder_json(folder / PLANS),
+            "configuration": run.pop("configuration"),
+            "fold": run.pop("fold"),
+            "dataset_json": read_folder_json(folder / DATASET),
+        },
         "provenance": read_folder_json(folder / PROVENANCE),
         **run,
     }
@@ -211,8 +219,10 @@ def _verify_files(folder: Path, listed: Mapping[str, str]) -> None:
     needed = (*NEEDED, STATE) if STATE_VALUES in listed else NEEDED
     missing = [name for name in needed if name not in listed]
     if missing:
-        raise UserError(f"{folder / HASHES} does not list {missing[0]}: this is no folder of --format safetensors.",
-                        "For a folder with a .pth file, name that file.")
+        raise UserError(
+            f"{folder / HASHES} does not list {missing[0]}: this is no folder of --format safetensors.",
+            "For a folder with a .pth file, name that file.",
+        )
     for name, digest in listed.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():

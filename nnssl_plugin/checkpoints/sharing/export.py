@@ -34,8 +34,17 @@ from nnssl_plugin.checkpoints.sharing.model_card import PaperLike, model_card, r
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 
-DATASET_FIELDS = ("channel_names", "modality", "labels", "regions_class_order", "numTraining", "file_ending",
-                  "overwrite_image_reader_writer", "licence", "name")
+DATASET_FIELDS = (
+    "channel_names",
+    "modality",
+    "labels",
+    "regions_class_order",
+    "numTraining",
+    "file_ending",
+    "overwrite_image_reader_writer",
+    "licence",
+    "name",
+)
 """Fields of ``dataset.json`` that are exported; ``dataset`` lists every case, and free text may name anyone."""
 RUN_FIELDS = ("trainer_name", "current_epoch", "inference_allowed_mirroring_axes", "citations")
 LOCAL_PATH = re.compile(r"(?<![\w:/.)\]}])(?:~[\w-]*[/\\]|/(?=\w)|[A-Za-z]:[/\\]|\\\\)|file://", re.ASCII)
@@ -86,10 +95,18 @@ def export_checkpoint(
         content["provenance"]["licence"] = licence
     recorded, found = content["provenance"].get("weights_sha256"), weights_hash(content["network_weights"])
     if recorded is not None and recorded != found:
-        raise UserError(f"The weights in {path} are not those that its provenance describes (their hash differs).",
-                        "Export the checkpoint that the pretraining wrote.")
-    card = model_card(content["provenance"], layout=layout, weights=content["network_weights"],
-                      sha256=found, results=[read_results(result) for result in results], papers=papers or {})
+        raise UserError(
+            f"The weights in {path} are not those that its provenance describes (their hash differs).",
+            "Export the checkpoint that the pretraining wrote.",
+        )
+    card = model_card(
+        content["provenance"],
+        layout=layout,
+        weights=content["network_weights"],
+        sha256=found,
+        results=[read_results(result) for result in results],
+        papers=papers or {},
+    )
     with new_folder(folder) as temporary:
         WRITERS[layout](content, temporary)
         (temporary / CARD).write_text(card, encoding="utf-8")
@@ -109,8 +126,10 @@ def shareable(checkpoint: Mapping[str, Any], path: Path) -> tuple[dict[str, Any]
     weights, provenance = checkpoint.get("network_weights"), checkpoint.get("provenance")
     arguments = checkpoint.get("init_args")
     if not isinstance(weights, Mapping) or not isinstance(provenance, Mapping) or not isinstance(arguments, Mapping):
-        raise UserError(f"{path} is not the checkpoint of a pretraining: it has no provenance or no plan.",
-                        "Give its checkpoint_final.pth. For a fine-tuned model: nnssl_plugin export --stock")
+        raise UserError(
+            f"{path} is not the checkpoint of a pretraining: it has no provenance or no plan.",
+            "Give its checkpoint_final.pth. For a fine-tuned model: nnssl_plugin export --stock",
+        )
     removed: list[str] = []
     public = {
         **{key: checkpoint[key] for key in RUN_FIELDS if key in checkpoint},

@@ -52,12 +52,6 @@ def import_weights(source: str | Path, target: str | Path, *, trust: bool = Fals
     return target
 
 
-
-
-
-
-
-
 def _read_untrusted(path: Path) -> dict[str, Any]:
     """A file of plain tensors; for any other, the refusal names everything that it would call."""
     try:
@@ -67,8 +61,10 @@ def _read_untrusted(path: Path) -> dict[str, Any]:
         if not called:
             raise
         shown = ", ".join(called[:SHOWN]) + (f" and {len(called) - SHOWN} more" if len(called) > SHOWN else "")
-        raise UserError(f"{path} runs code when it is opened; it was not opened. It would call:\n  {shown}",
-                        f"If you know and trust its author: nnssl_plugin import --trust {path} -o NEW.pth") from error
+        raise UserError(
+            f"{path} runs code when it is opened; it was not opened. It would call:\n  {shown}",
+            f"If you know and trust its author: nnssl_plugin import --trust {path} -o NEW.pth",
+        ) from error
 
 
 def _plain_part(content: Mapping[Any, Any]) -> dict[str, Any]:

@@ -16,8 +16,22 @@ from torch import Tensor
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
 
-LICENCES = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
-            "cc-by-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0"}
+LICENCES = {
+    "apache-2.0",
+    "mit",
+    "bsd-2-clause",
+    "bsd-3-clause",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-4.0",
+    "cc-by-nd-4.0",
+    "cc-by-nc-sa-4.0",
+    "cc-by-nc-nd-4.0",
+    "gpl-3.0",
+    "lgpl-3.0",
+    "agpl-3.0",
+}
 """Identifiers of the hub's list that weights usually have; another one is written as ``other`` with its name."""
 NNUNET_BIBTEX = """@article{isensee2021nnunet,
   title   = {nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation},
@@ -126,13 +140,19 @@ def read_results(text: str) -> Results:
         content = read_json(path)
         mean = content["foreground_mean"]
         per_label = {label: float(values["Dice"]) for label, values in content["mean"].items()}
-        return Results(name if separator else _name_of(path), float(mean["Dice"]),
-                       float(mean["IoU"]) if "IoU" in mean else None, per_label)
+        return Results(
+            name if separator else _name_of(path),
+            float(mean["Dice"]),
+            float(mean["IoU"]) if "IoU" in mean else None,
+            per_label,
+        )
     except OSError as error:
         raise UserError(f"There is no summary {path}.", "Name a summary.json that nnU-Net wrote.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a summary of nnU-Net's ({type(error).__name__}: {error}).",
-                        "Name fold_X/validation/summary.json or the output of nnUNetv2_evaluate_folder.") from error
+        raise UserError(
+            f"{path} is not a summary of nnU-Net's ({type(error).__name__}: {error}).",
+            "Name fold_X/validation/summary.json or the output of nnUNetv2_evaluate_folder.",
+        ) from error
 
 
 def _name_of(path: Path) -> str:
@@ -156,8 +176,10 @@ def _front_matter(provenance: Mapping[str, Any]) -> str:
 
 def _summary(provenance: Mapping[str, Any]) -> str:
     cases = provenance["data"]["cases"]
-    return (f"Weights for fine-tuning with nnU-Net v2, pretrained without labels on {cases} "
-            f"case{'' if cases == 1 else 's'} ({', '.join(provenance['channels'])}).")
+    return (
+        f"Weights for fine-tuning with nnU-Net v2, pretrained without labels on {cases} "
+        f"case{'' if cases == 1 else 's'} ({', '.join(provenance['channels'])})."
+    )
 
 
 def _details(provenance: Mapping[str, Any], weights: Mapping[str, Tensor], paper: PaperLike | None, sha256: str) -> str:
@@ -172,26 +194,38 @@ def _details(provenance: Mapping[str, Any], weights: Mapping[str, Tensor], paper
     ]
     origin = provenance.get("continued_from")
     if origin:
-        lines.append(f"- **Finetuned from model:** {origin.get('method', origin.get('kind', 'not stated'))}, licence "
-                     f"{origin.get('licence', 'not stated')}, weights `{origin.get('weights_sha256', 'not stated')}`")
-    shape = [f"`{key}` {json.dumps(kwargs[key])}" for key in ("features_per_stage", "strides", "kernel_sizes")
-             if key in kwargs]
-    return "## Model Details\n\n### Model Description\n\n" + "\n".join(lines) + (
-        f"\n- **Architecture:** {'; '.join(shape)}" if shape else "")
+        lines.append(
+            f"- **Finetuned from model:** {origin.get('method', origin.get('kind', 'not stated'))}, licence "
+            f"{origin.get('licence', 'not stated')}, weights `{origin.get('weights_sha256', 'not stated')}`"
+        )
+    shape = [
+        f"`{key}` {json.dumps(kwargs[key])}"
+        for key in ("features_per_stage", "strides", "kernel_sizes")
+        if key in kwargs
+    ]
+    return (
+        "## Model Details\n\n### Model Description\n\n"
+        + "\n".join(lines)
+        + (f"\n- **Architecture:** {'; '.join(shape)}" if shape else "")
+    )
 
 
 def _uses() -> str:
-    return ("## Uses\n\n### Direct Use\n\nInitial weights for fine-tuning, and features. The segmentation layers were "
-            "not trained: the network does not segment anything as it is.\n\n### Out-of-Scope Use\n\nDiagnosis, "
-            "treatment and any other clinical decision. Research software; not a medical device.")
+    return (
+        "## Uses\n\n### Direct Use\n\nInitial weights for fine-tuning, and features. The segmentation layers were "
+        "not trained: the network does not segment anything as it is.\n\n### Out-of-Scope Use\n\nDiagnosis, "
+        "treatment and any other clinical decision. Research software; not a medical device."
+    )
 
 
 def _limitations(provenance: Mapping[str, Any]) -> str:
     trained = ", ".join(f"`{prefix}`" for prefix in provenance["trained"])
-    return ("## Bias, Risks, and Limitations\n\nPretraining trained the tensors whose keys begin with "
-            f"{trained}; every other tensor is as it was initialised. The weights know images of the kind, resolution "
-            "and intensities described below, from the scanners and patients of one collection; how they do on others "
-            "has to be measured. Compare with training from scratch on the same folds.")
+    return (
+        "## Bias, Risks, and Limitations\n\nPretraining trained the tensors whose keys begin with "
+        f"{trained}; every other tensor is as it was initialised. The weights know images of the kind, resolution "
+        "and intensities described below, from the scanners and patients of one collection; how they do on others "
+        "has to be measured. Compare with training from scratch on the same folds."
+    )
 
 
 def _training(provenance: Mapping[str, Any]) -> str:
@@ -224,7 +258,8 @@ def _results_table(results: Sequence[Results]) -> str:
         numbers = [result.dice, result.iou, *(result.per_label.get(label) for label in labels)]
         lines.append([_cell(result.name), *map(_number, numbers)])
     return "nnU-Net's means over the cases, after fine-tuning.\n\n" + "\n".join(
-        f"| {' | '.join(line)} |" for line in lines)
+        f"| {' | '.join(line)} |" for line in lines
+    )
 
 
 def _number(value: float | None) -> str:
@@ -254,8 +289,12 @@ def _bibtex(provenance: Mapping[str, Any], paper: PaperLike | None) -> str:
         for number, citation in enumerate(_citations(provenance))
     ]
     if paper is not None:
-        fields = {"title": f"{{{paper.title}}}", "author": " and ".join(paper.authors),
-                  "howpublished": paper.venue, "year": paper.year or ""}
+        fields = {
+            "title": f"{{{paper.title}}}",
+            "author": " and ".join(paper.authors),
+            "howpublished": paper.venue,
+            "year": paper.year or "",
+        }
         rows = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
         entries = [f"@misc{{{method},\n{rows}\n}}", *entries[1:]]
     return "\n\n".join([*entries, NNUNET_BIBTEX])

@@ -77,15 +77,19 @@ def _folds(model: Path) -> tuple[Path, list[Path]]:
     model = model.resolve()
     found = sorted(model.glob(f"fold_*/{FINAL}"))
     if not found:
-        raise UserError(f"{model} holds no fold_X/{FINAL}.",
-                        "Name nnUNet_results/DatasetXXX_NAME/TRAINER__PLANS__CONFIG of a model with finished folds.")
+        raise UserError(
+            f"{model} holds no fold_X/{FINAL}.",
+            "Name nnUNet_results/DatasetXXX_NAME/TRAINER__PLANS__CONFIG of a model with finished folds.",
+        )
     return model, found
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"There is no {path}: {path.parent} is not a model folder of nnU-Net.",
-                        "Name nnUNet_results/DatasetXXX_NAME/TRAINER__PLANS__CONFIG, or a checkpoint in its folds.")
+        raise UserError(
+            f"There is no {path}: {path.parent} is not a model folder of nnU-Net.",
+            "Name nnUNet_results/DatasetXXX_NAME/TRAINER__PLANS__CONFIG, or a checkpoint in its folds.",
+        )
     return read_json(path)
 
 
@@ -95,7 +99,9 @@ def _expected_shapes(plans: dict[str, Any], configuration: str, dataset_json: di
     if not type(network).__module__.startswith(LIBRARY):
         raise UserError(
             f"The plan's network, {type(network).__module__}.{type(network).__name__}, is not one that every nnU-Net "
-            "has.", "It predicts only where this package is installed: share the model folder as it is.")
+            "has.",
+            "It predicts only where this package is installed: share the model folder as it is.",
+        )
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
@@ -112,12 +118,19 @@ def _stock_checkpoint(
     found = {key: tuple(value.shape) for key, value in weights.items()}
     if found != expected:
         different = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-        raise UserError(f"{path} holds another network than its plan builds ({len(different)} tensors, such as "
-                        f"{different[0]}): its trainer changed it.", "It needs its own trainer to predict.")
+        raise UserError(
+            f"{path} holds another network than its plan builds ({len(different)} tensors, such as "
+            f"{different[0]}): its trainer changed it.",
+            "It needs its own trainer to predict.",
+        )
     return {
         "network_weights": dict(weights),
-        "init_args": {"plans": plans, "configuration": configuration, "fold": arguments.get("fold"),
-                      "dataset_json": dataset_json},
+        "init_args": {
+            "plans": plans,
+            "configuration": configuration,
+            "fold": arguments.get("fold"),
+            "dataset_json": dataset_json,
+        },
         "trainer_name": TRAINER,
         "inference_allowed_mirroring_axes": content.get("inference_allowed_mirroring_axes"),
         "current_epoch": content.get("current_epoch"),

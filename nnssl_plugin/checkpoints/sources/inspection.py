@@ -39,8 +39,20 @@ SAID = {
     "plain": "a file of PyTorch with a state dict",
     "safetensors": "a safetensors file",
 }
-SHOWN_ARGUMENTS = ("features_per_stage", "strides", "n_blocks_per_stage", "n_conv_per_stage", "embed_dim", "eva_depth",
-                   "eva_numheads", "patch_embed_size", "input_shape", "feature_size", "depths", "num_heads")
+SHOWN_ARGUMENTS = (
+    "features_per_stage",
+    "strides",
+    "n_blocks_per_stage",
+    "n_conv_per_stage",
+    "embed_dim",
+    "eva_depth",
+    "eva_numheads",
+    "patch_embed_size",
+    "input_shape",
+    "feature_size",
+    "depths",
+    "num_heads",
+)
 """Arguments of a network that say what it is."""
 
 
@@ -74,8 +86,21 @@ def inspect_file(path: str | Path, *, mapping: str | Path | None = None) -> dict
         "first_keys": list(source.weights)[:3],
         "trained": None if source.trained is None else list(source.trained),
         "input_channels": source.input_channels,
-        **{name: known.get(name) for name in ("channels", "normalisation", "spacing_mm", "patch_size", "orientation",
-                                              "transpose_forward", "data", "steps", "licence", "packages")},
+        **{
+            name: known.get(name)
+            for name in (
+                "channels",
+                "normalisation",
+                "spacing_mm",
+                "patch_size",
+                "orientation",
+                "transpose_forward",
+                "data",
+                "steps",
+                "licence",
+                "packages",
+            )
+        },
         "plans_name": known.get("plans_name") or (source.plans or {}).get("plans_name"),
         "configuration": source.configuration or known.get("configuration"),
         "epochs": _epochs(source.content),
@@ -132,15 +157,19 @@ def _stated(values: Mapping[str, Any], first: str, one: str, second: str, other:
     """Two values in their sentences; one that the file does not state is named, or both at once."""
     if all(values.get(name) in NOTHING for name in (one, other)):
         return UNSTATED
-    said = [sentence.format(_text(values.get(name))) if values.get(name) not in NOTHING else
-            f"{name.replace('_', ' ')} {UNSTATED}" for sentence, name in ((first, one), (second, other))]
+    said = [
+        sentence.format(_text(values.get(name)))
+        if values.get(name) not in NOTHING
+        else f"{name.replace('_', ' ')} {UNSTATED}"
+        for sentence, name in ((first, one), (second, other))
+    ]
     return ", ".join(said)
 
 
 def _entry(label: str, value: str) -> list[str]:
     wrapped = textwrap.wrap(value, WIDTH - LABEL, break_on_hyphens=False) or [UNSTATED]
     if len(wrapped) > MOST_LINES:
-        last = textwrap.shorten(" ".join(wrapped[MOST_LINES - 1:]), WIDTH - LABEL, placeholder=" …")
+        last = textwrap.shorten(" ".join(wrapped[MOST_LINES - 1 :]), WIDTH - LABEL, placeholder=" …")
         wrapped = [*wrapped[: MOST_LINES - 1], last]
     return [f"{name:<{LABEL}}{line}" for name, line in zip([label, *[""] * len(wrapped)], wrapped, strict=False)]
 
@@ -246,15 +275,19 @@ def _use(source: Source, path: Path, mapping: str | Path | None) -> list[str]:
     if "adaptation" in source.content:
         plan = (source.plans or {}).get("plans_name", "PLANS")
         configuration = source.configuration or "3d_fullres"
-        return [f"nnUNetv2_train TARGET_ID {configuration} 0 -p {plan} -tr PretrainedSegmentationTrainer",
-                f"nnUNetv2_train TARGET_ID {configuration} 0 -p {plan} -pretrained_weights {path}"]
+        return [
+            f"nnUNetv2_train TARGET_ID {configuration} 0 -p {plan} -tr PretrainedSegmentationTrainer",
+            f"nnUNetv2_train TARGET_ID {configuration} 0 -p {plan} -pretrained_weights {path}",
+        ]
     table = f" --mapping {mapping}" if mapping else ""
     commands = [f"nnssl_plugin adapt -d TARGET_ID -w {path} -n {_name(source)}{table}"]
     if source.network is None and not mapping:
         commands.append(f"{commands[0]} --mapping TABLE   (where its keys are not those of the plan's network)")
     if source.kind == NNUNET:
-        commands.append(f"nnUNetv2_train TARGET_ID {source.configuration} 0 -pretrained_weights {path}"
-                        "   (where the plans describe the same network)")
+        commands.append(
+            f"nnUNetv2_train TARGET_ID {source.configuration} 0 -pretrained_weights {path}"
+            "   (where the plans describe the same network)"
+        )
     return commands
 
 

@@ -70,13 +70,17 @@ def first_layer_channels(weights: Mapping[str, Tensor], stem: str | None) -> int
     """Input channels of the first convolution below ``stem``; None where that cannot be told."""
     if stem is None:
         return None
-    return next((value.shape[1] for key, value in weights.items()
-                 if key.startswith(f"{stem}.") and key.endswith("weight") and value.ndim in (4, 5)), None)
+    return next(
+        (
+            value.shape[1]
+            for key, value in weights.items()
+            if key.startswith(f"{stem}.") and key.endswith("weight") and value.ndim in (4, 5)
+        ),
+        None,
+    )
 
 
-def nnunet_plan_of(
-    content: Mapping[str, Any], path: Path
-) -> tuple[dict[str, Any], str, dict[str, Any]] | None:
+def nnunet_plan_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], str, dict[str, Any]] | None:
     """Plan, configuration and dataset.json of a checkpoint that nnU-Net wrote; None where it is not to be had.
 
     They lie in the checkpoint's ``init_args``, or else in the folder ``TRAINER__PLANS__CONFIGURATION`` above its fold.
@@ -128,8 +132,12 @@ def nnunet_provenance(
     except UNUSABLE as error:
         raise _unusable(path, error) from error
     return {
-        "method": f"supervised, {trainer or 'nnU-Net'}", "data": data, "plans_name": plans.get("plans_name"),
-        "configuration": configuration, **seen, "patch_size": list(resolved["patch_size"]),
+        "method": f"supervised, {trainer or 'nnU-Net'}",
+        "data": data,
+        "plans_name": plans.get("plans_name"),
+        "configuration": configuration,
+        **seen,
+        "patch_size": list(resolved["patch_size"]),
     }
 
 
@@ -145,10 +153,18 @@ def nnssl_network(block: Mapping[str, Any], weights: Mapping[str, Tensor]) -> di
     if scale is None:
         return None
     width, depth, heads = scale
-    return {"class": PRIMUS, "kwargs": {
-        "embed_dim": width, "patch_embed_size": list(PRIMUS_PATCH), "eva_depth": depth, "eva_numheads": heads,
-        "input_shape": _primus_shape(block, weights), "init_values": 0.1, "scale_attn_inner": True,
-    }}
+    return {
+        "class": PRIMUS,
+        "kwargs": {
+            "embed_dim": width,
+            "patch_embed_size": list(PRIMUS_PATCH),
+            "eva_depth": depth,
+            "eva_numheads": heads,
+            "input_shape": _primus_shape(block, weights),
+            "init_values": 0.1,
+            "scale_attn_inner": True,
+        },
+    }
 
 
 def nnssl_provenance(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,8 +195,9 @@ def in_names_of(
     for theirs, name in ((block.get("key_to_encoder"), ours.encoder), (block.get("key_to_stem"), ours.stem)):
         if name is None or not theirs or theirs == name:
             continue
-        weights = {name + key[len(theirs):] if key.startswith(f"{theirs}.") else key: value
-                   for key, value in weights.items()}
+        weights = {
+            name + key[len(theirs) :] if key.startswith(f"{theirs}.") else key: value for key, value in weights.items()
+        }
         notes.append(f"'{theirs}.' is called '{name}.' in the network")
     return dict(weights), notes
 
@@ -196,8 +213,11 @@ def _primus_shape(block: Mapping[str, Any], weights: Mapping[str, Tensor]) -> li
     tokens = positions.shape[1]
     side = round(tokens ** (1 / 3))
     cube = [side * patch for patch in PRIMUS_PATCH]
-    fitting = [shape for shape in candidates
-               if math.prod(n // patch for n, patch in zip(shape, PRIMUS_PATCH, strict=True)) == tokens]
+    fitting = [
+        shape
+        for shape in candidates
+        if math.prod(n // patch for n, patch in zip(shape, PRIMUS_PATCH, strict=True)) == tokens
+    ]
     return (fitting or [cube])[0]
 
 
@@ -210,6 +230,8 @@ def _list(value: Any) -> list | None:
 
 
 def _unusable(path: Path, error: Exception) -> UserError:
-    return UserError(f"The plan of {path} cannot be used: {type(error).__name__}: {error}.",
-                     "Put the plans.json and dataset.json of its training two folders above it, or give the weights "
-                     "alone with a mapping.")
+    return UserError(
+        f"The plan of {path} cannot be used: {type(error).__name__}: {error}.",
+        "Put the plans.json and dataset.json of its training two folders above it, or give the weights "
+        "alone with a mapping.",
+    )

@@ -64,8 +64,10 @@ class Mapping:
         for key, value in kept.items():
             name = self._renamed(key)
             if name in renamed:
-                raise UserError(f"The table '{self.name}' gives two tensors of {path} the key {name} (one is {key}).",
-                                "Make its rules more specific, or drop one of the two.")
+                raise UserError(
+                    f"The table '{self.name}' gives two tensors of {path} the key {name} (one is {key}).",
+                    "Make its rules more specific, or drop one of the two.",
+                )
             renamed[name] = value
         rules = self.rename or self.drop
         matched = len(kept) < len(weights) or renamed.keys() != kept.keys()
@@ -73,16 +75,20 @@ class Mapping:
             matched = any(key.startswith(f"{encoder}.") for key in renamed)
         if not renamed or (not matched and (rules or encoder)):
             first = ", ".join([*weights][:SHOWN])
-            raise UserError(f"The table '{self.name}' does not fit {path}: {self._missing(encoder)}. "
-                            f"Its first keys: {first}.",
-                            "Choose another table, or write one for these keys (docs/reference/weight-sources.md).")
+            raise UserError(
+                f"The table '{self.name}' does not fit {path}: {self._missing(encoder)}. Its first keys: {first}.",
+                "Choose another table, or write one for these keys (docs/reference/weight-sources.md).",
+            )
         return renamed
 
     def facts(self) -> dict[str, Any]:
         """What the table states, in the fields of ``provenance.describe_pretraining``."""
         stated = {
-            "method": self.name, "licence": self.licence, "citations": [self.citation] if self.citation else [],
-            "normalisation": list(self.normalisation), "channels": list(self.channels),
+            "method": self.name,
+            "licence": self.licence,
+            "citations": [self.citation] if self.citation else [],
+            "normalisation": list(self.normalisation),
+            "channels": list(self.channels),
             "spacing_mm": list(self.spacing_mm),
         }
         return {name: value for name, value in stated.items() if value}
@@ -117,8 +123,9 @@ def read_mapping(mapping: str | Path) -> Mapping:
     if str(mapping) in shipped_mappings():
         path = Path(str(resources.files("nnssl_plugin.checkpoints.sources") / FOLDER / f"{mapping}.json"))
     if not path.is_file():
-        raise UserError(f"There is no table '{mapping}'.",
-                        f"Give a JSON file, or one of: {', '.join(shipped_mappings())}.")
+        raise UserError(
+            f"There is no table '{mapping}'.", f"Give a JSON file, or one of: {', '.join(shipped_mappings())}."
+        )
     try:
         table = read_json(path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -128,8 +135,9 @@ def read_mapping(mapping: str | Path) -> Mapping:
 
 def _checked(table: Any, path: Path) -> Mapping:
     if not isinstance(table, dict) or table.get("format") != FORMAT:
-        raise UserError(f"{path} is not a table of format {FORMAT}.",
-                        f'Begin with {{"format": {FORMAT}, …}}. {REFERENCE}')
+        raise UserError(
+            f"{path} is not a table of format {FORMAT}.", f'Begin with {{"format": {FORMAT}, …}}. {REFERENCE}'
+        )
     known = {entry.name for entry in fields(Mapping)}
     unknown = sorted(set(table) - known)
     if unknown:

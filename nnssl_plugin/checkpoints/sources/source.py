@@ -29,8 +29,16 @@ from nnssl_plugin.errors import UserError
 
 OWN, NNUNET, NNSSL, PLAIN, SAFETENSORS = "nnssl_plugin", "nnunet", "nnssl", "plain", "safetensors"
 """Values of :attr:`Source.kind`."""
-DESCRIBING = ("logging", "current_epoch", "epoch", "trainer_name", "citations", "adaptation", "metadata",
-              "nnssl_adaptation_plan")
+DESCRIBING = (
+    "logging",
+    "current_epoch",
+    "epoch",
+    "trainer_name",
+    "citations",
+    "adaptation",
+    "metadata",
+    "nnssl_adaptation_plan",
+)
 """Entries of a file that :attr:`Source.content` keeps; optimisers and teachers would double the memory."""
 
 
@@ -91,8 +99,10 @@ def read_source(path: str | Path, *, mapping: str | Path | None = None) -> Sourc
 
 def _shared_folder(folder: Path) -> dict[str, Any]:
     if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} is a folder, and not one that export wrote (it has no model.safetensors).",
-                        f"Name the file with the weights, for example {folder / 'checkpoint_final.pth'}")
+        raise UserError(
+            f"{folder} is a folder, and not one that export wrote (it has no model.safetensors).",
+            f"Name the file with the weights, for example {folder / 'checkpoint_final.pth'}",
+        )
     from nnssl_plugin.checkpoints.format.shared_folder import read_shared_folder
 
     return read_shared_folder(folder)
@@ -126,9 +136,16 @@ def _from_own(content: dict[str, Any], path: Path) -> Source:
     weights, _ = without_wrapping(content["network_weights"], path)
     arguments = content.get("init_args") or {}
     source = Source(
-        weights, provenance["network"], provenance, _prefixes(provenance.get("trained")), OWN, path,
-        plans=arguments.get("plans"), dataset_json=arguments.get("dataset_json"),
-        configuration=arguments.get("configuration") or provenance.get("configuration"), content=_describing(content),
+        weights,
+        provenance["network"],
+        provenance,
+        _prefixes(provenance.get("trained")),
+        OWN,
+        path,
+        plans=arguments.get("plans"),
+        dataset_json=arguments.get("dataset_json"),
+        configuration=arguments.get("configuration") or provenance.get("configuration"),
+        content=_describing(content),
     )
     return _with_keys(source, content.get("nnssl_adaptation_plan") or {})
 
@@ -139,10 +156,19 @@ def _from_adapted(content: dict[str, Any], path: Path) -> Source:
     plans = plan_of_adapted(path)
     configuration = plans["finetuning"]["configuration"] if plans else None
     network = network_of_plan(plans, configuration, path) if plans else None
-    return _with_keys(Source(
-        weights, network, dict(content.get("provenance") or {}), _prefixes(content["adaptation"].get("loaded")), OWN,
-        path, plans=plans, configuration=configuration, content=_describing(content),
-    ))
+    return _with_keys(
+        Source(
+            weights,
+            network,
+            dict(content.get("provenance") or {}),
+            _prefixes(content["adaptation"].get("loaded")),
+            OWN,
+            path,
+            plans=plans,
+            configuration=configuration,
+            content=_describing(content),
+        )
+    )
 
 
 def _from_nnssl(content: dict[str, Any], path: Path) -> Source:
@@ -162,10 +188,20 @@ def _from_nnunet(content: dict[str, Any], path: Path) -> Source:
     weights, taken = without_wrapping(content["network_weights"], path)
     network = network_of_plan(plans, configuration, path)
     described = nnunet_provenance(plans, configuration, dataset_json, trainer=content.get("trainer_name"), path=path)
-    return _with_keys(Source(
-        weights, network, described | {"network": network, "taken": taken}, None, NNUNET, path, plans=plans,
-        configuration=configuration, dataset_json=dataset_json, content=_describing(content),
-    ))
+    return _with_keys(
+        Source(
+            weights,
+            network,
+            described | {"network": network, "taken": taken},
+            None,
+            NNUNET,
+            path,
+            plans=plans,
+            configuration=configuration,
+            dataset_json=dataset_json,
+            content=_describing(content),
+        )
+    )
 
 
 def _from_plain(content: dict[str, Any], path: Path, kind: str) -> Source:
@@ -193,8 +229,11 @@ def _with_keys(source: Source, block: Mapping[str, Any] | None = None) -> Source
     stem = block.get("key_to_stem") or known.stem
     channels = block.get("pretrain_num_input_channels") or first_layer_channels(source.weights, stem)
     return replace(
-        source, input_channels=channels, key_to_encoder=block.get("key_to_encoder") or known.encoder,
-        key_to_stem=stem, key_to_lpe=block.get("key_to_lpe") or known.positions,
+        source,
+        input_channels=channels,
+        key_to_encoder=block.get("key_to_encoder") or known.encoder,
+        key_to_stem=stem,
+        key_to_lpe=block.get("key_to_lpe") or known.positions,
     )
 
 
@@ -205,9 +244,11 @@ def _is_network(value: Any) -> bool:
 
 
 def _unreadable_description(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} has weights, and a description of them that cannot be read: {reason}.",
-                     "Save the weights alone, torch.save({'state_dict': content['network_weights']}, FILE), and read "
-                     "them with a mapping.")
+    return UserError(
+        f"{path} has weights, and a description of them that cannot be read: {reason}.",
+        "Save the weights alone, torch.save({'state_dict': content['network_weights']}, FILE), and read "
+        "them with a mapping.",
+    )
 
 
 def _prefixes(value: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -26,8 +26,11 @@ SHOWN = 8
 
 def is_state_dict(value: Any) -> bool:
     """Whether a value maps names to tensors and holds nothing else."""
-    return (isinstance(value, Mapping) and len(value) > 0
-            and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items()))
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
+    )
 
 
 def find_state_dict(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -76,7 +79,7 @@ def the_network(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
         part = next((part for part in PARTS if part in first), None)
         if part is None:
             return weights, notes
-        kept = {key[len(part) + 1:]: value for key, value in weights.items() if key.startswith(f"{part}.")}
+        kept = {key[len(part) + 1 :]: value for key, value in weights.items() if key.startswith(f"{part}.")}
         notes.append(f"without '{part}.'")
         if len(kept) < len(weights):
             left = sorted({key.partition(".")[0] for key in weights} - {part})
@@ -100,8 +103,10 @@ def _wrapper(place: Mapping[str, Any], path: Path) -> str:
     """The entry in which the weights lie."""
     found = [name for name in WRAPPERS if _holds_tensors(place.get(name))]
     if len(found) > 1:
-        raise UserError(f"{path} holds weights under {_listed(found)}.",
-                        "Save the one that you mean alone: torch.save({'state_dict': content[NAME]}, FILE)")
+        raise UserError(
+            f"{path} holds weights under {_listed(found)}.",
+            "Save the one that you mean alone: torch.save({'state_dict': content[NAME]}, FILE)",
+        )
     parts = [name for name in PARTS if _holds_tensors(place.get(name))]
     if not found and not parts:
         raise _nothing(place, path)
@@ -119,16 +124,21 @@ def _check_claims(weights: Mapping[str, Tensor], path: Path) -> None:
     for key, value in weights.items():
         size = value.numel() * value.element_size()
         if size > LARGEST_REPEATED and size > value.untyped_storage().nbytes():
-            raise UserError(f"{path} claims {size / 2**20:,.0f} MiB for the tensor {key} and holds "
-                            f"{value.untyped_storage().nbytes() / 2**20:,.1f}.", "Ask its author for another file.")
+            raise UserError(
+                f"{path} claims {size / 2**20:,.0f} MiB for the tensor {key} and holds "
+                f"{value.untyped_storage().nbytes() / 2**20:,.1f}.",
+                "Ask its author for another file.",
+            )
 
 
 def _renamed(weights: Mapping[str, Tensor], names: Mapping[str, str], path: Path) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, value in weights.items():
         if names[key] in renamed:
-            raise UserError(f"{path} holds the tensor {names[key]} twice, with a prefix and without ({key}).",
-                            "Save one network's state dict alone.")
+            raise UserError(
+                f"{path} holds the tensor {names[key]} twice, with a prefix and without ({key}).",
+                "Save one network's state dict alone.",
+            )
         renamed[names[key]] = value
     return renamed
 

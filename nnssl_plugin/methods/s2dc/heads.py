@@ -52,8 +52,11 @@ class RunningNorm(nn.Module):
         """Take in the features (B, C) of a step of all ranks; nothing changes where ``applied`` () is False."""
         share = (1 - self.momentum) * applied
         features = torch.where(applied, features.float(), 0.0)
-        for kept, new in ((self.mean, features.mean(0)), (self.square, features.square().mean(0)),
-                          (self.weight, torch.ones_like(self.weight))):
+        for kept, new in (
+            (self.mean, features.mean(0)),
+            (self.square, features.square().mean(0)),
+            (self.weight, torch.ones_like(self.weight)),
+        ):
             kept.mul_(1 - share).add_(share * new)
 
 

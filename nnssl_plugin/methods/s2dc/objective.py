@@ -75,15 +75,19 @@ class S2DC(PretextTask):
         self.grid = settings.grid[-backbone.dimensions :]
         self.needs = replace(self.needs, margin=tuple(float(number) for number in self.grid))
         token_width = backbone.channels[backbone.stage(settings.token_stride)]
-        self.heads = nn.ModuleDict({
-            "tokens": token_head(token_width, settings.hidden, settings.dim),
-            "pooled": global_head(backbone.channels[-1], settings.hidden, settings.dim),
-        })
+        self.heads = nn.ModuleDict(
+            {
+                "tokens": token_head(token_width, settings.hidden, settings.dim),
+                "pooled": global_head(backbone.channels[-1], settings.hidden, settings.dim),
+            }
+        )
         self.norms = nn.ModuleDict({name: RunningNorm(backbone.channels[-1]) for name in ("student", "teacher")})
-        self.teacher = nn.ModuleDict({
-            "backbone": Teacher(backbone, settings.momentum),
-            "heads": Teacher(self.heads, settings.momentum),
-        })
+        self.teacher = nn.ModuleDict(
+            {
+                "backbone": Teacher(backbone, settings.momentum),
+                "heads": Teacher(self.heads, settings.momentum),
+            }
+        )
         self.queue = FeatureQueue(settings.queue, settings.dim)
         self._step: Views  # outputs of the step at hand, which loss() leaves to after_step()
 

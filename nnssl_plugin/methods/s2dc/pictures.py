@@ -26,12 +26,13 @@ def anchor_similarity_pictures(
     """
     grid = tuple(grid)
     place = tuple(size // 2 for size in grid) if anchor is None else _unravel(anchor, grid)
-    mark = tuple((cell + 0.5) * size / cells - 0.5
-                 for cell, size, cells in zip(place, image.shape, grid, strict=True))
+    mark = tuple((cell + 0.5) * size / cells - 0.5 for cell, size, cells in zip(place, image.shape, grid, strict=True))
     unit = functional.normalize(tokens.float(), dim=1).unflatten(0, grid)
     similarity = _over(image, (unit @ unit[place])[None])[0]
-    return [("anchor", Overlay(image.float(), mark=mark)),
-            ("cosine with the anchor", Overlay(image.float(), values=similarity, mark=mark))]
+    return [
+        ("anchor", Overlay(image.float(), mark=mark)),
+        ("cosine with the anchor", Overlay(image.float(), values=similarity, mark=mark)),
+    ]
 
 
 def principal_component_pictures(image: Tensor, tokens: Tensor, *, grid: Sequence[int]) -> Pictures:

@@ -20,8 +20,9 @@ Inputs = Callable[..., np.ndarray]
 """``inputs(data, segmentation, rng)`` → (W, C, *size): :func:`case_inputs` with everything else given."""
 
 
-def class_inputs(data, *, patch_size: Sequence[int], strategy: str, windows: int,
-                 rng: np.random.Generator | None = None) -> np.ndarray:
+def class_inputs(
+    data, *, patch_size: Sequence[int], strategy: str, windows: int, rng: np.random.Generator | None = None
+) -> np.ndarray:
     """Windows of one case, float32 (W, C, *patch_size).
 
     ``resize``: W = 1, the whole image resized to the patch, each axis by itself. ``windows``: patches of the case as it
@@ -79,8 +80,9 @@ def foreground_box(segmentation, *, margin: float) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def case_inputs(data, segmentation, rng: np.random.Generator | None = None, *, crop: str, crop_margin: float,
-                **how: Any) -> np.ndarray:
+def case_inputs(
+    data, segmentation, rng: np.random.Generator | None = None, *, crop: str, crop_margin: float, **how: Any
+) -> np.ndarray:
     """:func:`class_inputs` of the part of a case that ``crop`` keeps.
 
     Args:
@@ -165,8 +167,16 @@ class TrainingBatches(Dataset):
         weights: probability of each case (in the order of ``cases.names``); ``None`` draws each once per pass.
     """
 
-    def __init__(self, cases: ClassCases, inputs: Inputs, *, transform: Callable[..., Mapping], batch_size: int,
-                 seed: int, weights: np.ndarray | None = None):
+    def __init__(
+        self,
+        cases: ClassCases,
+        inputs: Inputs,
+        *,
+        transform: Callable[..., Mapping],
+        batch_size: int,
+        seed: int,
+        weights: np.ndarray | None = None,
+    ):
         self.cases = cases
         self.inputs = inputs
         self.transform = transform
@@ -184,8 +194,10 @@ class TrainingBatches(Dataset):
         """Names of the step's cases, from passes over all cases: permutations, or draws with ``weights``."""
         number = len(self.cases)
         first = step * self.batch_size
-        return [self.cases.names[self._order(place // number)[place % number]]
-                for place in range(first, first + self.batch_size)]
+        return [
+            self.cases.names[self._order(place // number)[place % number]]
+            for place in range(first, first + self.batch_size)
+        ]
 
     def _order(self, number_of_pass: int) -> np.ndarray:
         rng, number = np.random.default_rng([self.seed, 0, number_of_pass]), len(self.cases)
@@ -217,8 +229,9 @@ class ValidationBatches(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         first = number * self.batch_size
-        return default_collate([self.cases.sample(case, self.inputs)
-                                for case in self.cases.names[first:first + self.batch_size]])
+        return default_collate(
+            [self.cases.sample(case, self.inputs) for case in self.cases.names[first : first + self.batch_size]]
+        )
 
 
 @contextmanager

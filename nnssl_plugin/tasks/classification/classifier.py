@@ -1,5 +1,4 @@
-"""Image classification on the encoder of a planned network: pooled stages, windows weighed by attention, linear heads.
-"""
+"""Classification heads on the encoder of a planned network: pooled stages, attention over windows, linear layers."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -29,13 +28,20 @@ class Classifier(nn.Module):
         dropout: of the pooled features before the heads, in [0, 1).
     """
 
-    def __init__(self, network: nn.Module, *, input_channels: int, heads: Mapping[str, int], stages: int = 1,
-                 dropout: float = 0.0):
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        input_channels: int,
+        heads: Mapping[str, int],
+        stages: int = 1,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.backbone = Backbone(network, input_channels)
         self.backbone.train_only(("encoder",))
         self.stages = min(stages, len(self.backbone.channels))
-        self.feature_size = 2 * sum(self.backbone.channels[-self.stages:])
+        self.feature_size = 2 * sum(self.backbone.channels[-self.stages :])
         self.windows = AttentionPooling(self.feature_size)
         self.dropout = nn.Dropout(dropout)
         # a list, as names of targets may hold characters that a ModuleDict refuses
@@ -53,7 +59,7 @@ class Classifier(nn.Module):
 
     def _pooled(self, x: Tensor) -> Tensor:
         """(N, feature_size) of windows (N, C, *patch)."""
-        maps = [stage.flatten(2) for stage in self.backbone.features(x)[-self.stages:]]
+        maps = [stage.flatten(2) for stage in self.backbone.features(x)[-self.stages :]]
         return torch.cat([part for stage in maps for part in (stage.mean(-1), stage.amax(-1))], 1)
 
     def head_parameters(self) -> list[nn.Parameter]:

@@ -47,8 +47,10 @@ class ClassComparison:
             "cases": self.cases,
             "subjects": self.subjects,
             "bootstrap": {"confidence": CONFIDENCE, "samples": SAMPLES, "seed": SEED, "drawn": "subjects"},
-            "differences": {run: {measure: vars(difference) for measure, difference in found.items()}
-                            for run, found in self.differences.items()},
+            "differences": {
+                run: {measure: vars(difference) for measure, difference in found.items()}
+                for run, found in self.differences.items()
+            },
         }
 
 
@@ -104,8 +106,17 @@ def compared_measures(target: Target) -> list[str]:
     """Names of the measures that a comparison holds, in the order of tables and figures."""
     ordinal = ["quadratic_kappa", "mean_absolute_error"] if target.kind == "ordinal" else []
     classes = [] if target.kind == BINARY else [f"auroc/{name}" for name in target.classes]
-    return ["auroc", *classes, "average_precision", "accuracy", "balanced_accuracy", "macro_f1", *ordinal, "brier",
-            "ece"]
+    return [
+        "auroc",
+        *classes,
+        "average_precision",
+        "accuracy",
+        "balanced_accuracy",
+        "macro_f1",
+        *ordinal,
+        "brier",
+        "ece",
+    ]
 
 
 def _aligned(run: Predictions, cases: list[str]) -> Predictions:
@@ -115,38 +126,51 @@ def _aligned(run: Predictions, cases: list[str]) -> Predictions:
 
 def _check_agreement(first_name: str, first: Predictions, name: str, run: Predictions) -> None:
     if run.target != first.target:
-        raise UserError(f"{first_name} predicts {first.target.name} ({', '.join(first.target.classes)}), {name} "
-                        f"{run.target.name} ({', '.join(run.target.classes)}).", "Compare runs of one target.")
+        raise UserError(
+            f"{first_name} predicts {first.target.name} ({', '.join(first.target.classes)}), {name} "
+            f"{run.target.name} ({', '.join(run.target.classes)}).",
+            "Compare runs of one target.",
+        )
     differ = (indicators(run.labels, run.target) != indicators(first.labels, run.target)).any(axis=1)
     differ |= np.array(run.subjects) != np.array(first.subjects)
     if differ.any():
-        raise UserError(f"{first_name} and {name} give {int(differ.sum())} cases another label or subject, for example "
-                        f"{run.cases[int(np.flatnonzero(differ)[0])]}.",
-                        "Train both on one classification.csv, or name the true labels with -ref FILE.csv.")
+        raise UserError(
+            f"{first_name} and {name} give {int(differ.sum())} cases another label or subject, for example "
+            f"{run.cases[int(np.flatnonzero(differ)[0])]}.",
+            "Train both on one classification.csv, or name the true labels with -ref FILE.csv.",
+        )
 
 
-def _differences(run: Predictions, first: Predictions, drawn: Mapping[str, np.ndarray],
-                 drawn_first: Mapping[str, np.ndarray]) -> dict[str, Difference]:
+def _differences(
+    run: Predictions, first: Predictions, drawn: Mapping[str, np.ndarray], drawn_first: Mapping[str, np.ndarray]
+) -> dict[str, Difference]:
     once = np.ones((1, len(run.cases)))
     ours, theirs = (class_measures(p.labels, p.probabilities, once, target=p.target) for p in (run, first))
     found = {}
     for measure in compared_measures(run.target):
-        low, high = (percentile_interval(drawn[measure] - drawn_first[measure]) if len(set(run.subjects)) > 1
-                     else (None, None))
-        found[measure] = Difference(_plain(ours[measure][0] - theirs[measure][0]), low, high, None,
-                                    "bootstrap over subjects")
+        low, high = (
+            percentile_interval(drawn[measure] - drawn_first[measure]) if len(set(run.subjects)) > 1 else (None, None)
+        )
+        found[measure] = Difference(
+            _plain(ours[measure][0] - theirs[measure][0]), low, high, None, "bootstrap over subjects"
+        )
     positive = {f"auroc/{name}": k for k, name in enumerate(run.target.classes)}
     if run.target.kind == BINARY:
         positive = {"auroc": 1}
     for measure, k in positive.items():
-        tested = auroc_difference(run.probabilities[:, k], first.probabilities[:, k],
-                                  indicators(run.labels, run.target)[:, k], subjects=run.subjects,
-                                  confidence=CONFIDENCE)
+        tested = auroc_difference(
+            run.probabilities[:, k],
+            first.probabilities[:, k],
+            indicators(run.labels, run.target)[:, k],
+            subjects=run.subjects,
+            confidence=CONFIDENCE,
+        )
         found[measure] = Difference(*map(_plain, (tested.difference, tested.low, tested.high, tested.p)), "DeLong")
     accuracy = found["accuracy"]
     p = permutation_p(_right(run).astype(float) - _right(first), np.array(run.subjects))
-    found["accuracy"] = Difference(accuracy.value, accuracy.low, accuracy.high, p,
-                                   "bootstrap over subjects, permutation of subjects")
+    found["accuracy"] = Difference(
+        accuracy.value, accuracy.low, accuracy.high, p, "bootstrap over subjects, permutation of subjects"
+    )
     return found
 
 

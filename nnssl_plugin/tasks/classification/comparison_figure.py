@@ -10,9 +10,17 @@ from nnssl_plugin.tasks.classification.comparison import ClassComparison, compar
 from nnssl_plugin.tasks.classification.summary import CONFIDENCE
 
 LOWER_IS_BETTER = ("brier", "ece", "mean_absolute_error")
-SHOWN = {"auroc": "AUROC", "average_precision": "average precision", "accuracy": "accuracy",
-         "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "brier": "Brier score",
-         "ece": "calibration error", "quadratic_kappa": "quadratic kappa", "mean_absolute_error": "mean absolute error"}
+SHOWN = {
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "brier": "Brier score",
+    "ece": "calibration error",
+    "quadratic_kappa": "quadratic kappa",
+    "mean_absolute_error": "mean absolute error",
+}
 
 
 def draw_class_comparison(comparison: ClassComparison, path: str | Path) -> None:
@@ -28,8 +36,9 @@ def draw_class_comparison(comparison: ClassComparison, path: str | Path) -> None
     import matplotlib.pyplot as plt
 
     measures, runs = compared_measures(comparison.target), list(comparison.differences)
-    figure, axis = plt.subplots(figsize=(8.5, 2 + 0.3 * len(measures) * max(1.0, 0.6 * len(runs))),
-                                layout="constrained")
+    figure, axis = plt.subplots(
+        figsize=(8.5, 2 + 0.3 * len(measures) * max(1.0, 0.6 * len(runs))), layout="constrained"
+    )
     offsets = np.linspace(-0.25, 0.25, len(runs)) if len(runs) > 1 else [0.0]
     for number, (run, offset) in enumerate(zip(runs, offsets, strict=True)):
         _draw_run(axis, comparison, run, measures, offset, COLOURS[(number + 1) % len(COLOURS)])
@@ -37,11 +46,16 @@ def draw_class_comparison(comparison: ClassComparison, path: str | Path) -> None
     axis.set_yticks(range(len(measures)), [_shown(measure) for measure in measures])
     axis.set_ylim(len(measures) - 0.4, -0.6)
     axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel(f"gain over {comparison.first} → better\n(bar: {CONFIDENCE:.0%} interval over subjects; "
-                    "errors are drawn with their sign changed)", fontsize="small")
+    axis.set_xlabel(
+        f"gain over {comparison.first} → better\n(bar: {CONFIDENCE:.0%} interval over subjects; "
+        "errors are drawn with their sign changed)",
+        fontsize="small",
+    )
     compared = f"{runs[0]} against {comparison.first}" if len(runs) == 1 else f"against {comparison.first}"
-    axis.set_title(f"{comparison.target.name}: {compared}, {comparison.cases} cases of "
-                   f"{comparison.subjects} subjects", fontsize="medium")
+    axis.set_title(
+        f"{comparison.target.name}: {compared}, {comparison.cases} cases of {comparison.subjects} subjects",
+        fontsize="medium",
+    )
     if len(runs) > 1:
         figure.legend(loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
     with atomic_path(path) as temporary:
@@ -59,11 +73,27 @@ def _draw_run(axis, comparison: ClassComparison, run: str, measures: list[str], 
         reach = None if found.low is None else np.abs([[found.value - found.low], [found.high - found.value]])
         if reach is not None and sign < 0:
             reach = reach[::-1]
-        axis.errorbar(sign * found.value, row + offset, xerr=reach, fmt="o", markersize=5, capsize=3, color=colour,
-                      label=run if row == 0 else None)
+        axis.errorbar(
+            sign * found.value,
+            row + offset,
+            xerr=reach,
+            fmt="o",
+            markersize=5,
+            capsize=3,
+            color=colour,
+            label=run if row == 0 else None,
+        )
         if found.p is not None:
-            axis.annotate(f"p = {found.p:.2g}", (1, row + offset), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                          textcoords="offset points", va="center", fontsize="small", color=colour)
+            axis.annotate(
+                f"p = {found.p:.2g}",
+                (1, row + offset),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize="small",
+                color=colour,
+            )
 
 
 def _shown(measure: str) -> str:

@@ -32,8 +32,9 @@ def draw_confusion(predictions: Predictions):
         return figure
     columns = min(COLUMNS, len(target.classes))
     rows = math.ceil(len(target.classes) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.2 * rows + 0.5), squeeze=False,
-                                layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 3.2 * rows + 0.5), squeeze=False, layout="constrained"
+    )
     for k, axis in enumerate(axes.flat):
         if k >= len(target.classes):
             axis.axis("off")
@@ -57,10 +58,21 @@ def _draw_table(axis, counts: np.ndarray, names) -> None:
         text = str(counts[row, column])
         if len(names) <= WITH_SHARES and totals[row, 0]:
             text += f"\n{shares[row, column]:.0%}"
-        axis.text(column, row, text, ha="center", va="center", fontsize=small,
-                  color="white" if shares[row, column] > 0.55 else "black")
+        axis.text(
+            column,
+            row,
+            text,
+            ha="center",
+            va="center",
+            fontsize=small,
+            color="white" if shares[row, column] > 0.55 else "black",
+        )
     turned = 0 if len(names) <= 3 and max(map(len, names)) <= 12 else 90 if len(names) > WITH_SHARES else 35
-    axis.set_xticks(range(len(names)), names, rotation=turned, ha="right" if 0 < turned < 90 else "center",
-                    fontsize=small)
-    axis.set_yticks(range(len(names)), [f"{name} ({total})" for name, total in zip(names, totals[:, 0], strict=True)],
-                    fontsize=small)
+    axis.set_xticks(
+        range(len(names)), names, rotation=turned, ha="right" if 0 < turned < 90 else "center", fontsize=small
+    )
+    axis.set_yticks(
+        range(len(names)),
+        [f"{name} ({total})" for name, total in zip(names, totals[:, 0], strict=True)],
+        fontsize=small,
+    )

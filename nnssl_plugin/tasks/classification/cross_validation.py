@@ -14,8 +14,17 @@ from nnssl_plugin.tasks.classification.predictions import Predictions
 from nnssl_plugin.tasks.classification.runs import read_tables, targets_of
 from nnssl_plugin.tasks.classification.summary import summarise_predictions, write_predictions_and_summary
 
-OF_FOLDS = ("auroc", "average_precision", "accuracy", "balanced_accuracy", "macro_f1", "brier", "ece",
-            "quadratic_kappa", "mean_absolute_error")
+OF_FOLDS = (
+    "auroc",
+    "average_precision",
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "brier",
+    "ece",
+    "quadratic_kappa",
+    "mean_absolute_error",
+)
 """Measures that are also given per fold."""
 
 
@@ -37,13 +46,18 @@ def find_folds(model_folder: str | Path, folds: Sequence[int] | None = None) -> 
     wanted = sorted(k for k, p in present.items() if any(p.glob("predictions*.csv"))) if folds is None else list(folds)
     missing = [fold for fold in wanted if fold not in present or not any(present[fold].glob("predictions*.csv"))]
     if missing or not wanted:
-        raise UserError(f"{model_folder} has no validation of fold {missing[0] if missing else 0}.",
-                        f"Finish it: nnUNetv2_train … {missing[0] if missing else 0}, or name other folds with -f.")
+        raise UserError(
+            f"{model_folder} has no validation of fold {missing[0] if missing else 0}.",
+            f"Finish it: nnUNetv2_train … {missing[0] if missing else 0}, or name other folds with -f.",
+        )
     return {fold: present[fold] for fold in wanted}
 
 
-def accumulate_folds(model_folder: str | Path, *, folds: Sequence[int] | None = None,
-                     ) -> tuple[Path, dict[str, tuple[Predictions, dict[str, Any]]]]:
+def accumulate_folds(
+    model_folder: str | Path,
+    *,
+    folds: Sequence[int] | None = None,
+) -> tuple[Path, dict[str, tuple[Predictions, dict[str, Any]]]]:
     """Pool the validations of folds and write ``crossval_results_folds_0_1_…`` with tables, summaries and figures.
 
     Pooled measures rank the probabilities of different models together; ``mean_of_folds`` in the summary does not
@@ -89,21 +103,31 @@ def pool(by_fold: dict[int, Predictions]) -> Predictions:
         for fold, predictions in by_fold.items():
             twice = sorted({name for name in getattr(predictions, what) if seen.get(name, fold) != fold})
             if twice:
-                raise UserError(f"Folds {seen[twice[0]]} and {fold} share {what}: {some(twice)}.",
-                                "Pool folds that share none, for example -f 0 1 2 3 4" if what == "cases" else
-                                "A subject in two folds was trained on and validated: make the splits anew (delete "
-                                "splits_final.json) and train again.")
+                raise UserError(
+                    f"Folds {seen[twice[0]]} and {fold} share {what}: {some(twice)}.",
+                    "Pool folds that share none, for example -f 0 1 2 3 4"
+                    if what == "cases"
+                    else "A subject in two folds was trained on and validated: make the splits anew (delete "
+                    "splits_final.json) and train again.",
+                )
             seen |= dict.fromkeys(getattr(predictions, what), fold)
     parts = list(by_fold.values())
-    joined = Predictions(parts[0].target, sum((p.cases for p in parts), ()), sum((p.subjects for p in parts), ()),
-                         np.concatenate([p.labels for p in parts]), np.concatenate([p.probabilities for p in parts]))
+    joined = Predictions(
+        parts[0].target,
+        sum((p.cases for p in parts), ()),
+        sum((p.subjects for p in parts), ()),
+        np.concatenate([p.labels for p in parts]),
+        np.concatenate([p.probabilities for p in parts]),
+    )
     return joined.select(np.argsort(joined.cases, kind="stable").tolist())
 
 
 def _of_target(tables: dict[str, Predictions], target: Target, fold: int, model_folder: Path) -> Predictions:
     if target.name not in tables:
-        raise UserError(f"Fold {fold} of {model_folder} did not predict {target.name}, other folds did.",
-                        "Train all folds with one plan, or name those that belong together with -f.")
+        raise UserError(
+            f"Fold {fold} of {model_folder} did not predict {target.name}, other folds did.",
+            "Train all folds with one plan, or name those that belong together with -f.",
+        )
     return tables[target.name]
 
 
@@ -111,11 +135,16 @@ def _of_each_fold(by_fold: dict[int, Predictions]) -> dict[str, Any]:
     """Each fold's measures, and over the folds that define it their mean and standard deviation."""
     summaries = {str(fold): summarise_predictions(predictions) for fold, predictions in by_fold.items()}
     measures = [name for name in OF_FOLDS if name in next(iter(summaries.values()))]
-    folds = {fold: {"cases": summary["cases"]} | {name: summary[name] for name in measures}
-             for fold, summary in summaries.items()}
+    folds = {
+        fold: {"cases": summary["cases"]} | {name: summary[name] for name in measures}
+        for fold, summary in summaries.items()
+    }
     means = {}
     for name in measures:
         defined = [values[name] for values in folds.values() if values[name] is not None]
-        means[name] = {"mean": float(np.mean(defined)) if defined else None, "folds": len(defined),
-                       "sd": float(np.std(defined, ddof=1)) if len(defined) > 1 else None}
+        means[name] = {
+            "mean": float(np.mean(defined)) if defined else None,
+            "folds": len(defined),
+            "sd": float(np.std(defined, ddof=1)) if len(defined) > 1 else None,
+        }
     return {"folds": folds, "mean_of_folds": means}

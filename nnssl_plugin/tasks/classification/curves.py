@@ -26,16 +26,22 @@ class _Curve:
 
     @property
     def style(self) -> dict:
-        return {"color": self.colour, **({"linewidth": 1, "zorder": 1} if self.colour == GREY else
-                                         {"linewidth": 2, "zorder": 2})}
+        return {
+            "color": self.colour,
+            **({"linewidth": 1, "zorder": 1} if self.colour == GREY else {"linewidth": 2, "zorder": 2}),
+        }
 
 
 def draw_roc(axis, predictions: Predictions, intervals: Mapping[str, Interval]) -> list:
     """Draw the curves; returns what goes into the legend, where each area has its interval."""
     curves = list(_curves(predictions, "auroc"))
     for curve in curves:
-        axis.plot(curve.alarms / curve.alarms[-1], curve.found / curve.found[-1],
-                  label=_label(curve, "AUROC", intervals.get(f"auroc/{curve.name}")), **curve.style)
+        axis.plot(
+            curve.alarms / curve.alarms[-1],
+            curve.found / curve.found[-1],
+            label=_label(curve, "AUROC", intervals.get(f"auroc/{curve.name}")),
+            **curve.style,
+        )
     _name_the_rest(axis, curves, "AUROC")
     axis.plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=1, label="chance: AUROC 0.5")
     if predictions.target.kind == BINARY and curves:
@@ -55,9 +61,13 @@ def draw_precision(axis, predictions: Predictions, intervals: Mapping[str, Inter
     for curve in curves:
         steps = np.flatnonzero(np.diff(curve.found)) + 1
         believed = curve.found[steps] / (curve.found + curve.alarms)[steps]
-        axis.step(np.append(0, curve.found[steps] / curve.found[-1]), np.append(believed[:1], believed), where="pre",
-                  label=_label(curve, "average precision", intervals.get(f"average_precision/{curve.name}")),
-                  **curve.style)
+        axis.step(
+            np.append(0, curve.found[steps] / curve.found[-1]),
+            np.append(believed[:1], believed),
+            where="pre",
+            label=_label(curve, "average precision", intervals.get(f"average_precision/{curve.name}")),
+            **curve.style,
+        )
         if curve.colour != GREY:
             axis.axhline(curve.positives.mean(), color=curve.colour, linestyle=":", linewidth=1)
     _name_the_rest(axis, curves, "average precision")
@@ -98,8 +108,14 @@ def _curves(predictions: Predictions, measure: str) -> Iterator[_Curve]:
         order = np.argsort(-predictions.probabilities[:, k], kind="stable")
         ends = np.flatnonzero(np.append(np.diff(predictions.probabilities[order, k]) != 0, True))
         found, alarms = (np.append(0, np.cumsum(mask[order])[ends]) for mask in (truth[:, k], ~truth[:, k]))
-        yield _Curve(name, COLOURS[0] if target.kind == BINARY else colours.get(k, GREY), truth[:, k], found, alarms,
-                     float(values[k]))
+        yield _Curve(
+            name,
+            COLOURS[0] if target.kind == BINARY else colours.get(k, GREY),
+            truth[:, k],
+            found,
+            alarms,
+            float(values[k]),
+        )
 
 
 def _areas(predictions: Predictions) -> dict[str, np.ndarray]:
@@ -118,8 +134,13 @@ def _label(curve: _Curve, shown: str, interval: Interval | None) -> str | None:
 def _name_the_rest(axis, curves: Sequence[_Curve], shown: str) -> None:
     rest = [curve.area for curve in curves if curve.colour == GREY]
     if rest:
-        axis.plot([], [], color=GREY, linewidth=1,
-                  label=f"{len(rest)} other classes: {shown} {min(rest):.3f} to {max(rest):.3f}")
+        axis.plot(
+            [],
+            [],
+            color=GREY,
+            linewidth=1,
+            label=f"{len(rest)} other classes: {shown} {min(rest):.3f} to {max(rest):.3f}",
+        )
     if not curves:
         axis.text(0.5, 0.5, "not defined: all cases have one class", ha="center")
 
@@ -130,6 +151,13 @@ def _mark_operating_point(axis, predictions: Predictions) -> None:
     alarms = predicted_labels(predictions.probabilities, predictions.target) == 1
     found, spared = int((positives & alarms).sum()), int((~positives & ~alarms).sum())
     sensitivity, specificity = found / positives.sum(), spared / (~positives).sum()
-    axis.plot(1 - specificity, sensitivity, "o", color="black", markersize=7, zorder=3,
-              label=f"at probability 0.5: sensitivity {sensitivity:.2f} ({found} of {positives.sum()}), "
-                    f"specificity {specificity:.2f} ({spared} of {(~positives).sum()})")
+    axis.plot(
+        1 - specificity,
+        sensitivity,
+        "o",
+        color="black",
+        markersize=7,
+        zorder=3,
+        label=f"at probability 0.5: sensitivity {sensitivity:.2f} ({found} of {positives.sum()}), "
+        f"specificity {specificity:.2f} ({spared} of {(~positives).sum()})",
+    )

@@ -40,10 +40,14 @@ class Ensemble:
         """Target → (B, K), the mean over models and mirrorings, of images ``x`` (B, W, C, *patch)."""
         axes = self.first.mirroring_axes if self.mirroring else ()
         flips = [flip for number in range(len(axes) + 1) for flip in itertools.combinations(axes, number)]
-        answers = [model.probabilities(torch.flip(x, [axis + 3 for axis in flip]) if flip else x)
-                   for flip in flips for model in self.models]
-        return {target.name: torch.stack([answer[target.name] for answer in answers]).mean(0)
-                for target in self.targets}
+        answers = [
+            model.probabilities(torch.flip(x, [axis + 3 for axis in flip]) if flip else x)
+            for flip in flips
+            for model in self.models
+        ]
+        return {
+            target.name: torch.stack([answer[target.name] for answer in answers]).mean(0) for target in self.targets
+        }
 
 
 def find_trained_folds(model_folder: str | Path, checkpoint: str) -> list[str]:
@@ -56,14 +60,22 @@ def find_trained_folds(model_folder: str | Path, checkpoint: str) -> list[str]:
     present = sorted(path.parent.name[5:] for path in model_folder.glob(f"fold_*/{checkpoint}"))
     numbered = sorted((fold for fold in present if fold.isdigit()), key=int)
     if not present:
-        raise UserError(f"No fold of {model_folder} has a {checkpoint}.",
-                        "Name the folder of a training (…/PretrainedClassificationTrainer__PLANS__CONFIG) with -m, or "
-                        "another checkpoint with -chk.")
+        raise UserError(
+            f"No fold of {model_folder} has a {checkpoint}.",
+            "Name the folder of a training (…/PretrainedClassificationTrainer__PLANS__CONFIG) with -m, or "
+            "another checkpoint with -chk.",
+        )
     return numbered or ["all"]
 
 
-def load_ensemble(model_folder: str | Path, folds: Sequence[str | int], *, checkpoint: str, mirroring: bool = False,
-                  device: str = "cpu") -> Ensemble:
+def load_ensemble(
+    model_folder: str | Path,
+    folds: Sequence[str | int],
+    *,
+    checkpoint: str,
+    mirroring: bool = False,
+    device: str = "cpu",
+) -> Ensemble:
     """Load the classifiers of folds.
 
     Args:
@@ -79,13 +91,19 @@ def load_ensemble(model_folder: str | Path, folds: Sequence[str | int], *, check
     models = tuple(load_classifier(model_folder, fold, checkpoint=checkpoint, device=device) for fold in folds)
     for fold, model in zip(folds, models, strict=True):
         if _seen_by(model) != _seen_by(models[0]):
-            raise UserError(f"Folds {folds[0]} and {fold} of {model_folder} differ in targets, patch or inputs.",
-                            "Name folds that were trained with one plan with -f.")
+            raise UserError(
+                f"Folds {folds[0]} and {fold} of {model_folder} differ in targets, patch or inputs.",
+                "Name folds that were trained with one plan with -f.",
+            )
     return Ensemble(models, mirroring)
 
 
 def _seen_by(model: LoadedClassifier) -> tuple:
     """What models must share to be shown the same."""
     configuration = model.configuration_manager
-    return (model.targets, model.settings.input_arguments(configuration.patch_size), list(configuration.spacing),
-            configuration.normalization_schemes)
+    return (
+        model.targets,
+        model.settings.input_arguments(configuration.patch_size),
+        list(configuration.spacing),
+        configuration.normalization_schemes,
+    )

@@ -67,15 +67,20 @@ def evaluate_classification(
     for name, place in places.items():
         if name in trainings and references is None:
             folder, found = accumulate_folds(place, folds=folds)
-            runs[name] = ClassRun(folder, {t: pair[0] for t, pair in found.items()},
-                                  {t: pair[1] for t, pair in found.items()})
+            runs[name] = ClassRun(
+                folder, {t: pair[0] for t, pair in found.items()}, {t: pair[1] for t, pair in found.items()}
+            )
         else:
             runs[name] = _score_tables(place, Path(output) / name, references, dataset_json)
     return ClassEvaluation(runs, _compare(runs, Path(output)) if len(runs) > 1 else {})
 
 
-def model_folders(dataset: str, trainers: Sequence[str], plans: Sequence[str], configurations: Sequence[str],
-                  ) -> dict[str, Path]:
+def model_folders(
+    dataset: str,
+    trainers: Sequence[str],
+    plans: Sequence[str],
+    configurations: Sequence[str],
+) -> dict[str, Path]:
     """Name → ``nnUNet_results/DATASET/TRAINER__PLANS__CONFIG`` of every combination; names hold what differs.
 
     Raises:
@@ -113,24 +118,35 @@ def class_table(evaluation: ClassEvaluation) -> str:
                 lines.append(f"{'':<{width}}    {measure.replace('_', ' '):<18}{shown}")
     for target, comparison in evaluation.comparisons.items():
         for run, differences in comparison.differences.items():
-            lines += ["", f"{run} − {comparison.first}: {target}, over {comparison.cases} cases of "
-                          f"{comparison.subjects} subjects"]
+            lines += [
+                "",
+                f"{run} − {comparison.first}: {target}, over {comparison.cases} cases of "
+                f"{comparison.subjects} subjects",
+            ]
             for measure, difference in differences.items():
                 p = "" if difference.p is None else f"  p = {difference.p:.3g}"
-                lines.append(f"{'':<{width}}    {measure.replace('_', ' '):<18}{_number(difference.value, '+')} "
-                             f"{_interval(difference.low, difference.high, '+')}{p}  ({difference.test})")
+                lines.append(
+                    f"{'':<{width}}    {measure.replace('_', ' '):<18}{_number(difference.value, '+')} "
+                    f"{_interval(difference.low, difference.high, '+')}{p}  ({difference.test})"
+                )
     return "\n".join(lines)
 
 
-def _score_tables(place: str | Path, folder: Path, references: str | Path | None, dataset_json: str | Path | None,
-                  ) -> ClassRun:
+def _score_tables(
+    place: str | Path,
+    folder: Path,
+    references: str | Path | None,
+    dataset_json: str | Path | None,
+) -> ClassRun:
     tables = find_tables(place)
     targets = targets_of(place, dataset_json=dataset_json)
     labels = read_references(references, targets) if references else None
     found = read_tables(tables, targets, references=labels)
     predicted = [target for target in targets if target.name in found]
-    summaries = {target.name: write_predictions_and_summary(folder, found[target.name], targets=predicted)
-                 for target in predicted}
+    summaries = {
+        target.name: write_predictions_and_summary(folder, found[target.name], targets=predicted)
+        for target in predicted
+    }
     return ClassRun(folder, found, summaries)
 
 

@@ -36,8 +36,10 @@ class Explanation:
 def check_monai() -> None:
     """Raise the error that names the missing package before any work is done, without the seconds of its import."""
     if find_spec("monai") is None:
-        raise UserError("Pictures of where a model looked need MONAI, which is not installed.",
-                        'pip install "nnssl_plugin[evaluation]"')
+        raise UserError(
+            "Pictures of where a model looked need MONAI, which is not installed.",
+            'pip install "nnssl_plugin[evaluation]"',
+        )
 
 
 def explain(ensemble: Ensemble, image: Image, answers: Mapping[str, np.ndarray]) -> dict[str, Explanation]:
@@ -57,8 +59,9 @@ def explain(ensemble: Ensemble, image: Image, answers: Mapping[str, np.ndarray])
     data = torch.from_numpy(np.ascontiguousarray(image.data, dtype=np.float32))
     mean = data.mean(dim=tuple(range(1, data.ndim)), keepdim=True)
     asked = _LogOdds(ensemble, chosen, mean, image.segmentation)
-    occlusion = OcclusionSensitivity(asked, mask_size=mask_size(data.shape[1:]), n_batch=4, overlap=OVERLAP, mode=0.0,
-                                     activate=False, verbose=False)
+    occlusion = OcclusionSensitivity(
+        asked, mask_size=mask_size(data.shape[1:]), n_batch=4, overlap=OVERLAP, mode=0.0, activate=False, verbose=False
+    )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # MONAI's own use of what torch has deprecated
         hidden, _ = occlusion((data - mean)[None])

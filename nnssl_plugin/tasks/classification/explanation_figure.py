@@ -34,8 +34,16 @@ class _View:
         return plane[:: -1 if self.turned[0] else 1, :: -1 if self.turned[1] else 1]
 
 
-def draw_explanation(path: str | Path, case: str, image: Image, explanation: Explanation, *, target: Target,
-                     probabilities: np.ndarray, transpose_forward: Sequence[int]) -> None:
+def draw_explanation(
+    path: str | Path,
+    case: str,
+    image: Image,
+    explanation: Explanation,
+    *,
+    target: Target,
+    probabilities: np.ndarray,
+    transpose_forward: Sequence[int],
+) -> None:
     """Write a PNG: the slices with the most evidence as they are, and with the evidence over them in colour.
 
     Volumes are cut in three planes, images of one slice are shown once. Patient's right is on the left of the picture.
@@ -67,17 +75,29 @@ def draw_explanation(path: str | Path, case: str, image: Image, explanation: Exp
             axis.imshow(view.cut(background, position), cmap="gray", aspect=height / width, **grey)
             _letter(axis, view)
         colour = view.cut(evidence, position)
-        drawn = coloured.imshow(colour, cmap=COLOURS, vmin=-reach, vmax=reach, aspect=height / width,
-                                alpha=0.8 * np.sqrt(np.abs(colour) / reach))
+        drawn = coloured.imshow(
+            colour,
+            cmap=COLOURS,
+            vmin=-reach,
+            vmax=reach,
+            aspect=height / width,
+            alpha=0.8 * np.sqrt(np.abs(colour) / reach),
+        )
         total = background.shape[view.normal]
         plain.set_title(f"{view.name}, slice {position + 1} of {total}" if total > 1 else view.name, fontsize="medium")
     name = target.classes[explanation.class_index]
-    figure.colorbar(plt.cm.ScalarMappable(drawn.norm, COLOURS), ax=axes[-1].tolist() if rows > 1 else axes[-1],
-                    shrink=0.8,
-                    label=f"log-odds lost when hidden\n← against {name}        for {name} →")
+    figure.colorbar(
+        plt.cm.ScalarMappable(drawn.norm, COLOURS),
+        ax=axes[-1].tolist() if rows > 1 else axes[-1],
+        shrink=0.8,
+        label=f"log-odds lost when hidden\n← against {name}        for {name} →",
+    )
     figure.suptitle(f"{case}\n{_answer(target, probabilities, explanation.class_index)}")
-    figure.supxlabel(f"Orange: without it, the model would be less sure of {name}.\n"
-                     "It shows what the model used, not where a disease is.", fontsize="small")
+    figure.supxlabel(
+        f"Orange: without it, the model would be less sure of {name}.\n"
+        "It shows what the model used, not where a disease is.",
+        fontsize="small",
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -98,8 +118,9 @@ def _views(image: Image, transpose_forward: Sequence[int]) -> list[_View]:
         return [_View("image", normal, (rows, columns))]
     found = axes_of_planes(image.properties, transpose_forward=transpose_forward)
     if not found:
-        return [_View(f"axis {normal}", normal, tuple(axis for axis in range(3) if axis != normal))
-                for normal in range(3)]
+        return [
+            _View(f"axis {normal}", normal, tuple(axis for axis in range(3) if axis != normal)) for normal in range(3)
+        ]
     (side, left), (front, back), (height, down) = (found[plane] for plane in ("sagittal", "coronal", "axial"))
     # an axis that runs with RAS is turned: right, anterior and superior come first
     return [
@@ -115,10 +136,18 @@ def _letter(axis, view: _View) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
-    for letter, place, horizontal, vertical in zip(view.letters, places, ("left", "right", "center", "center"),
-                                                   ("center", "center", "top", "bottom"), strict=True):
-        axis.text(*place, letter, transform=axis.transAxes, color="#FFD400", ha=horizontal, va=vertical,
-                  path_effects=[withStroke(linewidth=2.5, foreground="black")])
+    for letter, place, horizontal, vertical in zip(
+        view.letters, places, ("left", "right", "center", "center"), ("center", "center", "top", "bottom"), strict=True
+    ):
+        axis.text(
+            *place,
+            letter,
+            transform=axis.transAxes,
+            color="#FFD400",
+            ha=horizontal,
+            va=vertical,
+            path_effects=[withStroke(linewidth=2.5, foreground="black")],
+        )
 
 
 def _answer(target: Target, probabilities: np.ndarray, chosen: int) -> str:

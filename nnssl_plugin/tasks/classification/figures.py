@@ -10,8 +10,9 @@ from nnssl_plugin.tasks.classification.predictions import Predictions
 from nnssl_plugin.tasks.classification.reliability_figure import draw_reliability
 
 
-def draw_class_figures(folder: str | Path, predictions: Predictions, intervals: Mapping[str, Interval], *,
-                       suffix: str = "") -> None:
+def draw_class_figures(
+    folder: str | Path, predictions: Predictions, intervals: Mapping[str, Interval], *, suffix: str = ""
+) -> None:
     """Write ``roc.png``, ``precision_recall.png``, ``reliability.png`` and ``confusion.png``.
 
     Args:

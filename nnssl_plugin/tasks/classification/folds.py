@@ -44,14 +44,16 @@ def class_splits(preprocessed_folder: Path, labels: ClassLabels, cases: Sequence
         write_json(path, splits)
         return splits
     wanted = set(cases)
-    splits = [{part: [case for case in fold[part] if case in wanted] for part in ("train", "val")}
-              for fold in _read(path)]
+    splits = [
+        {part: [case for case in fold[part] if case in wanted] for part in ("train", "val")} for fold in _read(path)
+    ]
     try:
         check_splits(splits, labels)
     except UserError as error:
-        raise UserError(f"{path}: {error.problem}",
-                        f"Correct it, or have folds by subject made: rm {path} (folds trained before are then other "
-                        "cases).") from error
+        raise UserError(
+            f"{path}: {error.problem}",
+            f"Correct it, or have folds by subject made: rm {path} (folds trained before are then other cases).",
+        ) from error
     return splits
 
 
@@ -79,19 +81,25 @@ def make_class_splits(labels: ClassLabels, cases: Sequence[str], *, folds: int =
     _check_labelled(cases, labels)
     groups = [labels.subjects[case] for case in cases]
     if len(set(groups)) < folds:
-        raise UserError(f"{len(set(groups))} subjects are too few for {folds} folds.",
-                        f"Add cases of other subjects, or write {SPLITS_FILE} yourself.")
+        raise UserError(
+            f"{len(set(groups))} subjects are too few for {folds} folds.",
+            f"Add cases of other subjects, or write {SPLITS_FILE} yourself.",
+        )
     _, strata = np.unique(_strata(labels, cases, folds=folds), return_inverse=True)
     if np.bincount(strata).max() < folds:  # scikit-learn refuses to stratify classes that are all that rare
         strata = np.zeros_like(strata)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():  # of rare classes, which are named below
         warnings.simplefilter("ignore", UserWarning)
-        splits = [{"train": [cases[i] for i in train], "val": [cases[i] for i in val]}
-                  for train, val in splitter.split(cases, strata, groups)]
+        splits = [
+            {"train": [cases[i] for i in train], "val": [cases[i] for i in val]}
+            for train, val in splitter.split(cases, strata, groups)
+        ]
     if not all(fold["val"] for fold in splits):
-        raise UserError(f"{len(set(groups))} subjects cannot be divided into {folds} folds with these classes.",
-                        f"Add cases, or write {SPLITS_FILE} yourself.")
+        raise UserError(
+            f"{len(set(groups))} subjects cannot be divided into {folds} folds with these classes.",
+            f"Add cases, or write {SPLITS_FILE} yourself.",
+        )
     check_splits(splits, labels)
     _warn_of_absent_classes(splits, labels)
     return splits
@@ -115,9 +123,11 @@ def check_splits(splits: Splits, labels: ClassLabels) -> None:
         leaks = sorted(subject for subject, found in sides.items() if len(found) == 2)
         if leaks:
             example = sides[leaks[0]]
-            raise UserError(f"Fold {number} has subjects on both sides: {some(leaks)} (for example {leaks[0]}: "
-                            f"{example['train']} trains, {example['val']} validates).",
-                            "Put all cases of a subject on one side.")
+            raise UserError(
+                f"Fold {number} has subjects on both sides: {some(leaks)} (for example {leaks[0]}: "
+                f"{example['train']} trains, {example['val']} validates).",
+                "Put all cases of a subject on one side.",
+            )
 
 
 def dataset_class_splits(dataset: str) -> tuple[Splits, ClassLabels]:
@@ -161,13 +171,19 @@ def _warn_of_absent_classes(splits: Splits, labels: ClassLabels) -> None:
     for target in labels.targets:
         for index, name in enumerate(target.classes):
             having = set(labels.cases_of_class(target, index))
-            without = {part: [n for n, fold in enumerate(splits) if not having & set(fold[part])]
-                       for part in ("train", "val")}
+            without = {
+                part: [n for n, fold in enumerate(splits) if not having & set(fold[part])] for part in ("train", "val")
+            }
             for part, numbers in without.items():
                 if numbers:
                     side = "training" if part == "train" else "validation"
-                    _log.warning("%s: no case of class %s among the %s cases of fold %s.", target.name, name, side,
-                                 ", ".join(map(str, numbers)))
+                    _log.warning(
+                        "%s: no case of class %s among the %s cases of fold %s.",
+                        target.name,
+                        name,
+                        side,
+                        ", ".join(map(str, numbers)),
+                    )
 
 
 def _check_labelled(cases: Sequence[str], labels: ClassLabels) -> None:

@@ -72,13 +72,18 @@ def classify_images(
     folds = list(folds) if folds else find_trained_folds(model_folder, checkpoint)
     ensemble = load_ensemble(model_folder, folds, checkpoint=checkpoint, mirroring=mirroring, device=device)
     if ensemble.first.settings.crop == FOREGROUND and segmentations is None:
-        raise UserError("This model looks at the box around the labels of a segmentation.",
-                        "Name the folder of the segmentations (CASE.nii.gz) with -seg; nnUNetv2_predict makes them.")
+        raise UserError(
+            "This model looks at the box around the labels of a segmentation.",
+            "Name the folder of the segmentations (CASE.nii.gz) with -seg; nnUNetv2_predict makes them.",
+        )
     cases, failed = find_images(images, ensemble.first.dataset_json["file_ending"])
     tables = _open_tables(output, ensemble, _description(model_folder, folds, checkpoint, mirroring))
     pictures = {case: _pictures(explanations, case, ensemble) for case in cases}
-    waiting = [case for case in cases if not all(case in table.finished for table in tables)
-               or not all(path.is_file() for path in pictures[case])]
+    waiting = [
+        case
+        for case in cases
+        if not all(case in table.finished for table in tables) or not all(path.is_file() for path in pictures[case])
+    ]
     warnings = {}
     for case in tqdm(waiting, desc="classify", unit="case"):
         try:
@@ -87,8 +92,13 @@ def classify_images(
             warnings[case] = image.warnings
         except UnusableCase as error:
             failed[case] = str(error)
-    return Classified(tuple(table.path for table in tables), sum(case not in failed for case in waiting),
-                      len(cases) - len(waiting), failed, {case: said for case, said in warnings.items() if said})
+    return Classified(
+        tuple(table.path for table in tables),
+        sum(case not in failed for case in waiting),
+        len(cases) - len(waiting),
+        failed,
+        {case: said for case, said in warnings.items() if said},
+    )
 
 
 def _read(case: str, files: tuple[Path, ...], ensemble: Ensemble, segmentations: str | Path | None) -> Image:
@@ -98,14 +108,21 @@ def _read(case: str, files: tuple[Path, ...], ensemble: Ensemble, segmentations:
         segmentation = Path(segmentations) / f"{case}{model.dataset_json['file_ending']}"
         if not segmentation.is_file():
             raise UnusableCase(f"it has no segmentation {segmentation}")
-    return read_image(files, plans=model.plans_manager, configuration=model.configuration_manager,
-                      dataset_json=model.dataset_json, segmentation=segmentation)
+    return read_image(
+        files,
+        plans=model.plans_manager,
+        configuration=model.configuration_manager,
+        dataset_json=model.dataset_json,
+        segmentation=segmentation,
+    )
 
 
 def _answer(case: str, image: Image, ensemble: Ensemble, tables: Sequence[Answers], pictures: Sequence[Path]) -> None:
     """Draw what is missing, then add the rows: a case with a row is finished."""
-    answers = {name: p[0].double().numpy()
-               for name, p in ensemble.probabilities(ensemble.inputs(image.data, image.segmentation)[None]).items()}
+    answers = {
+        name: p[0].double().numpy()
+        for name, p in ensemble.probabilities(ensemble.inputs(image.data, image.segmentation)[None]).items()
+    }
     if not all(np.isfinite(p).all() for p in answers.values()):
         raise UnusableCase("the model answers NaN: was its training finished?")
     if not all(path.is_file() for path in pictures):
@@ -115,9 +132,15 @@ def _answer(case: str, image: Image, ensemble: Ensemble, tables: Sequence[Answer
         maps = explain(ensemble, image, answers)
         for target, path in zip(ensemble.targets, pictures, strict=True):
             with atomic_path(path) as temporary:
-                draw_explanation(temporary, case, image, maps[target.name], target=target,
-                                 probabilities=answers[target.name],
-                                 transpose_forward=ensemble.first.plans_manager.transpose_forward)
+                draw_explanation(
+                    temporary,
+                    case,
+                    image,
+                    maps[target.name],
+                    target=target,
+                    probabilities=answers[target.name],
+                    transpose_forward=ensemble.first.plans_manager.transpose_forward,
+                )
     for table in tables:
         if case not in table.finished:
             table.add(case, answers[table.target.name])
@@ -136,9 +159,17 @@ def _pictures(folder: str | Path | None, case: str, ensemble: Ensemble) -> list[
     return [Path(folder) / f"{case}{name_suffix(target, ensemble.targets)}.png" for target in ensemble.targets]
 
 
-def _description(model_folder: str | Path, folds: Sequence[str | int], checkpoint: str, mirroring: bool,
-                 ) -> dict[str, Any]:
+def _description(
+    model_folder: str | Path,
+    folds: Sequence[str | int],
+    checkpoint: str,
+    mirroring: bool,
+) -> dict[str, Any]:
     """What decides the probabilities; no absolute path, so that a folder may move."""
     weights = {str(fold): file_hash(Path(model_folder) / f"fold_{fold}" / checkpoint) for fold in folds}
-    return {"model": Path(model_folder).resolve().name, "checkpoint": checkpoint, "tta": mirroring,
-            "sha256_of_folds": weights}
+    return {
+        "model": Path(model_folder).resolve().name,
+        "checkpoint": checkpoint,
+        "tta": mirroring,
+        "sha256_of_folds": weights,
+    }

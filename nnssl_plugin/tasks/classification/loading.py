@@ -48,8 +48,10 @@ class LoadedClassifier:
             UserError: when the model needs the segmentation and there is none.
         """
         if self.settings.crop == FOREGROUND and segmentation is None:
-            raise UserError("This model looks at the box around the labels of a segmentation, and there is none.",
-                            "Give a segmentation per case (nnUNetv2_predict makes them), or train with crop=none.")
+            raise UserError(
+                "This model looks at the box around the labels of a segmentation, and there is none.",
+                "Give a segmentation per case (nnUNetv2_predict makes them), or train with crop=none.",
+            )
         arguments = self.settings.input_arguments(self.configuration_manager.patch_size)
         return torch.from_numpy(case_inputs(data, segmentation, **arguments))
 
@@ -59,8 +61,13 @@ class LoadedClassifier:
         return {name: p.cpu() for name, p in joint_probabilities(self.classifier.ask(x), self.targets).items()}
 
 
-def load_classifier(model_folder: str | Path, fold: str | int, *, checkpoint: str = "checkpoint_best.pth",
-                    device: str | torch.device = "cpu") -> LoadedClassifier:
+def load_classifier(
+    model_folder: str | Path,
+    fold: str | int,
+    *,
+    checkpoint: str = "checkpoint_best.pth",
+    device: str | torch.device = "cpu",
+) -> LoadedClassifier:
     """The classifier of one fold.
 
     Args:
@@ -76,8 +83,10 @@ def load_classifier(model_folder: str | Path, fold: str | int, *, checkpoint: st
     content = read_checkpoint(path, device=device)
     if BLOCK not in content:
         trainer = content.get("trainer_name", "another kind")
-        raise UserError(f"{path} holds no classifier, but a checkpoint of {trainer}.",
-                        "Name a folder of results of PretrainedClassificationTrainer.")
+        raise UserError(
+            f"{path} holds no classifier, but a checkpoint of {trainer}.",
+            "Name a folder of results of PretrainedClassificationTrainer.",
+        )
     state, given = content[BLOCK], content["init_args"]
     targets = targets_from_block(state)
     settings = settings_from(state["settings"], ClassificationSettings(), f"the classification block of {path}")
@@ -85,9 +94,18 @@ def load_classifier(model_folder: str | Path, fold: str | int, *, checkpoint: st
     classifier = Classifier(
         build_network(plans, configuration, dataset_json),
         input_channels=input_channels(plans, configuration, dataset_json),
-        heads={target.name: target.outputs for target in targets}, stages=settings.stages)
+        heads={target.name: target.outputs for target in targets},
+        stages=settings.stages,
+    )
     classifier.load_state_dict(content["network_weights"])
     manager = PlansManager(plans)
     return LoadedClassifier(
-        classifier.to(device).eval(), targets, settings, manager, manager.get_configuration(configuration),
-        dataset_json, tuple(content["inference_allowed_mirroring_axes"] or ()), torch.device(device))
+        classifier.to(device).eval(),
+        targets,
+        settings,
+        manager,
+        manager.get_configuration(configuration),
+        dataset_json,
+        tuple(content["inference_allowed_mirroring_axes"] or ()),
+        torch.device(device),
+    )

@@ -25,8 +25,9 @@ from torch.nn import functional
 from nnssl_plugin.nnunet.case_labels import MULTILABEL, ORDINAL, Target
 
 
-def class_loss(logits: Tensor, labels: Tensor, *, kind: str, classes: int, weights: Tensor | None = None,
-               smoothing: float = 0.0) -> Tensor:
+def class_loss(
+    logits: Tensor, labels: Tensor, *, kind: str, classes: int, weights: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
     """Mean over the batch of the negative log-likelihood of one target's labels.
 
     A sample's loss is multiplied by the weight of its class. The mean is not divided by the weights of the batch, as
@@ -97,19 +98,30 @@ def balanced_weights(labels: Tensor, *, kind: str, classes: int) -> Tensor:
     return weights.float()
 
 
-def joint_loss(logits: Mapping[str, Tensor], labels: Sequence[Tensor], *, targets: Sequence[Target],
-               weights: Sequence[Tensor | None], smoothing: float = 0.0) -> Tensor:
+def joint_loss(
+    logits: Mapping[str, Tensor],
+    labels: Sequence[Tensor],
+    *,
+    targets: Sequence[Target],
+    weights: Sequence[Tensor | None],
+    smoothing: float = 0.0,
+) -> Tensor:
     """Mean of :func:`class_loss` over several targets; ``labels`` and ``weights`` hold one entry per target."""
-    losses = [class_loss(logits[target.name], y, kind=target.kind, classes=len(target.classes), weights=w,
-                         smoothing=smoothing)
-              for target, y, w in zip(targets, labels, weights, strict=True)]
+    losses = [
+        class_loss(
+            logits[target.name], y, kind=target.kind, classes=len(target.classes), weights=w, smoothing=smoothing
+        )
+        for target, y, w in zip(targets, labels, weights, strict=True)
+    ]
     return torch.stack(losses).mean()
 
 
 def joint_probabilities(logits: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
     """:func:`class_probabilities` of each target."""
-    return {target.name: class_probabilities(logits[target.name], kind=target.kind, classes=len(target.classes))
-            for target in targets}
+    return {
+        target.name: class_probabilities(logits[target.name], kind=target.kind, classes=len(target.classes))
+        for target in targets
+    }
 
 
 def _yes_or_no(logits: Tensor, answers: Tensor, smoothing: float) -> Tensor:

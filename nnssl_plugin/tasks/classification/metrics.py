@@ -13,8 +13,13 @@ BINS = 10
 """Bins of equal width of the expected calibration error and of the reliability figure."""
 
 
-def class_measures(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray, *, target: Target,
-                   ) -> dict[str, np.ndarray]:
+def class_measures(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    weights: np.ndarray,
+    *,
+    target: Target,
+) -> dict[str, np.ndarray]:
     """Every measure of a target, name → (S,); NaN where it is not defined.
 
     ``MEASURE/CLASS`` is a class against the rest. ``auroc`` and ``average_precision`` are those of the second class of
@@ -69,8 +74,12 @@ def areas(scores: np.ndarray, positives: np.ndarray, weights: np.ndarray) -> tup
     return _ratio(roc, found[:, -1] * alarms[:, -1]), _ratio(average, found[:, -1])
 
 
-def calibration_pairs(labels: np.ndarray, answers: np.ndarray, probabilities: np.ndarray, target: Target,
-                      ) -> list[tuple[np.ndarray, np.ndarray]]:
+def calibration_pairs(
+    labels: np.ndarray,
+    answers: np.ndarray,
+    probabilities: np.ndarray,
+    target: Target,
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """What calibration compares: (probability (N,), whether it came true (N,)).
 
     A binary target gives its second class; a multi-label one every class; all others the most probable class and
@@ -93,14 +102,23 @@ def _counted(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray, targ
     total = weights.sum(axis=1, keepdims=True)
     hits, real, claimed = (weights @ mask.astype(float) for mask in (truth & predicted, truth, predicted))
     rejected = total - real - claimed + hits
-    by_class = {"sensitivity": _ratio(hits, real), "specificity": _ratio(rejected, total - real),
-                "ppv": _ratio(hits, claimed), "npv": _ratio(rejected, total - claimed),
-                "f1": _ratio(2 * hits, real + claimed)}
-    measures = {f"{measure}/{name}": values[:, k] for measure, values in by_class.items()
-                for k, name in enumerate(target.classes)}
+    by_class = {
+        "sensitivity": _ratio(hits, real),
+        "specificity": _ratio(rejected, total - real),
+        "ppv": _ratio(hits, claimed),
+        "npv": _ratio(rejected, total - claimed),
+        "f1": _ratio(2 * hits, real + claimed),
+    }
+    measures = {
+        f"{measure}/{name}": values[:, k]
+        for measure, values in by_class.items()
+        for k, name in enumerate(target.classes)
+    }
     if target.kind == MULTILABEL:
-        recall, present = np.hstack([by_class["sensitivity"], by_class["specificity"]]), np.hstack(
-            [truth.any(axis=0), ~truth.all(axis=0)])
+        recall, present = (
+            np.hstack([by_class["sensitivity"], by_class["specificity"]]),
+            np.hstack([truth.any(axis=0), ~truth.all(axis=0)]),
+        )
     else:
         recall, present = by_class["sensitivity"], truth.any(axis=0)
     return measures | {
@@ -128,8 +146,10 @@ def _ordinal(labels, answers, truth, predicted, weights) -> dict[str, np.ndarray
     real, claimed = weights @ truth.astype(float), weights @ predicted.astype(float)
     expected = np.einsum("si,sj,ij->s", real, claimed, (steps[:, None] - steps) ** 2.0)
     observed = weights @ ((labels - answers) ** 2.0)
-    return {"mean_absolute_error": weights @ np.abs(labels - answers).astype(float) / total,
-            "quadratic_kappa": 1 - _ratio(observed * total, expected)}
+    return {
+        "mean_absolute_error": weights @ np.abs(labels - answers).astype(float) / total,
+        "quadratic_kappa": 1 - _ratio(observed * total, expected),
+    }
 
 
 def _mean(values: np.ndarray, over: np.ndarray) -> np.ndarray:

@@ -55,8 +55,10 @@ class Answers:
         whole = lines[: len(lines) - (bool(lines) and not self._is_row(lines[-1]))]
         for number, line in enumerate(whole[1:], start=2):
             if not self._is_row(line):
-                raise UserError(f"{self.path}, line {number}, is no row of this table: {line[:80]!r}.",
-                                "Remove the line; its case is then classified again.")
+                raise UserError(
+                    f"{self.path}, line {number}, is no row of this table: {line[:80]!r}.",
+                    "Remove the line; its case is then classified again.",
+                )
             self.finished.add(_cells(line)[0])
         if len(whole) < len(lines) or not lines:
             os.truncate(self.path, sum(map(len, whole)))
@@ -85,13 +87,16 @@ def check_same_model(path: Path, description: dict[str, Any], *, tables: list[Pa
         write_json(path, description)
         return
     if not path.is_file():
-        raise UserError(f"{begun[0]} is there, but no {path.name} that says which model made it.",
-                        "Name another file with -o.")
+        raise UserError(
+            f"{begun[0]} is there, but no {path.name} that says which model made it.", "Name another file with -o."
+        )
     before = read_json(path)
     different = sorted(key for key in {*before, *description} if before.get(key) != description.get(key))
     if different:
-        raise UserError(f"{begun[0]} was begun with another {', '.join(different)}.",
-                        f"Name another file with -o, or begin again: rm {begun[0]}")
+        raise UserError(
+            f"{begun[0]} was begun with another {', '.join(different)}.",
+            f"Name another file with -o, or begin again: rm {begun[0]}",
+        )
 
 
 def _line(cells: list[str]) -> bytes:

@@ -29,8 +29,13 @@ class Predictions:
     def select(self, rows: Sequence[int]) -> "Predictions":
         """The rows with these indices, in this order."""
         rows = list(rows)
-        return Predictions(self.target, tuple(self.cases[i] for i in rows), tuple(self.subjects[i] for i in rows),
-                           self.labels[rows], self.probabilities[rows])
+        return Predictions(
+            self.target,
+            tuple(self.cases[i] for i in rows),
+            tuple(self.subjects[i] for i in rows),
+            self.labels[rows],
+            self.probabilities[rows],
+        )
 
 
 def name_suffix(target: Target, targets: Sequence[Target] = ()) -> str:
@@ -38,8 +43,13 @@ def name_suffix(target: Target, targets: Sequence[Target] = ()) -> str:
     return f"_{target.name.replace(' ', '_')}" if len(targets) > 1 else ""
 
 
-def make_predictions(target: Target, cases: Sequence[str], subjects: Sequence[str], labels, probabilities,
-                     ) -> Predictions:
+def make_predictions(
+    target: Target,
+    cases: Sequence[str],
+    subjects: Sequence[str],
+    labels,
+    probabilities,
+) -> Predictions:
     """Checked predictions.
 
     Args:
@@ -58,13 +68,16 @@ def make_predictions(target: Target, cases: Sequence[str], subjects: Sequence[st
     if not numbers[0] or len(set(numbers)) > 1 or probabilities.shape[1:] != (len(target.classes),):
         raise UserError(
             f"{target.name}: cases, subjects and labels: {numbers[:3]}; probabilities: {probabilities.shape}.",
-            f"Each case has a subject, a label and {len(target.classes)} probabilities.")
+            f"Each case has a subject, a label and {len(target.classes)} probabilities.",
+        )
     # single precision sums to a little more than one
     wrong = ~((probabilities >= -1e-6) & (probabilities <= 1 + 1e-6)).all(axis=1)
     if wrong.any():
-        raise UserError(f"{target.name}: {int(wrong.sum())} cases have a probability that is NaN or outside 0 to 1, "
-                        f"for example {cases[int(np.flatnonzero(wrong)[0])]}.",
-                        "The training has diverged: train again with a smaller learning rate (classification.lr).")
+        raise UserError(
+            f"{target.name}: {int(wrong.sum())} cases have a probability that is NaN or outside 0 to 1, "
+            f"for example {cases[int(np.flatnonzero(wrong)[0])]}.",
+            "The training has diverged: train again with a smaller learning rate (classification.lr).",
+        )
     return Predictions(target, tuple(cases), tuple(subjects), labels, probabilities.clip(0, 1))
 
 
@@ -104,18 +117,31 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
     """Write the table ``case,subject,target,label,predicted,p_CLASS…``, atomically."""
     target = predictions.target
     answers = predicted_labels(predictions.probabilities, target)
-    rows = zip(predictions.cases, predictions.subjects, predictions.labels, answers, predictions.probabilities,
-               strict=True)
+    rows = zip(
+        predictions.cases, predictions.subjects, predictions.labels, answers, predictions.probabilities, strict=True
+    )
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["case", "subject", "target", "label", "predicted", *probability_columns(target)])
         for case, subject, label, answer, probabilities in rows:
-            table.writerow([case, subject, target.name, cell(label, target), cell(answer, target),
-                            *map(shown_probability, probabilities)])
+            table.writerow(
+                [
+                    case,
+                    subject,
+                    target.name,
+                    cell(label, target),
+                    cell(answer, target),
+                    *map(shown_probability, probabilities),
+                ]
+            )
 
 
-def read_predictions(path: str | Path, target: Target, *, references: Mapping[str, tuple[str, Label]] | None = None,
-                     ) -> Predictions:
+def read_predictions(
+    path: str | Path,
+    target: Target,
+    *,
+    references: Mapping[str, tuple[str, Label]] | None = None,
+) -> Predictions:
     """Read a table of predictions.
 
     Args:
@@ -130,12 +156,18 @@ def read_predictions(path: str | Path, target: Target, *, references: Mapping[st
     if not path.is_file():
         raise UserError(f"There is no {path}.", "Finish the training, or name another file or folder.")
     rows = read_table(path)
-    missing = [name for name in (*probability_columns(target), *(["label"] if references is None else []))
-               if name not in rows[0]]
+    missing = [
+        name
+        for name in (*probability_columns(target), *(["label"] if references is None else []))
+        if name not in rows[0]
+    ]
     if missing:
-        raise UserError(f"{path} has no column {missing[0]!r}, which {target.name} needs.",
-                        "Name the table of labels with -ref FILE.csv." if missing == ["label"] else
-                        "Name a table that predicts this target, or predict the cases again.")
+        raise UserError(
+            f"{path} has no column {missing[0]!r}, which {target.name} needs.",
+            "Name the table of labels with -ref FILE.csv."
+            if missing == ["label"]
+            else "Name a table that predicts this target, or predict the cases again.",
+        )
     cases = [row["case"] for row in rows]
     if len(set(cases)) < len(cases):
         twice = next(case for number, case in enumerate(cases) if case in cases[:number])
@@ -153,14 +185,21 @@ def _own_labels(rows: Sequence[Mapping[str, str]], target: Target, path: Path) -
     try:
         return [(row.get("subject") or row["case"], target.parse(row["label"])) for row in rows]
     except ValueError as error:
-        raise UserError(f"{path}: {str(error)!r} is no class of {target.name} ({', '.join(target.classes)}).",
-                        "Name the table of another run, or correct the cell.") from error
+        raise UserError(
+            f"{path}: {str(error)!r} is no class of {target.name} ({', '.join(target.classes)}).",
+            "Name the table of another run, or correct the cell.",
+        ) from error
 
 
-def _given_labels(cases: Sequence[str], references: Mapping[str, tuple[str, Label]], path: Path,
-                  ) -> list[tuple[str, Label]]:
+def _given_labels(
+    cases: Sequence[str],
+    references: Mapping[str, tuple[str, Label]],
+    path: Path,
+) -> list[tuple[str, Label]]:
     unknown = [case for case in cases if case not in references]
     if unknown:
-        raise UserError(f"{len(unknown)} cases of {path} have no label: {some(unknown)}.",
-                        "Add them to the table of labels, or leave them out of the predictions.")
+        raise UserError(
+            f"{len(unknown)} cases of {path} have no label: {some(unknown)}.",
+            "Add them to the table of labels, or leave them out of the predictions.",
+        )
     return [references[case] for case in cases]

@@ -34,7 +34,8 @@ def draw_reliability(axis, predictions: Predictions, intervals: Mapping[str, Int
     error = np.mean([_gap(*pair) for pair in pairs])
     axis.plot([], [], " ", label=f"expected calibration error {error:.3f}{bracket(intervals.get('ece'))}, {BINS} bins")
     notes = ["bars: 95 % Wilson intervals"] * (len(pairs) <= WITH_BARS) + ["numbers: cases in the bin"] * (
-        len(pairs) == 1)
+        len(pairs) == 1
+    )
     if notes:
         axis.plot([], [], " ", label="; ".join(notes))
     axis.set_title(f"{heading(predictions)}: do its probabilities come true?")
@@ -54,16 +55,27 @@ def _draw_bars(axis, claimed: np.ndarray, came_true: np.ndarray, *, colour: str)
 
     for members in _bins(claimed):
         hits, mean = int(came_true[members].sum()), claimed[members].mean()
-        axis.plot([mean, mean], binomtest(hits, len(members)).proportion_ci(method="wilson"), color=colour,
-                  linewidth=1.2, marker="_")
+        axis.plot(
+            [mean, mean],
+            binomtest(hits, len(members)).proportion_ci(method="wilson"),
+            color=colour,
+            linewidth=1.2,
+            marker="_",
+        )
 
 
 def _write_counts(axis, claimed: np.ndarray, came_true: np.ndarray) -> None:
     for members in _bins(claimed):
         position = (claimed[members].mean(), came_true[members].mean())
         left = position[0] > 0.97
-        axis.annotate(str(len(members)), position, xytext=(-7 if left else 7, -4), textcoords="offset points",
-                      ha="right" if left else "left", fontsize="small")
+        axis.annotate(
+            str(len(members)),
+            position,
+            xytext=(-7 if left else 7, -4),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize="small",
+        )
 
 
 def _bins(claimed: np.ndarray) -> Iterator[np.ndarray]:

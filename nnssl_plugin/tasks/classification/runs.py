@@ -26,8 +26,10 @@ def find_tables(place: str | Path) -> list[Path]:
     folder = place / "validation" if (place / "validation").is_dir() else place
     tables = sorted(folder.glob("predictions*.csv")) or sorted(place.parent.glob(f"{place.stem}_*{place.suffix}"))
     if not tables or (not place.is_dir() and not place.suffix):
-        raise UserError(f"{place} is no table of predictions, and no folder with predictions.csv.",
-                        "Name fold_X/validation, crossval_results_folds_…, or what classify -o wrote.")
+        raise UserError(
+            f"{place} is no table of predictions, and no folder with predictions.csv.",
+            "Name fold_X/validation, crossval_results_folds_…, or what classify -o wrote.",
+        )
     return tables
 
 
@@ -43,18 +45,27 @@ def targets_of(place: str | Path, *, dataset_json: str | Path | None = None) -> 
         UserError: there is none with a ``classification`` block.
     """
     place = Path(place).absolute()
-    near = [Path(dataset_json)] if dataset_json else [
-        place.with_suffix(".json"), *(folder / "dataset.json" for folder in (place, *list(place.parents)[:3]))]
+    near = (
+        [Path(dataset_json)]
+        if dataset_json
+        else [place.with_suffix(".json"), *(folder / "dataset.json" for folder in (place, *list(place.parents)[:3]))]
+    )
     for path in near:
         block = _block(path)
         if block is not None:
             return targets_from_block(block)
-    raise UserError(f"No dataset.json with a '{BLOCK}' block was found for {place}, so its classes are unknown.",
-                    "Name it: -djfile nnUNet_raw/DatasetXXX_NAME/dataset.json")
+    raise UserError(
+        f"No dataset.json with a '{BLOCK}' block was found for {place}, so its classes are unknown.",
+        "Name it: -djfile nnUNet_raw/DatasetXXX_NAME/dataset.json",
+    )
 
 
-def read_tables(tables: Sequence[Path], targets: Sequence[Target], *,
-                references: Mapping[str, Mapping[str, tuple[str, Label]]] | None = None) -> dict[str, Predictions]:
+def read_tables(
+    tables: Sequence[Path],
+    targets: Sequence[Target],
+    *,
+    references: Mapping[str, Mapping[str, tuple[str, Label]]] | None = None,
+) -> dict[str, Predictions]:
     """Target → predictions of the tables of one run.
 
     Args:
@@ -71,11 +82,15 @@ def read_tables(tables: Sequence[Path], targets: Sequence[Target], *,
         row = read_table(path)[0]
         name = row.get("target") or (targets[0].name if len(targets) == 1 else "")
         if name not in known:
-            raise UserError(f"{path} predicts '{name}', which is no target ({', '.join(known)}).",
-                            "Name the dataset.json that defines it with -djfile.")
+            raise UserError(
+                f"{path} predicts '{name}', which is no target ({', '.join(known)}).",
+                "Name the dataset.json that defines it with -djfile.",
+            )
         if references is not None and name not in references:
-            raise UserError(f"The table of labels has no column {name!r}, which {path} predicts.",
-                            f"Add it, or name tables of {', '.join(references)} only.")
+            raise UserError(
+                f"The table of labels has no column {name!r}, which {path} predicts.",
+                f"Add it, or name tables of {', '.join(references)} only.",
+            )
         found[name] = read_predictions(path, known[name], references=references and references[name])
     return found
 
@@ -95,14 +110,21 @@ def read_references(path: str | Path, targets: Sequence[Target]) -> dict[str, di
         if target.name not in rows[0]:
             continue
         try:
-            found[target.name] = {row["case"]: (row.get("subject") or row["case"], target.parse(row[target.name]))
-                                  for row in rows if row[target.name]}
+            found[target.name] = {
+                row["case"]: (row.get("subject") or row["case"], target.parse(row[target.name]))
+                for row in rows
+                if row[target.name]
+            }
         except ValueError as error:
-            raise UserError(f"{path}: {str(error)!r} is no class of {target.name} ({', '.join(target.classes)}).",
-                            "Correct the cell.") from error
+            raise UserError(
+                f"{path}: {str(error)!r} is no class of {target.name} ({', '.join(target.classes)}).",
+                "Correct the cell.",
+            ) from error
     if not found:
-        raise UserError(f"{path} has no column {', '.join(target.name for target in targets)}.",
-                        "Its header reads case,subject,TARGET.")
+        raise UserError(
+            f"{path} has no column {', '.join(target.name for target in targets)}.",
+            "Its header reads case,subject,TARGET.",
+        )
     return found
 
 

@@ -70,13 +70,16 @@ class ClassificationSettings:
         for name in ("label_smoothing", "dropout"):
             self._require(name, "a number in [0, 1)", 0 <= getattr(self, name) < 1)
         self._require("crop_margin", "a number from 0", self.crop_margin >= 0)
-        self._require("lr", "a positive number or null",
-                      self.lr is None or (type(self.lr) in (int, float) and self.lr > 0))
+        self._require(
+            "lr", "a positive number or null", self.lr is None or (type(self.lr) in (int, float) and self.lr > 0)
+        )
 
     def _require(self, name: str, expected: str, fits: bool) -> None:
         if not fits:
-            raise UserError(f"Setting '{name}' in the plan's classification block is {getattr(self, name)!r}; expected "
-                            f"{expected}.", f"nnssl_plugin plan -d ID -p PLANS -n NAME --set {BLOCK}.{name}=…")
+            raise UserError(
+                f"Setting '{name}' in the plan's classification block is {getattr(self, name)!r}; expected {expected}.",
+                f"nnssl_plugin plan -d ID -p PLANS -n NAME --set {BLOCK}.{name}=…",
+            )
 
     @property
     def windows_per_case(self) -> int:
@@ -85,8 +88,13 @@ class ClassificationSettings:
 
     def input_arguments(self, patch_size: Sequence[int]) -> dict[str, Any]:
         """Arguments of ``class_batches.case_inputs`` for windows of ``patch_size`` voxels."""
-        return {"crop": self.crop, "crop_margin": self.crop_margin, "patch_size": list(patch_size),
-                "strategy": self.inputs, "windows": self.windows}
+        return {
+            "crop": self.crop,
+            "crop_margin": self.crop_margin,
+            "patch_size": list(patch_size),
+            "strategy": self.inputs,
+            "windows": self.windows,
+        }
 
 
 def read_classification(plans: Mapping[str, Any]) -> ClassificationSettings:
@@ -95,8 +103,9 @@ def read_classification(plans: Mapping[str, Any]) -> ClassificationSettings:
     Raises:
         UserError: a setting is unknown or of the wrong kind.
     """
-    return settings_from(dict(plans.get(BLOCK, {})), ClassificationSettings(),
-                         f"the {BLOCK} block of {plans.get('plans_name')}")
+    return settings_from(
+        dict(plans.get(BLOCK, {})), ClassificationSettings(), f"the {BLOCK} block of {plans.get('plans_name')}"
+    )
 
 
 def read_finetuning(plans: Mapping[str, Any], configuration: str) -> FinetuningSettings:
@@ -109,8 +118,10 @@ def read_finetuning(plans: Mapping[str, Any], configuration: str) -> FinetuningS
         return FinetuningSettings()
     settings = read_settings(plans, configuration)
     if settings.trains == "decoder":
-        raise UserError("finetuning.trains=decoder cannot apply: a classifier has no decoder.",
-                        "Set finetuning.trains=head for a linear probe, or all.")
+        raise UserError(
+            "finetuning.trains=decoder cannot apply: a classifier has no decoder.",
+            "Set finetuning.trains=head for a linear probe, or all.",
+        )
     return settings
 
 
@@ -122,7 +133,9 @@ def chosen_targets(targets: Sequence[Target], names: Sequence[str]) -> tuple[Tar
     """
     unknown = sorted(set(names) - {target.name for target in targets})
     if unknown:
-        raise UserError(f"The plan's classification block names the target {unknown[0]!r}; the dataset has: "
-                        f"{', '.join(target.name for target in targets)}.",
-                        f"nnssl_plugin plan -d ID -p PLANS -n NAME --set '{BLOCK}.targets=[\"{targets[0].name}\"]'")
+        raise UserError(
+            f"The plan's classification block names the target {unknown[0]!r}; the dataset has: "
+            f"{', '.join(target.name for target in targets)}.",
+            f"nnssl_plugin plan -d ID -p PLANS -n NAME --set '{BLOCK}.targets=[\"{targets[0].name}\"]'",
+        )
     return tuple(target for target in targets if not names or target.name in names)

@@ -23,8 +23,16 @@ CHUNK = 2**20
 OF_CLASS = ("sensitivity", "specificity", "ppv", "npv", "f1", "auroc", "average_precision")
 
 
-def write_validation(folder: str | Path, target: Target, cases: Sequence[str], subjects: Sequence[str], labels,
-                     probabilities, *, targets: Sequence[Target] = ()) -> dict[str, Any]:
+def write_validation(
+    folder: str | Path,
+    target: Target,
+    cases: Sequence[str],
+    subjects: Sequence[str],
+    labels,
+    probabilities,
+    *,
+    targets: Sequence[Target] = (),
+) -> dict[str, Any]:
     """Write ``predictions.csv``, ``summary.json`` and the figures of one target, and return the summary.
 
     Args:
@@ -43,8 +51,9 @@ def write_validation(folder: str | Path, target: Target, cases: Sequence[str], s
     return write_predictions_and_summary(folder, predictions, targets=targets)
 
 
-def write_predictions_and_summary(folder: str | Path, predictions: Predictions, *, targets: Sequence[Target] = (),
-                                  more: dict[str, Any] | None = None) -> dict[str, Any]:
+def write_predictions_and_summary(
+    folder: str | Path, predictions: Predictions, *, targets: Sequence[Target] = (), more: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The files of :func:`write_validation`, with further entries of ``summary.json`` in ``more``."""
     from nnssl_plugin.tasks.classification.figures import draw_class_figures
 
@@ -108,8 +117,10 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, target: Target) -> list:
     """
     if target.kind != MULTILABEL:
         return (truth.T.astype(int) @ predicted.astype(int)).tolist()
-    pairs = [(np.stack([~t, t]).astype(int), np.stack([~p, p]).astype(int))
-             for t, p in zip(truth.T, predicted.T, strict=True)]
+    pairs = [
+        (np.stack([~t, t]).astype(int), np.stack([~p, p]).astype(int))
+        for t, p in zip(truth.T, predicted.T, strict=True)
+    ]
     return [(real @ claimed.T).tolist() for real, claimed in pairs]
 
 
@@ -120,8 +131,12 @@ def subject_intervals(predictions: Predictions) -> dict[str, list[float | None]]
     every tenth, or there is a single subject, the interval is [null, null].
     """
     if len(set(predictions.subjects)) < 2:
-        names = class_measures(predictions.labels, predictions.probabilities, np.ones((1, len(predictions.cases))),
-                               target=predictions.target)
+        names = class_measures(
+            predictions.labels,
+            predictions.probabilities,
+            np.ones((1, len(predictions.cases))),
+            target=predictions.target,
+        )
         return {name: [None, None] for name in names}
     drawn = resampled_measures([predictions])[0]
     return {name: percentile_interval(values) for name, values in drawn.items()}
@@ -129,10 +144,11 @@ def subject_intervals(predictions: Predictions) -> dict[str, list[float | None]]
 
 def resampled_measures(runs: Sequence[Predictions]) -> list[dict[str, np.ndarray]]:
     """Measures of runs over the same cases, name → (SAMPLES,), the same subjects drawn for all."""
-    parts = [[class_measures(run.labels, run.probabilities, weights, target=run.target) for run in runs]
-             for weights in _drawn_weights(runs[0].subjects)]
-    return [{name: np.concatenate([part[i][name] for part in parts]) for name in parts[0][i]}
-            for i in range(len(runs))]
+    parts = [
+        [class_measures(run.labels, run.probabilities, weights, target=run.target) for run in runs]
+        for weights in _drawn_weights(runs[0].subjects)
+    ]
+    return [{name: np.concatenate([part[i][name] for part in parts]) for name in parts[0][i]} for i in range(len(runs))]
 
 
 def percentile_interval(values: np.ndarray) -> list[float | None]:

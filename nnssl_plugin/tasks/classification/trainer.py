@@ -48,7 +48,7 @@ from nnssl_plugin.tasks.classification.validation import ClassValidation
 from nnssl_plugin.training.epoch_log import EpochLog
 from nnssl_plugin.training.figures import Panel, draw_progress
 from nnssl_plugin.training.interruption import TO_BE_CONTINUED, Interruption
-from nnssl_plugin.training.planned_network import PlannedNetworkTrainer
+from nnssl_plugin.training.planned_network import DEFAULT_DEVICE, PlannedNetworkTrainer
 
 BEST = "checkpoint_best.pth"
 DROPOUT = 2
@@ -74,8 +74,14 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         UserError: when a block or the class labels cannot be used, for a cascade, or with several ranks.
     """
 
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008 (nnU-Net's signature)
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = DEFAULT_DEVICE,
+    ):
         # first: what does not fit leaves no folder behind
         self.settings = read_classification(plans)
         finetuning = read_finetuning(plans, configuration)
@@ -84,10 +90,13 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         _refuse_ranks()
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_cascaded:
-            raise UserError(f"{configuration} reads the segmentation of another configuration.",
-                            "Classify with 2d, 3d_fullres or 3d_lowres.")
-        self.finetuning = replace(finetuning, lr=self.settings.lr or finetuning.lr,
-                                  optimiser=finetuning.optimiser or OPTIMISER)
+            raise UserError(
+                f"{configuration} reads the segmentation of another configuration.",
+                "Classify with 2d, 3d_fullres or 3d_lowres.",
+            )
+        self.finetuning = replace(
+            finetuning, lr=self.settings.lr or finetuning.lr, optimiser=finetuning.optimiser or OPTIMISER
+        )
         self.seed = SEED if finetuning.seed is None else finetuning.seed
         self.num_epochs = self.settings.epochs or finetuning.epochs or EPOCHS
         self.enable_deep_supervision = False
@@ -107,21 +116,33 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Training and validation cases: folds by subject, and only cases with a label."""
-        return cases_of_fold(self.labels, self.fold, dataset_folder=self.preprocessed_dataset_folder_base,
-                             cases_folder=self.preprocessed_dataset_folder)
+        return cases_of_fold(
+            self.labels,
+            self.fold,
+            dataset_folder=self.preprocessed_dataset_folder_base,
+            cases_folder=self.preprocessed_dataset_folder,
+        )
 
     def _set_batch_size_and_oversample(self) -> None:
         """The batch size, and the steps of an epoch: each training case comes once where the plan says nothing."""
         train, _ = self.do_split()
         self.batch_size = self.settings.batch_size or self.configuration_manager.batch_size
-        self.steps_per_epoch = (self.settings.iterations_per_epoch or self.finetuning.iterations_per_epoch
-                                or -(-len(train) // self.batch_size))
+        self.steps_per_epoch = (
+            self.settings.iterations_per_epoch
+            or self.finetuning.iterations_per_epoch
+            or -(-len(train) // self.batch_size)
+        )
 
     def configure_optimizers(self):
         """Put the classifier in the network's place, the one moment between building and training."""
         heads = {target.name: target.outputs for target in self.targets}
-        self.network = Classifier(self.network, input_channels=self.num_input_channels, heads=heads,
-                                  stages=self.settings.stages, dropout=self.settings.dropout).to(self.device)
+        self.network = Classifier(
+            self.network,
+            input_channels=self.num_input_channels,
+            heads=heads,
+            stages=self.settings.stages,
+            dropout=self.settings.dropout,
+        ).to(self.device)
         if super()._do_i_compile():
             self.network.backbone.compile_parts()
         optimizer, schedule = planned_optimisation(self.network, self.finetuning, epochs=self.num_epochs)
@@ -147,21 +168,26 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
 
     def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
         """Training batches from the present step on, and all validation cases for every epoch left."""
-        train, validation = (ClassCases(self.preprocessed_dataset_folder, cases, labels=self.labels,
-                                        targets=self.targets) for cases in self.do_split())
+        train, validation = (
+            ClassCases(self.preprocessed_dataset_folder, cases, labels=self.labels, targets=self.targets)
+            for cases in self.do_split()
+        )
         transform, size = self._augmentation()
         inputs = partial(case_inputs, **self.settings.input_arguments(size))
         weights = None
         if self.settings.balance == "sampling":
             weights = sampling_weights(self.labels, self.targets, train.names)
-        batches = TrainingBatches(train, inputs, transform=transform, batch_size=self.batch_size, seed=self.seed,
-                                  weights=weights)
+        batches = TrainingBatches(
+            train, inputs, transform=transform, batch_size=self.batch_size, seed=self.seed, weights=weights
+        )
         unchanged = ValidationBatches(validation, self._inputs(), batch_size=self.batch_size)
         self.num_val_iterations_per_epoch = len(unchanged)
         workers = get_allowed_n_proc_DA()
         again = list(range(len(unchanged))) * (self.num_epochs - self.current_epoch)
-        return (self._stream(batches, range(self.step, self.num_epochs * self.steps_per_epoch), workers),
-                self._stream(unchanged, again, min(workers, 1)))
+        return (
+            self._stream(batches, range(self.step, self.num_epochs * self.steps_per_epoch), workers),
+            self._stream(unchanged, again, min(workers, 1)),
+        )
 
     def _stream(self, batches, steps, workers: int) -> BatchStream:
         return BatchStream(batches, steps, workers=workers, pin_memory=self.device.type == "cuda")
@@ -187,8 +213,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
             self.initialize()
         if self.step == 0 and self.finetuning.weights is not None:
             path = Path(self.preprocessed_dataset_folder_base, self.finetuning.weights)
-            report = load_planned_weights(self.network.backbone.network, path,
-                                          plans_name=self.plans_manager.plans_name)
+            report = load_planned_weights(self.network.backbone.network, path, plans_name=self.plans_manager.plans_name)
             self.print_to_log_file(f"Loaded pretrained weights from {path}\n{report.table()}", add_timestamp=False)
         super().on_train_start()
         self.interruption.watch()
@@ -225,8 +250,9 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
     def validation_step(self, batch: dict) -> dict:
         logits = self.network.ask(batch["data"])
         labels = [label.to(self.device) for label in batch["target"]]
-        self.validation.add(batch["case"], joint_probabilities(logits, self.targets), batch["target"],
-                            loss=self.loss(logits, labels))
+        self.validation.add(
+            batch["case"], joint_probabilities(logits, self.targets), batch["target"], loss=self.loss(logits, labels)
+        )
         return {}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
@@ -250,8 +276,10 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         """By AUROC, equal ones by the loss; by the loss alone where AUROC is not defined."""
         score = self.validation.score()
         if self.current_epoch == 0 and not self.validation.has_auroc():
-            self.print_to_log_file("The validation cases have one class only, so AUROC is not defined: the best epoch "
-                                   "is the one of the smallest validation loss.")
+            self.print_to_log_file(
+                "The validation cases have one class only, so AUROC is not defined: the best epoch "
+                "is the one of the smallest validation loss."
+            )
         if self.best is None or score > self.best:
             self.best = score
             self.print_to_log_file(f"Best epoch so far: {self.current_epoch}")
@@ -267,8 +295,10 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         """Save and leave with the exit code that says: continue with --c."""
         self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
         steps = self.num_epochs * self.steps_per_epoch
-        self.print_to_log_file(f"Stopped by {self.interruption.reason} after step {self.step} of {steps}; the same "
-                               "command with --c goes on from here.")
+        self.print_to_log_file(
+            f"Stopped by {self.interruption.reason} after step {self.step} of {steps}; the same "
+            "command with --c goes on from here."
+        )
         sys.exit(TO_BE_CONTINUED)
 
     @torch.no_grad()
@@ -278,8 +308,9 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         if isfile(best) and not self.disable_checkpointing:
             self._load_weights(read_checkpoint(best, device=self.device)["network_weights"])
             self.print_to_log_file(f"Validating {best}")
-        cases = ClassCases(self.preprocessed_dataset_folder, self.do_split()[1], labels=self.labels,
-                           targets=self.targets)
+        cases = ClassCases(
+            self.preprocessed_dataset_folder, self.do_split()[1], labels=self.labels, targets=self.targets
+        )
         self.on_validation_epoch_start()
         batches = ValidationBatches(cases, self._inputs(), batch_size=1)
         for number in range(len(batches)):
@@ -339,8 +370,10 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         try:
             self.network.load_state_dict(weights)
         except RuntimeError as error:  # keys or shapes differ
-            raise UserError(f"The checkpoint does not fit the plan: {str(error).splitlines()[1].strip()[:200]}",
-                            "Restore the plan's network and classification block, or start without --c.") from error
+            raise UserError(
+                f"The checkpoint does not fit the plan: {str(error).splitlines()[1].strip()[:200]}",
+                "Restore the plan's network and classification block, or start without --c.",
+            ) from error
 
     # ------------------------------------------------------------------ logging
 
@@ -349,21 +382,33 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
 
     def _log_settings(self) -> None:
         train, validation = self.do_split()
-        lines = [f"Classification setting {f.name}: {f.default} → {getattr(self.settings, f.name)} (plan)"
-                 for f in fields(self.settings) if getattr(self.settings, f.name) != f.default]
-        lines += [f"{target.name} ({target.kind}), training: {frequencies(self.labels, target, train)}; validation: "
-                  f"{frequencies(self.labels, target, validation)}" for target in self.targets]
-        lines.append(f"{self.num_epochs} epochs of {self.steps_per_epoch} steps; {self.batch_size} cases of "
-                     f"{self.settings.windows_per_case} windows per step; {self.finetuning.optimiser}, learning rate "
-                     f"{self.initial_lr:g}; starts from {self.finetuning.weights or 'scratch'}")
+        lines = [
+            f"Classification setting {f.name}: {f.default} → {getattr(self.settings, f.name)} (plan)"
+            for f in fields(self.settings)
+            if getattr(self.settings, f.name) != f.default
+        ]
+        lines += [
+            f"{target.name} ({target.kind}), training: {frequencies(self.labels, target, train)}; validation: "
+            f"{frequencies(self.labels, target, validation)}"
+            for target in self.targets
+        ]
+        lines.append(
+            f"{self.num_epochs} epochs of {self.steps_per_epoch} steps; {self.batch_size} cases of "
+            f"{self.settings.windows_per_case} windows per step; {self.finetuning.optimiser}, learning rate "
+            f"{self.initial_lr:g}; starts from {self.finetuning.weights or 'scratch'}"
+        )
         slices = self.plans_manager.original_median_shape_after_transp[0]
         if len(self.configuration_manager.patch_size) == 2 and slices > 1 and self.settings.inputs != WINDOWS:
-            lines.append(f"NOTE: a 2D network sees one slice of {slices:g}, the middle one. For several slices: "
-                         "nnssl_plugin plan --set classification.inputs=windows, or use a 3D configuration.")
+            lines.append(
+                f"NOTE: a 2D network sees one slice of {slices:g}, the middle one. For several slices: "
+                "nnssl_plugin plan --set classification.inputs=windows, or use a 3D configuration."
+            )
         self.print_to_log_file("\n".join(lines), add_timestamp=False)
 
 
 def _refuse_ranks() -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise UserError("A classifier trains on one device; this run has several ranks.",
-                        "Train without -num_gpus or torchrun; folds can run side by side, one per GPU.")
+        raise UserError(
+            "A classifier trains on one device; this run has several ranks.",
+            "Train without -num_gpus or torchrun; folds can run side by side, one per GPU.",
+        )

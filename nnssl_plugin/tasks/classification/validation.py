@@ -28,8 +28,9 @@ class ClassValidation:
         self._labels: dict[str, list[Tensor]] = {target.name: [] for target in targets}
         self._measured: dict[str, float] | None = None
 
-    def add(self, cases: Sequence[str], probabilities: Mapping[str, Tensor], labels: Sequence[Tensor], *,
-            loss: Tensor) -> None:
+    def add(
+        self, cases: Sequence[str], probabilities: Mapping[str, Tensor], labels: Sequence[Tensor], *, loss: Tensor
+    ) -> None:
         """Add a batch.
 
         Args:
@@ -67,10 +68,13 @@ class ClassValidation:
         lines = []
         subjects = [self.subjects[case] for case in self.cases]
         for target in self.targets:
-            summary = write_validation(folder, target, self.cases, subjects, *self._arrays(target),
-                                       targets=self.targets)
-            shown = ", ".join(f"{name.replace('_', ' ')} {_shown(summary.get(name))}"
-                              for name in ("auroc", "balanced_accuracy", "accuracy"))
+            summary = write_validation(
+                folder, target, self.cases, subjects, *self._arrays(target), targets=self.targets
+            )
+            shown = ", ".join(
+                f"{name.replace('_', ' ')} {_shown(summary.get(name))}"
+                for name in ("auroc", "balanced_accuracy", "accuracy")
+            )
             lines.append(f"Validation of {target.name}, {len(self.cases)} cases: {shown}; see {folder}")
         return lines
 
@@ -79,8 +83,10 @@ class ClassValidation:
 
         subjects = [self.subjects[case] for case in self.cases]
         measured = {"val_losses": float(torch.stack(self._losses).sum()) / len(self.cases)}
-        summaries = {target.name: class_summary(*self._arrays(target), target=target, subjects=subjects)
-                     for target in self.targets}
+        summaries = {
+            target.name: class_summary(*self._arrays(target), target=target, subjects=subjects)
+            for target in self.targets
+        }
         for name in ("auroc", "balanced_accuracy"):
             values = {target: _number(summary.get(name)) for target, summary in summaries.items()}
             defined = [value for value in values.values() if not math.isnan(value)]

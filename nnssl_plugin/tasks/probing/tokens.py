@@ -103,8 +103,10 @@ def evaluate_tokens(
     plans, dataset_json = read_plan(folder, plans_name), read_dataset_json(folder)
     names = {0: BACKGROUND} | structure_labels(dataset_json)
     if len(names) == 1:
-        raise UserError(f"The labels of {folder.name} name no structures, at most where the body is.",
-                        "Name a dataset with labels of structures with -d.")
+        raise UserError(
+            f"The labels of {folder.name} name no structures, at most where the body is.",
+            "Name a dataset with labels of structures with -d.",
+        )
     planned = resolve_configuration(plans, configuration)
     windows = _read_windows(folder, plans, planned, chosen=_choose(folder, planned, fold, cases), known=list(names))
     torch.manual_seed(SEED)
@@ -113,8 +115,12 @@ def evaluate_tokens(
     before, grid = _tokens(backbone, windows.images, stride, device)
     labels = token_labels(windows.labels, grid).flatten()
     result = {
-        "dataset": folder.name, "plan": plans_name, "configuration": configuration,
-        "weights": None if weights is None else str(weights), "stride": stride, "grid": list(grid),
+        "dataset": folder.name,
+        "plan": plans_name,
+        "configuration": configuration,
+        "weights": None if weights is None else str(weights),
+        "stride": stride,
+        "grid": list(grid),
         "cases": list(windows.cases),
         "tokens": {name: int((labels == value).sum()) for value, name in names.items()},
         "before": measure(before, labels),
@@ -132,11 +138,15 @@ def measure(tokens: Tensor, labels: Tensor) -> dict[str, dict[str, float | None]
     Numbers that the labels do not give are ``None``.
     """
     kinds = {"labels": labels, "structures": labels.where(labels > 0, -1)}
-    measured = {kind: asdict(Separation(silhouette(tokens, chosen), float(cosine_gap(tokens, chosen))))
-                for kind, chosen in kinds.items()}
+    measured = {
+        kind: asdict(Separation(silhouette(tokens, chosen), float(cosine_gap(tokens, chosen))))
+        for kind, chosen in kinds.items()
+    }
     measured["tokens"] = {"spread": float(feature_std(tokens)), "effective_rank": float(effective_rank(tokens))}
-    return {kind: {name: None if math.isnan(value) else value for name, value in numbers.items()}
-            for kind, numbers in measured.items()}
+    return {
+        kind: {name: None if math.isnan(value) else value for name, value in numbers.items()}
+        for kind, numbers in measured.items()
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -144,8 +154,10 @@ def table(result: dict[str, Any]) -> str:
     stages = [stage for stage in ("before", "after") if stage in result]
     lines = [["tokens compared", "measure", *stages], ["---"] * (2 + len(stages))]
     for kind, title in TITLES.items():
-        lines += [[title, measured.replace("_", " "), *(_number(result[stage][kind][measured]) for stage in stages)]
-                  for measured in result["before"][kind]]
+        lines += [
+            [title, measured.replace("_", " "), *(_number(result[stage][kind][measured]) for stage in stages)]
+            for measured in result["before"][kind]
+        ]
     counts = ", ".join(f"{name} {count}" for name, count in result["tokens"].items())
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{rows}\n\nTokens of {len(result['cases'])} cases by label: {counts}."

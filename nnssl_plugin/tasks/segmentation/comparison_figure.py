@@ -39,14 +39,18 @@ def draw_comparison(by_run: Mapping[str, Sequence[CaseScores]], comparison: Comp
     axes = above.subplots(rows, columns, squeeze=False)
     for axis, label in zip(axes.flat, labels, strict=False):
         _draw_cases(axis, by_run, label, comparison.cases)
-    for axis in axes.flat[len(labels):]:
+    for axis in axes.flat[len(labels) :]:
         axis.axis("off")
     for axis in axes[:, 0]:
         axis.set_ylabel("Dice of a case")
     _draw_differences(below.subplots(1, len(TITLES), sharey=True), labels, comparison)
     if len(comparison.differences) > 1:
-        below.legend(*below.axes[0].get_legend_handles_labels(), loc="outside lower center",
-                     ncols=len(comparison.differences), frameon=False)
+        below.legend(
+            *below.axes[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=len(comparison.differences),
+            frameon=False,
+        )
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
@@ -62,8 +66,15 @@ def _draw_cases(axis, by_run: Mapping[str, Sequence[CaseScores]], label: str, ca
         axis.scatter(np.full(len(values), position), values, s=14, color=colour, alpha=0.7, linewidths=0, zorder=2)
         if len(values):
             axis.plot([position - 0.22, position + 0.22], [values.mean()] * 2, color="black", linewidth=2, zorder=3)
-            axis.annotate(f"{values.mean():.3f}", (position, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                          textcoords="offset points", ha="center", fontsize="small")
+            axis.annotate(
+                f"{values.mean():.3f}",
+                (position, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize="small",
+            )
     axis.set_title(_shown(label), pad=18, fontsize="medium", fontweight="bold")
     axis.set_xticks(positions, list(by_run), rotation=0 if len(by_run) < 4 else 30, fontsize="small")
     axis.set_xlim(-0.5, len(by_run) - 0.5)
@@ -81,8 +92,16 @@ def _draw_differences(axes, labels: Sequence[str], comparison: Comparison) -> No
             found = [comparison.differences[run][label][metric] for label in labels]
             means = np.array([interval.mean for interval in found])
             reach = np.array([[i.mean - i.low for i in found], [i.high - i.mean for i in found]])
-            axis.errorbar(means, np.arange(len(labels)) + offset, xerr=reach, fmt="o", markersize=5, capsize=3,
-                          color=colour, label=run)
+            axis.errorbar(
+                means,
+                np.arange(len(labels)) + offset,
+                xerr=reach,
+                fmt="o",
+                markersize=5,
+                capsize=3,
+                color=colour,
+                label=run,
+            )
         axis.axvline(0, color="black", linewidth=1, zorder=0)
         compared = f"{runs[0]} − {comparison.first}" if len(runs) == 1 else f"difference to {comparison.first}"
         axis.set_title(f"{TITLES[metric]}: {compared}", fontsize="medium", fontweight="bold")

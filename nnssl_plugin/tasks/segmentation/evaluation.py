@@ -83,8 +83,9 @@ def evaluate_segmentation(
     if dataset_json is None:
         check_same_labels(sources, standard)
     runs = tuple(find_run(name, source, standard) for name, source in sources.items())
-    tasks = [_Task(run.name, case, path, standard, tolerance_mm) for run in runs for case, path in
-             run.predictions.items()]
+    tasks = [
+        _Task(run.name, case, path, standard, tolerance_mm) for run in runs for case, path in run.predictions.items()
+    ]
     progress = tqdm(_score_all(tasks, processes), total=len(tasks), desc="evaluate", unit="case")
     return _write(Path(output), runs, standard, list(progress), tolerance_mm)
 
@@ -102,11 +103,15 @@ def _score_case(task: _Task) -> CaseScores:
     prediction, spacing = _read(task.prediction, standard.reader)
     reference, reference_spacing = _read(reference_path, standard.reader)
     if prediction.shape != reference.shape:
-        raise UserError(f"{task.prediction} has {prediction.shape} voxels, {reference_path} {reference.shape}.",
-                        "Predict the case again, from the image that the reference belongs to.")
+        raise UserError(
+            f"{task.prediction} has {prediction.shape} voxels, {reference_path} {reference.shape}.",
+            "Predict the case again, from the image that the reference belongs to.",
+        )
     if not np.allclose(spacing, reference_spacing, rtol=1e-3):
-        raise UserError(f"{task.prediction} has a spacing of {spacing} mm, {reference_path} of {reference_spacing}.",
-                        "Predict the case again, from the image that the reference belongs to.")
+        raise UserError(
+            f"{task.prediction} has a spacing of {spacing} mm, {reference_path} of {reference_spacing}.",
+            "Predict the case again, from the image that the reference belongs to.",
+        )
     valid = reference != standard.ignore_label if standard.ignore_label is not None else True
     scores = {}
     for name, label in standard.labels.items():

@@ -68,8 +68,10 @@ def find_source(folder: str | Path, *, folds: Sequence[int] | None = None) -> So
     validations = tuple(folder / f"fold_{number}" / "validation" for number in wanted)
     for validation in validations:
         if not validation.is_dir():
-            raise UserError(f"There is no folder {validation}.",
-                            "Finish it with nnUNetv2_train … --val, or name other folds with -f.")
+            raise UserError(
+                f"There is no folder {validation}.",
+                "Finish it with nnUNetv2_train … --val, or name other folds with -f.",
+            )
     return Source(validations, folder, wanted)
 
 
@@ -88,8 +90,10 @@ def find_standard(
     """
     plans = _read_if_there(source.home / "plans.json")
     if references is None and not (source.folds and plans):
-        raise UserError(f"{source.home} is no nnU-Net result folder with a plans.json, so its references are unknown.",
-                        "Name their folder with -ref, for example: -ref nnUNet_raw/DatasetXXX_NAME/labelsTs")
+        raise UserError(
+            f"{source.home} is no nnU-Net result folder with a plans.json, so its references are unknown.",
+            "Name their folder with -ref, for example: -ref nnUNet_raw/DatasetXXX_NAME/labelsTs",
+        )
     folder = Path(references) if references else dataset_folder(plans["dataset_name"]) / "gt_segmentations"
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder} of references.", "Name it with -ref.")
@@ -110,9 +114,11 @@ def check_same_labels(sources: Mapping[str, Source], standard: Standard) -> None
     for name, source in sources.items():
         described = _read_if_there(source.home / "dataset.json")
         if described is not None and _labels(described) != (standard.labels, standard.ignore_label):
-            raise UserError(f"{name}: {source.home / 'dataset.json'} defines other labels than are evaluated: "
-                            f"{', '.join(standard.labels)}.",
-                            "Compare runs of one dataset, or name the definition that holds for all with -djfile.")
+            raise UserError(
+                f"{name}: {source.home / 'dataset.json'} defines other labels than are evaluated: "
+                f"{', '.join(standard.labels)}.",
+                "Compare runs of one dataset, or name the definition that holds for all with -djfile.",
+            )
 
 
 def find_run(name: str, source: Source, standard: Standard) -> Run:
@@ -125,16 +131,20 @@ def find_run(name: str, source: Source, standard: Standard) -> Run:
     for folder in source.folders:
         for case, path in files_by_case(folder, standard.ending).items():
             if case in predictions:
-                raise UserError(f"{name}: case {case} is in {predictions[case].parent} and in {folder}.",
-                                "Pool folds that share no case, for example: -f 0 1 2 3 4")
+                raise UserError(
+                    f"{name}: case {case} is in {predictions[case].parent} and in {folder}.",
+                    "Pool folds that share no case, for example: -f 0 1 2 3 4",
+                )
             predictions[case] = path
     if not predictions:
         raise UserError(f"{name}: no {standard.ending} file in {source.folders[0]}.", "Name the folder of predictions.")
     referenced = files_by_case(standard.folder, standard.ending)
     stray = sorted(set(predictions) - set(referenced))
     if stray:
-        raise UserError(f"{name}: {len(stray)} predictions have no reference in {standard.folder}: {some(stray)}.",
-                        "Name the folder of their references with -ref.")
+        raise UserError(
+            f"{name}: {len(stray)} predictions have no reference in {standard.folder}: {some(stray)}.",
+            "Name the folder of their references with -ref.",
+        )
     missing = _expected(source, standard, referenced) - set(predictions)
     return Run(name, dict(sorted(predictions.items())), tuple(sorted(missing)))
 
@@ -189,8 +199,10 @@ def _dataset_json(source: Source, references: Path, given: str | Path | None) ->
         content = _read_if_there(path)
         if content is not None:
             return content
-    raise UserError(f"There is no {' and no '.join(map(str, places))}.",
-                    "Name the dataset.json that defines the labels with -djfile.")
+    raise UserError(
+        f"There is no {' and no '.join(map(str, places))}.",
+        "Name the dataset.json that defines the labels with -djfile.",
+    )
 
 
 def _read_if_there(path: Path) -> Any:

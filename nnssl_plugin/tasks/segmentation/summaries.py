@@ -96,7 +96,9 @@ def compare_runs(by_run: Mapping[str, Sequence[CaseScores]], labels: Sequence[st
                 metric: paired_bootstrap(
                     case_scores(by_run[run], label, metric, cases=shared),
                     case_scores(by_run[first], label, metric, cases=shared),
-                    samples=SAMPLES, confidence=CONFIDENCE, seed=SEED,
+                    samples=SAMPLES,
+                    confidence=CONFIDENCE,
+                    seed=SEED,
                 )
                 for metric in METRICS
             }
@@ -126,20 +128,26 @@ def table(summaries: Mapping[str, Mapping[str, Any]], comparison: Comparison | N
     """A short table for people: means per run and label, then the differences."""
     names = next(iter(summaries.values()))["label_names"]
     width = max(len(text) for text in (*summaries, "mean of labels", *names.values()))
-    lines = [f"{'run':<{width}}  {'label':<{width}}  {'cases':>5}  {'Dice':>6}  {'HD95 mm':>8}  {'NSD':>6}  "
-             f"{'missed':>6}  {'spurious':>8}"]
+    lines = [
+        f"{'run':<{width}}  {'label':<{width}}  {'cases':>5}  {'Dice':>6}  {'HD95 mm':>8}  {'NSD':>6}  "
+        f"{'missed':>6}  {'spurious':>8}"
+    ]
     for run, summary in summaries.items():
         for key, name in names.items():
             mean = summary["mean"][key]
-            lines.append(f"{run:<{width}}  {name:<{width}}  {mean['n']:>5}  {_three(mean)}  {mean['n_missed']:>6}  "
-                         f"{mean['n_spurious']:>8}")
+            lines.append(
+                f"{run:<{width}}  {name:<{width}}  {mean['n']:>5}  {_three(mean)}  {mean['n_missed']:>6}  "
+                f"{mean['n_spurious']:>8}"
+            )
         lines.append(f"{run:<{width}}  {'mean of labels':<{width}}  {'':>5}  {_three(summary[FOREGROUND_MEAN])}")
     for run, by_label in comparison.differences.items() if comparison else ():
         lines += ["", f"{run} − {comparison.first}: mean difference [95 % interval] over {len(comparison.cases)} cases"]
         for label, by_metric in by_label.items():
             shown = "mean of labels" if label == FOREGROUND_MEAN else label
-            lines.append(f"{shown:<{width}}  Dice {_signed(by_metric['dice'], 4)}  "
-                         f"HD95 {_signed(by_metric['hd95_mm'], 2)} mm  NSD {_signed(by_metric['nsd'], 4)}")
+            lines.append(
+                f"{shown:<{width}}  Dice {_signed(by_metric['dice'], 4)}  "
+                f"HD95 {_signed(by_metric['hd95_mm'], 2)} mm  NSD {_signed(by_metric['nsd'], 4)}"
+            )
     return "\n".join(lines)
 
 

@@ -85,8 +85,9 @@ def surface_distances(
 def check_monai() -> None:
     """Raise the error that names the missing package before any work is done, without the seconds of its import."""
     if find_spec("monai") is None:
-        raise UserError("Surface distances need MONAI, which is not installed.",
-                        'pip install "nnssl_plugin[evaluation]"')
+        raise UserError(
+            "Surface distances need MONAI, which is not installed.", 'pip install "nnssl_plugin[evaluation]"'
+        )
 
 
 def _box_of_both(prediction: np.ndarray, reference: np.ndarray) -> tuple[slice, ...]:

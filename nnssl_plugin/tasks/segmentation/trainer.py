@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnssl_plugin.finetuning.parameter_groups import rest_at_test_mode
 from nnssl_plugin.finetuning.settings import FinetuningSettings, read_settings
 from nnssl_plugin.finetuning.weights import load_planned_weights, planned_optimisation
-from nnssl_plugin.training.planned_network import PlannedNetworkTrainer
+from nnssl_plugin.training.planned_network import DEFAULT_DEVICE, PlannedNetworkTrainer
 
 CHECKPOINTS_PER_RUN = 20
 """Least number of times that ``checkpoint_latest.pth`` is written: every 50 of 1000 epochs, as in nnU-Net, and more
@@ -30,8 +30,14 @@ class PretrainedSegmentationTrainer(PlannedNetworkTrainer):
         UserError: when the plan has no ``finetuning`` block, or one that does not fit.
     """
 
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008 (nnU-Net's signature)
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = DEFAULT_DEVICE,
+    ):
         # first: a plan that does not fit leaves no folder behind
         self.settings: FinetuningSettings = read_settings(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -79,10 +85,14 @@ class PretrainedSegmentationTrainer(PlannedNetworkTrainer):
         self.print_to_log_file(f"Loaded pretrained weights from {path}\n{report.table()}", add_timestamp=False)
 
     def _log_settings(self) -> None:
-        changed = [f"{f.name}: {f.default} → {getattr(self.settings, f.name)}" for f in fields(self.settings)
-                   if getattr(self.settings, f.name) != f.default]
-        self.print_to_log_file("Fine-tuning settings that differ from the default:\n"
-                               + ("\n".join(changed) or "none"), add_timestamp=False)
+        changed = [
+            f"{f.name}: {f.default} → {getattr(self.settings, f.name)}"
+            for f in fields(self.settings)
+            if getattr(self.settings, f.name) != f.default
+        ]
+        self.print_to_log_file(
+            "Fine-tuning settings that differ from the default:\n" + ("\n".join(changed) or "none"), add_timestamp=False
+        )
 
 
 def _bare(network: nn.Module) -> nn.Module:

@@ -20,9 +20,21 @@ def unet(*, kind=PlainConvUNet, channels=1, classes=2, features=(4, 8, 16), dime
     blocks = {PlainConvUNet: "n_conv_per_stage", ResidualEncoderUNet: "n_blocks_per_stage"}[kind]
     stages = len(features)
     return kind(
-        channels, stages, features, conv, 3, [1] + [2] * (stages - 1), num_classes=classes,
-        n_conv_per_stage_decoder=1, conv_bias=True, norm_op=norm, norm_op_kwargs={"affine": True},
-        nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, deep_supervision=True, **{blocks: [2] * stages},
+        channels,
+        stages,
+        features,
+        conv,
+        3,
+        [1] + [2] * (stages - 1),
+        num_classes=classes,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=norm,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=True,
+        **{blocks: [2] * stages},
     )
 
 
@@ -88,8 +100,9 @@ def test_layers_of_another_width_stay_fresh_and_say_so():
     fresh = [r for r in report.initialised() if r.part == "encoder"]
     assert {r.keys[0].split(".")[2] for r in fresh} == {"2"} and len(fresh) == 8
     assert fresh[0].reason == ("width 24×8 in the checkpoint, 16×8 here (--resize-width takes the first channels)")
-    assert report.parameters("encoder")[0] == sum(r.parameters for r in report.tensors
-                                                  if r.part == "encoder" and r.status == "copied")
+    assert report.parameters("encoder")[0] == sum(
+        r.parameters for r in report.tensors if r.part == "encoder" and r.status == "copied"
+    )
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
@@ -97,7 +110,8 @@ def test_too_little_coverage_is_an_error_that_names_the_difference_and_the_comma
     _, report = adapt_weights(unet(features=(8, 16, 32)).state_dict(), unet(), trained=None)
     differences = architecture_differences(
         {"class": "a.PlainConvUNet", "kwargs": {"features_per_stage": [8, 16, 32], "n_stages": 3}},
-        {"class": "a.PlainConvUNet", "kwargs": {"features_per_stage": [4, 8, 16], "n_stages": 3}})
+        {"class": "a.PlainConvUNet", "kwargs": {"features_per_stage": [4, 8, 16], "n_stages": 3}},
+    )
     with pytest.raises(UserError, match=r"Only 0\.0% of the encoder") as error:
         check_coverage(report, differences=differences, mend="nnssl_plugin plan -d 7 --like WEIGHTS -n NAME")
     assert "features_per_stage is [8,16,32] in pretraining, [4,8,16] here" in error.value.problem
@@ -106,10 +120,13 @@ def test_too_little_coverage_is_an_error_that_names_the_difference_and_the_comma
     check_coverage(report, minimum=0.0)
 
 
-@pytest.mark.parametrize(("change", "trained", "cause"), [
-    (lambda state: {f"module.{key}": value for key, value in state.items()}, None, "prefix such as 'module.'"),
-    (lambda state: state, ["decoder.stages."], "did not train the encoder"),
-])
+@pytest.mark.parametrize(
+    ("change", "trained", "cause"),
+    [
+        (lambda state: {f"module.{key}": value for key, value in state.items()}, None, "prefix such as 'module.'"),
+        (lambda state: state, ["decoder.stages."], "did not train the encoder"),
+    ],
+)
 def test_the_likeliest_cause_is_named(change, trained, cause):
     _, report = adapt_weights(change(unet().state_dict()), unet(), trained=trained)
     with pytest.raises(UserError, match=cause):
@@ -120,7 +137,8 @@ def test_differences_between_networks_are_named():
     residual, plain = {"class": "a.Residual", "kwargs": {"n": 1}}, {"class": "a.Plain", "kwargs": {}}
     assert architecture_differences(residual, plain) == ["Residual in pretraining, Plain here"]
     assert architecture_differences(residual, {"class": "a.Residual", "kwargs": {"n": 1, "m": [2]}}) == [
-        "m is null in pretraining, [2] here"]
+        "m is null in pretraining, [2] here"
+    ]
     assert architecture_differences(None, plain) == architecture_differences(plain, plain) == []
 
 

@@ -35,15 +35,31 @@ def write_checkpoint(path: Path, plans: dict, dataset_json: dict = PRETRAINING, 
     network = build_network(plans, "3d_fullres", dataset_json)
     weights = network.state_dict()
     provenance = describe_pretraining(
-        method="toy", settings={"a": (1, 2)}, training={"epochs": 3}, plans=plans, configuration="3d_fullres",
-        dataset_json=dataset_json, trained=TRAINED, steps=30, cases=4, citations=["a paper"], licence="CC-BY-4.0",
+        method="toy",
+        settings={"a": (1, 2)},
+        training={"epochs": 3},
+        plans=plans,
+        configuration="3d_fullres",
+        dataset_json=dataset_json,
+        trained=TRAINED,
+        steps=30,
+        cases=4,
+        citations=["a paper"],
+        licence="CC-BY-4.0",
         weights=weights,
     )
-    save_checkpoint({
-        "network_weights": weights, "provenance": provenance, "citations": ["a paper"], **more,
-        "nnssl_adaptation_plan": nnssl_adaptation_plan(plans, "3d_fullres", network,
-                                                       len(dataset_json["channel_names"])),
-    }, path)
+    save_checkpoint(
+        {
+            "network_weights": weights,
+            "provenance": provenance,
+            "citations": ["a paper"],
+            **more,
+            "nnssl_adaptation_plan": nnssl_adaptation_plan(
+                plans, "3d_fullres", network, len(dataset_json["channel_names"])
+            ),
+        },
+        path,
+    )
     return path
 
 
@@ -117,8 +133,12 @@ def test_a_difference_in_what_the_network_sees_is_a_warning(folder, tmp_path):
     two_channels = {**PRETRAINING, "channel_names": {"0": "CT", "1": "PET"}}
     adapted = adapt_checkpoint("901", name="ct", weights=write_checkpoint(tmp_path / "ct.pth", plans, two_channels))
     table = adapted.report.table()
-    for said in ("normalised differently", "spacing differs", "channels differ: ['CT', 'PET']",
-                 "adapted: input channels 2 → 1 (1 tensor)"):
+    for said in (
+        "normalised differently",
+        "spacing differs",
+        "channels differ: ['CT', 'PET']",
+        "adapted: input channels 2 → 1 (1 tensor)",
+    ):
         assert said in table
     assert "encoder.stages.0.0.convs.0.conv.weight" in read_checkpoint(adapted.weights)["adaptation"]["loaded"]
 
@@ -136,7 +156,8 @@ def test_ct_windows_and_what_a_file_does_not_say_are_warned_of(folder, tmp_path)
     path = write_checkpoint(tmp_path / "ct.pth", plans, init_args={"plans": plans, "configuration": "3d_fullres"})
     plans = read_json(folder / "nnUNetPlans.json") | {
         "configurations": plans["configurations"],
-        "foreground_intensity_properties_per_channel": {"0": {**window, "mean": -600.0, "percentile_00_5": -1000.0}}}
+        "foreground_intensity_properties_per_channel": {"0": {**window, "mean": -600.0, "percentile_00_5": -1000.0}},
+    }
     write_json(folder / "nnUNetPlans.json", plans)
     said = adapt_checkpoint("901", name="ct", weights=path).report.table()
     assert "CT channel 0 is normalised by another window: [-200, 300] HU, mean 50" in said
@@ -156,8 +177,9 @@ def test_another_architecture_is_refused_with_the_command_that_mends_it(folder, 
     path = write_checkpoint(tmp_path / "a wide one.pth", plans)
     with pytest.raises(UserError, match=r"features_per_stage is \[8,16,32\] in pretraining") as error:
         adapt_checkpoint("901", name="wide", weights=path)
-    assert (f"nnssl_plugin plan -d 901 -p nnUNetPlans --like '{path}' -n nnUNetPlans-like-pretraining"
-            in error.value.remedy)
+    assert (
+        f"nnssl_plugin plan -d 901 -p nnUNetPlans --like '{path}' -n nnUNetPlans-like-pretraining" in error.value.remedy
+    )
     assert "--resize-width" in error.value.problem and not list(folder.glob("*wide*"))
     assert adapt_checkpoint("901", name="wide", weights=path, min_coverage=0).report.coverage("encoder") == 0
     asked = adapt_checkpoint("901", name="narrow", weights=path, changes=Changes(resize_width=True))
@@ -167,7 +189,8 @@ def test_another_architecture_is_refused_with_the_command_that_mends_it(folder, 
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_one_isotropic_channel_is_adapted_to_four_anisotropic_ones_and_loads_with_stock_nnunet(
-        nnunet_environment, tmp_path, residual):
+    nnunet_environment, tmp_path, residual
+):
     plans = write_fake_dataset(cases=1, channels=4, residual=residual)
     folder = Path(os.environ["nnUNet_preprocessed"], NAME)
     architecture = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
@@ -177,11 +200,14 @@ def test_one_isotropic_channel_is_adapted_to_four_anisotropic_ones_and_loads_wit
     labels = {"background": 0, "a": 1, "b": 2, "c": 3}
     write_json(folder / "dataset.json", read_json(folder / "dataset.json") | {"labels": labels})
     adapted = adapt_checkpoint(
-        "901", name="toy", weights=write_checkpoint(tmp_path / "one.pth", fake_plan(residual=residual)))
+        "901", name="toy", weights=write_checkpoint(tmp_path / "one.pth", fake_plan(residual=residual))
+    )
     report = adapted.report
     assert report.coverage("encoder") == 1.0 and report.coverage("head") == 0.0
     assert {r.reason for r in report.adapted()} == {
-        "input channels 1 → 4; kernel 3×3×3 → 1×3×3", "kernel 3×3×3 → 1×3×3", "upsampling stride 2×2×2 → 1×2×2",
+        "input channels 1 → 4; kernel 3×3×3 → 1×3×3",
+        "kernel 3×3×3 → 1×3×3",
+        "upsampling stride 2×2×2 → 1×2×2",
     } - ({"kernel 3×3×3 → 1×3×3"} if not residual else set())
     network = target_network(folder)
     load_pretrained_weights(network, str(adapted.weights))
@@ -211,12 +237,15 @@ def test_a_plan_with_results_keeps_what_it_says(folder, checkpoint, tmp_path):
     adapt_checkpoint("901", name="toy", weights=other)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    ({"dataset": "77"}, "no dataset 77"),
-    ({"dataset": "Dataset077_Gone"}, "no folder"),
-    ({"plans_name": "Gone"}, "here are: nnUNetPlans"),
-    ({"configuration": "2d"}, "has no configuration 2d"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"dataset": "77"}, "no dataset 77"),
+        ({"dataset": "Dataset077_Gone"}, "no folder"),
+        ({"plans_name": "Gone"}, "here are: nnUNetPlans"),
+        ({"configuration": "2d"}, "has no configuration 2d"),
+    ],
+)
 def test_what_is_missing_is_named_with_nnunets_command(folder, checkpoint, arguments, said):
     arguments = {"dataset": "901", "name": "toy", "weights": checkpoint} | arguments
     with pytest.raises(UserError, match=said) as error:

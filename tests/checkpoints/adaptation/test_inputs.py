@@ -4,8 +4,13 @@ import pytest
 
 from nnssl_plugin.checkpoints.adaptation.inputs import compare_ct_windows, compare_inputs, unstated
 
-SEEN = {"normalisation": ["CTNormalization"], "spacing_mm": [1.0, 1.0, 1.0], "channels": ["CT"], "orientation": "RAS",
-        "transpose_forward": [0, 1, 2]}
+SEEN = {
+    "normalisation": ["CTNormalization"],
+    "spacing_mm": [1.0, 1.0, 1.0],
+    "channels": ["CT"],
+    "orientation": "RAS",
+    "transpose_forward": [0, 1, 2],
+}
 WINDOW = {"mean": 50.0, "std": 100.0, "percentile_00_5": -200.0, "percentile_99_5": 300.0}
 
 
@@ -20,20 +25,32 @@ def test_equal_inputs_and_unknown_ones_give_no_line():
 
 
 def test_every_difference_is_a_line():
-    here = {"normalisation": ["ZScoreNormalization"], "spacing_mm": [5.0, 1.0, 1.0], "channels": ["T1", "T2"],
-            "orientation": "as stored", "transpose_forward": [2, 0, 1]}
+    here = {
+        "normalisation": ["ZScoreNormalization"],
+        "spacing_mm": [5.0, 1.0, 1.0],
+        "channels": ["T1", "T2"],
+        "orientation": "as stored",
+        "transpose_forward": [2, 0, 1],
+    }
     lines = compare_inputs(SEEN, here)
     assert len(lines) == 5
-    assert lines[0] == ("intensities are normalised differently: CTNormalization (one window in HU for all images) in "
-                        "pretraining, ZScoreNormalization (every image by its own mean and standard deviation) here")
+    assert lines[0] == (
+        "intensities are normalised differently: CTNormalization (one window in HU for all images) in "
+        "pretraining, ZScoreNormalization (every image by its own mean and standard deviation) here"
+    )
     assert lines[1].startswith("voxel spacing differs: [1.0, 1.0, 1.0] in pretraining")
     assert "5.0 times coarser" in lines[1]
 
 
-@pytest.mark.parametrize(("before", "now", "differ"), [
-    ([1.0, 1.0, 1.0], [1.2, 1.0, 1.0], False), ([1.0, 1.0, 1.0], [1.0, 0.5, 1.0], True),
-    ([1.0, 1.0], [5.0, 1.0, 1.0], False), ([None, None, None], [1.0, 1.0, 1.0], False),
-])
+@pytest.mark.parametrize(
+    ("before", "now", "differ"),
+    [
+        ([1.0, 1.0, 1.0], [1.2, 1.0, 1.0], False),
+        ([1.0, 1.0, 1.0], [1.0, 0.5, 1.0], True),
+        ([1.0, 1.0], [5.0, 1.0, 1.0], False),
+        ([None, None, None], [1.0, 1.0, 1.0], False),
+    ],
+)
 def test_spacing_is_compared_axis_by_axis_and_2d_in_the_plane(before, now, differ):
     assert bool(compare_inputs({"spacing_mm": before}, {"spacing_mm": now})) == differ
 
@@ -50,10 +67,16 @@ def test_channels_in_another_order_are_told_from_other_channels():
     assert "channels differ: ['T2']" in compare_inputs({"channels": ["T2"]}, {"channels": ["T1", "T2"]})[0]
 
 
-@pytest.mark.parametrize(("change", "differ"), [
-    ({}, False), ({"mean": 60.0, "std": 110.0}, False), ({"mean": 150.0}, True), ({"std": 300.0}, True),
-    ({"percentile_00_5": 400.0, "percentile_99_5": 900.0}, True),
-])
+@pytest.mark.parametrize(
+    ("change", "differ"),
+    [
+        ({}, False),
+        ({"mean": 60.0, "std": 110.0}, False),
+        ({"mean": 150.0}, True),
+        ({"std": 300.0}, True),
+        ({"percentile_00_5": 400.0, "percentile_99_5": 900.0}, True),
+    ],
+)
 def test_ct_windows_differ_where_the_same_hu_gets_another_value(change, differ):
     assert bool(compare_ct_windows(plan(), plan(**change), ["CTNormalization"])) == differ
     assert not compare_ct_windows(plan(), plan(**change), ["ZScoreNormalization"])

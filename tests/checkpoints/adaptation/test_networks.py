@@ -12,25 +12,65 @@ from nnssl_plugin.errors import UserError
 UNETS = [PlainConvUNet, ResidualEncoderUNet]
 
 
-def unet(kind=PlainConvUNet, *, channels=1, classes=2, features=(4, 8, 16), dimensions=3, kernels=None, strides=None,
-         blocks=2, deeper_decoder=1):
+def unet(
+    kind=PlainConvUNet,
+    *,
+    channels=1,
+    classes=2,
+    features=(4, 8, 16),
+    dimensions=3,
+    kernels=None,
+    strides=None,
+    blocks=2,
+    deeper_decoder=1,
+):
     conv, norm = {2: (nn.Conv2d, nn.InstanceNorm2d), 3: (nn.Conv3d, nn.InstanceNorm3d)}[dimensions]
     name = {PlainConvUNet: "n_conv_per_stage", ResidualEncoderUNet: "n_blocks_per_stage"}[kind]
     stages = len(features)
     network = kind(
-        channels, stages, features, conv, kernels or [[3] * dimensions] * stages,
-        strides or [[1] * dimensions, *[[2] * dimensions] * (stages - 1)], num_classes=classes,
-        n_conv_per_stage_decoder=deeper_decoder, conv_bias=True, norm_op=norm, norm_op_kwargs={"affine": True},
-        nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, deep_supervision=False, **{name: [blocks] * stages},
+        channels,
+        stages,
+        features,
+        conv,
+        kernels or [[3] * dimensions] * stages,
+        strides or [[1] * dimensions, *[[2] * dimensions] * (stages - 1)],
+        num_classes=classes,
+        n_conv_per_stage_decoder=deeper_decoder,
+        conv_bias=True,
+        norm_op=norm,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=False,
+        **{name: [blocks] * stages},
     )
     network.apply(network.initialize)
     return varied(network)
 
 
-def primus(kind=Primus, *, channels=1, classes=2, embedded=(4, 4, 4), shape=(16, 16, 16), depth=2, registers=0,
-           width=48, rotary=True):
-    network = kind(channels, width, embedded, classes, eva_depth=depth, eva_numheads=2, input_shape=shape,
-                   num_register_tokens=registers, use_rot_pos_emb=rotary)
+def primus(
+    kind=Primus,
+    *,
+    channels=1,
+    classes=2,
+    embedded=(4, 4, 4),
+    shape=(16, 16, 16),
+    depth=2,
+    registers=0,
+    width=48,
+    rotary=True,
+):
+    network = kind(
+        channels,
+        width,
+        embedded,
+        classes,
+        eva_depth=depth,
+        eva_numheads=2,
+        input_shape=shape,
+        num_register_tokens=registers,
+        use_rot_pos_emb=rotary,
+    )
     return varied(network)
 
 
@@ -87,8 +127,9 @@ def test_tokens_of_replicated_channels_stay(kind):
     source, target = (primus(kind, channels=c, embedded=embedded, shape=shape) for c in (1, 3))
     report = adapted(source, target)
     x = image(1, 1, *shape)
-    old, new = (n.eva(n.down_projection(x.expand(-1, c, -1, -1, -1)).flatten(2).mT)[0]
-                for n, c in ((source, 1), (target, 3)))
+    old, new = (
+        n.eva(n.down_projection(x.expand(-1, c, -1, -1, -1)).flatten(2).mT)[0] for n, c in ((source, 1), (target, 3))
+    )
     close(new, old)
     assert report.coverage("encoder") == 1.0
 
@@ -122,8 +163,10 @@ def test_a_deeper_stage_keeps_its_blocks_and_the_new_one_starts_near_the_identit
     x = image(1, 1, 8, 8, 8)
     old, new = (n.encoder.stages[0](n.encoder.stem(x)) for n in (source, target))
     close(new[old > 0], old[old > 0])
-    assert reasons(report, "initialised") == {"new block: the checkpoint has fewer in this place",
-                                              "segmentation layer of the target's classes"}
+    assert reasons(report, "initialised") == {
+        "new block: the checkpoint has fewer in this place",
+        "segmentation layer of the target's classes",
+    }
     assert all(".blocks.0." not in r.keys[0] for r in report.initialised())
 
 
@@ -137,15 +180,23 @@ def test_other_kernels_keep_the_first_response_to_images_constant_along_the_axis
     y = image(1, 8, 8, 8, 8)
     deepest = [n.encoder.stages[2][0].convs[0].conv(y) for n in (target, source)]
     close(*deepest)
-    assert reasons(report, "adapted") == {"kernel 3×3×3 → 1×3×3", "kernel 3×3×3 → 5×5×5",
-                                          "upsampling stride 2×2×2 → 1×2×2"}
+    assert reasons(report, "adapted") == {
+        "kernel 3×3×3 → 1×3×3",
+        "kernel 3×3×3 → 5×5×5",
+        "upsampling stride 2×2×2 → 1×2×2",
+    }
 
 
 @pytest.mark.parametrize("kind", UNETS)
 def test_one_isotropic_channel_becomes_four_anisotropic_ones_with_other_classes(kind):
     source = unet(kind)
-    target = unet(kind, channels=4, classes=5, kernels=[[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-                  strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]])
+    target = unet(
+        kind,
+        channels=4,
+        classes=5,
+        kernels=[[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+        strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+    )
     report = adapted(source, target)
     output = target(image(1, 4, 4, 16, 16))
     assert output.shape == (1, 5, 4, 16, 16) and torch.isfinite(output).all()
@@ -164,9 +215,11 @@ def test_a_primus_becomes_anisotropic_with_more_channels_and_other_classes():
     target = primus(channels=4, classes=2, embedded=(2, 4, 4), shape=(6, 24, 16), registers=3)
     report = adapted(source, target, source_grid=(4, 4, 4))
     assert report.coverage("encoder") > 0.99
-    assert {"input channels 1 → 4; embedded patch 4×4×4 → 2×4×4", "tokens 2 → 3",
-            "prefix tokens 2 → 3; positions 4×4×4 → 3×6×4"} == reasons(report, "adapted") - {
-                "upsampling stride 2×2×2 → 1×2×2"}
+    assert {
+        "input channels 1 → 4; embedded patch 4×4×4 → 2×4×4",
+        "tokens 2 → 3",
+        "prefix tokens 2 → 3; positions 4×4×4 → 3×6×4",
+    } == reasons(report, "adapted") - {"upsampling stride 2×2×2 → 1×2×2"}
     assert torch.equal(target.register_tokens[:, :2], source.register_tokens)
     assert torch.equal(target.eva.pos_embed[:, :2], source.eva.pos_embed[:, :2])
     ones = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
@@ -261,7 +314,7 @@ def test_a_wider_network_answers_as_before_in_its_first_channels(kind):
         network.decoder.stages[-1].register_forward_hook(lambda module, inputs, output: last.append(output))
         network(x)
     for ours, theirs in zip([*target.encoder(x), last[1]], [*source.encoder(x), last[0]], strict=True):
-        close(ours[:, :theirs.shape[1]], theirs)
+        close(ours[:, : theirs.shape[1]], theirs)
     loaded, _ = report.parameters("encoder")
     assert loaded == sum(p.numel() for p in source.encoder.parameters())
 
@@ -274,8 +327,9 @@ def test_a_narrower_network_takes_the_first_channels():
     assert torch.equal(ours, theirs[:8, :8])
 
 
-@pytest.mark.parametrize(("source", "target"), [(PlainConvUNet, ResidualEncoderUNet),
-                                                (ResidualEncoderUNet, PlainConvUNet)])
+@pytest.mark.parametrize(
+    ("source", "target"), [(PlainConvUNet, ResidualEncoderUNet), (ResidualEncoderUNet, PlainConvUNet)]
+)
 def test_another_family_of_networks_is_refused_as_a_whole(source, target):
     _, report = adapt_weights(unet(source).state_dict(), unet(target), trained=None)
     assert all(report.coverage(part) == 0 for part in ("encoder", "decoder", "head"))
@@ -283,8 +337,15 @@ def test_another_family_of_networks_is_refused_as_a_whole(source, target):
         check_coverage(report)
 
 
-@pytest.mark.parametrize(("build", "channels"), [(unet, 2), (lambda **k: unet(ResidualEncoderUNet, **k), 2),
-                                                 (primus, 2), (lambda **k: primus(registers=2, **k), 1)])
+@pytest.mark.parametrize(
+    ("build", "channels"),
+    [
+        (unet, 2),
+        (lambda **k: unet(ResidualEncoderUNet, **k), 2),
+        (primus, 2),
+        (lambda **k: primus(registers=2, **k), 1),
+    ],
+)
 def test_equal_networks_get_exact_copies_whatever_is_asked_for(build, channels):
     source, target = build(channels=channels), build(channels=channels)
     report = adapted(source, target, inflate=True, resize_width=True)
@@ -297,8 +358,12 @@ def test_equal_networks_get_exact_copies_whatever_is_asked_for(build, channels):
 def test_aliases_get_one_tensor_also_when_it_is_adapted():
     target = unet(channels=4)
     state, _ = adapt_weights(unet().state_dict(), target, trained=None)
-    aliases = [key for key in state if key.endswith("encoder.stages.0.0.convs.0.conv.weight")
-               or key.endswith("encoder.stages.0.0.convs.0.all_modules.0.weight")]
+    aliases = [
+        key
+        for key in state
+        if key.endswith("encoder.stages.0.0.convs.0.conv.weight")
+        or key.endswith("encoder.stages.0.0.convs.0.all_modules.0.weight")
+    ]
     assert len(aliases) == 4 and len({state[key].data_ptr() for key in aliases}) == 1
 
 

@@ -39,8 +39,18 @@ def write_checkpoint(path: Path, plan: dict) -> Path:
     torch.manual_seed(1)
     weights = build_network(plan, UNDER, ONE_CHANNEL).state_dict()
     provenance = describe_pretraining(
-        method="toy", settings={}, training={}, plans=plan, configuration=UNDER, dataset_json=ONE_CHANNEL,
-        trained=[""], steps=1, cases=1, citations=[], licence="CC0-1.0")
+        method="toy",
+        settings={},
+        training={},
+        plans=plan,
+        configuration=UNDER,
+        dataset_json=ONE_CHANNEL,
+        trained=[""],
+        steps=1,
+        cases=1,
+        citations=[],
+        licence="CC0-1.0",
+    )
     arguments = {"plans": plan, "configuration": UNDER, "dataset_json": ONE_CHANNEL}
     save_checkpoint({"network_weights": weights, "provenance": provenance, "init_args": arguments}, path)
     return path
@@ -84,13 +94,16 @@ def test_a_target_of_other_channels_and_classes_reaches_the_whole_encoder_too(fo
     assert report.coverage("encoder") == 1.0
 
 
-@pytest.mark.parametrize(("kind", "wanted", "shape", "expected"), [
-    ("plain", [64, 64, 64], [18, 200, 200], [18, 64, 64]),  # strides 2, 4, 4: the axis of few slices is covered
-    ("plain", [64, 64, 64], [17, 63, 200], [18, 64, 64]),
-    ("plain", [33, 30, 64], [90, 90, 90], [32, 28, 64]),  # nearest divisible, the smaller of two
-    ("plain", [16, 16, 16], [1, 2, 3], [2, 4, 8]),  # never a single voxel at the bottom
-    ("primus", [16, 32, 32], [9, 200, 30], [12, 32, 32]),
-])
+@pytest.mark.parametrize(
+    ("kind", "wanted", "shape", "expected"),
+    [
+        ("plain", [64, 64, 64], [18, 200, 200], [18, 64, 64]),  # strides 2, 4, 4: the axis of few slices is covered
+        ("plain", [64, 64, 64], [17, 63, 200], [18, 64, 64]),
+        ("plain", [33, 30, 64], [90, 90, 90], [32, 28, 64]),  # nearest divisible, the smaller of two
+        ("plain", [16, 16, 16], [1, 2, 3], [2, 4, 8]),  # never a single voxel at the bottom
+        ("primus", [16, 32, 32], [9, 200, 30], [12, 32, 32]),
+    ],
+)
 def test_the_patch_is_cut_to_the_median_case_and_divisible(folder, tmp_path, kind, wanted, shape, expected):
     target = fake_plan()
     target["configurations"][UNDER]["median_image_size_in_voxels"] = shape
@@ -117,13 +130,16 @@ def test_the_patch_that_the_checkpoint_recommends_goes_before_that_of_its_pretra
 
 
 def test_spacing_and_normalisation_are_taken_over_with_data_of_their_own(folder, tmp_path, capsys):
-    plan = source_plan("plain", spacing=[2.0, 1.0, 0.5], normalization_schemes=["CTNormalization"],
-                       use_mask_for_norm=[True])
+    plan = source_plan(
+        "plain", spacing=[2.0, 1.0, 0.5], normalization_schemes=["CTNormalization"], use_mask_for_norm=[True]
+    )
     plan["foreground_intensity_properties_per_channel"] = {"0": {"mean": 40.0, "std": 80.0}}
     write_json(folder / "dataset.json", ONE_CHANNEL | {"channel_names": {"0": "CT", "1": "CT"}})
     target = fake_plan()
-    target["configurations"][UNDER] |= {"normalization_schemes": ["ZScoreNormalization"] * 2,
-                                        "use_mask_for_norm": [False] * 2}
+    target["configurations"][UNDER] |= {
+        "normalization_schemes": ["ZScoreNormalization"] * 2,
+        "use_mask_for_norm": [False] * 2,
+    }
     write_json(folder / "nnUNetPlans.json", target)
     file = write_checkpoint(tmp_path / "source.pth", plan)
     assert main(["plan", "-d", "901", "-n", "like", "--like", str(file), "--spacing", "--normalisation"]) == 0
@@ -147,8 +163,10 @@ def test_without_being_asked_the_data_stay_as_they_are(folder, tmp_path):
 
 
 def test_settings_come_last_and_other_weights_stay_behind(folder, tmp_path):
-    write_json(folder / "nnUNetPlans.json", fake_plan() | {"finetuning": {
-        "weights": "other.pth", "configuration": UNDER, "source": {}, "epochs": 7}})
+    write_json(
+        folder / "nnUNetPlans.json",
+        fake_plan() | {"finetuning": {"weights": "other.pth", "configuration": UNDER, "source": {}, "epochs": 7}},
+    )
     like(tmp_path, source_plan("plain"), assignments=["configurations.3d_fullres.batch_size=3", "finetuning.lr=0.001"])
     written = read_json(folder / "like.json")
     assert written["configurations"][UNDER]["batch_size"] == 3
@@ -181,15 +199,18 @@ def test_the_memory_is_what_a_step_keeps(kind):
     assert training_bytes(plan, UNDER, ONE_CHANNEL) == pytest.approx(expected, rel=0.25)
 
 
-@pytest.mark.parametrize(("change", "arguments", "said"), [
-    ({"network": None}, {}, "does not say which network"),
-    ({"provenance": {}}, {"spacing": True}, "does not say its spacing_mm"),
-    ({"provenance": {}}, {"normalisation": True}, "does not say its normalisation"),
-    ({"provenance": {"patch_size": [16, 16]}}, {}, "2D patches"),
-    ({"provenance": {"normalisation": ["A", "B"]}}, {"normalisation": True}, "in different ways"),
-    ({}, {"configuration": "2d"}, "no configuration 2d"),
-    ({}, {"name": "nnUNetPlans"}, "never edited in place"),
-])
+@pytest.mark.parametrize(
+    ("change", "arguments", "said"),
+    [
+        ({"network": None}, {}, "does not say which network"),
+        ({"provenance": {}}, {"spacing": True}, "does not say its spacing_mm"),
+        ({"provenance": {}}, {"normalisation": True}, "does not say its normalisation"),
+        ({"provenance": {"patch_size": [16, 16]}}, {}, "2D patches"),
+        ({"provenance": {"normalisation": ["A", "B"]}}, {"normalisation": True}, "in different ways"),
+        ({}, {"configuration": "2d"}, "no configuration 2d"),
+        ({}, {"name": "nnUNetPlans"}, "never edited in place"),
+    ],
+)
 def test_what_the_checkpoint_cannot_answer_is_refused(folder, tmp_path, change, arguments, said):
     source = read_source(write_checkpoint(tmp_path / "source.pth", source_plan("plain")))
     source = Source(**{field: getattr(source, field) for field in source.__dataclass_fields__} | change)

@@ -63,8 +63,10 @@ def test_channels_are_repeated_in_turn_and_summed_in_turn():
     close(rules.input_channels(random(1, 4, 1, 1).fill_(1), 1), torch.full((1, 1, 1, 1), 4.0, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("before", "after"), [((1, 3, 3), (3, 3, 3)), ((3, 3), (7, 5)), ((1, 1, 1), (3, 3, 3)),
-                                               ((2, 3), (3, 4)), ((3, 3, 3), (3, 3, 3))])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((1, 3, 3), (3, 3, 3)), ((3, 3), (7, 5)), ((1, 1, 1), (3, 3, 3)), ((2, 3), (3, 4)), ((3, 3, 3), (3, 3, 3))],
+)
 def test_a_larger_kernel_answers_every_image_alike(before, after):
     weight, image = random(3, 2, *before), random(1, 2, *[9] * len(before))
     adapted = rules.kernel(weight, after)
@@ -74,8 +76,17 @@ def test_a_larger_kernel_answers_every_image_alike(before, after):
     close(respond(image, adapted)[(..., *[slice(0, s) for s in expected.shape[2:]])], expected)
 
 
-@pytest.mark.parametrize(("before", "after"), [((3, 3, 3), (1, 3, 3)), ((5, 3, 3), (3, 1, 3)), ((7, 7), (3, 3)),
-                                               ((4, 3, 3), (3, 3, 3)), ((3, 3, 3), (2, 3, 3)), ((3, 3), (1, 1))])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((3, 3, 3), (1, 3, 3)),
+        ((5, 3, 3), (3, 1, 3)),
+        ((7, 7), (3, 3)),
+        ((4, 3, 3), (3, 3, 3)),
+        ((3, 3, 3), (2, 3, 3)),
+        ((3, 3), (1, 1)),
+    ],
+)
 def test_a_smaller_kernel_answers_images_alike_that_are_constant_along_the_shortened_axes(before, after):
     weight = random(3, 2, *before)
     varying = [1 if b != a else 12 for b, a in zip(before, after, strict=True)]
@@ -91,8 +102,10 @@ def test_taps_that_fall_outside_are_added_to_the_nearest():
     assert rules.kernel(weight, (7, 1)).flatten().tolist() == [0, 1, 2, 4, 8, 16, 0]
 
 
-@pytest.mark.parametrize(("before", "after"), [((8, 8, 8), (16, 16, 16)), ((4, 4, 4), (1, 2, 8)), ((6, 6), (4, 9)),
-                                               ((8, 8, 8), (2, 12, 5)), ((4, 4), (4, 4))])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((8, 8, 8), (16, 16, 16)), ((4, 4, 4), (1, 2, 8)), ((6, 6), (4, 9)), ((8, 8, 8), (2, 12, 5)), ((4, 4), (4, 4))],
+)
 def test_a_patch_gets_the_response_of_the_patch_resampled_to_the_old_size(before, after):
     weight, patch = random(5, 2, *before), random(3, 2, *after)
     resampled = patch
@@ -104,8 +117,9 @@ def test_a_patch_gets_the_response_of_the_patch_resampled_to_the_old_size(before
     assert before != after or torch.equal(adapted, weight)
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, 2, 2), (1, 2, 2)), ((1, 2, 2), (2, 2, 2)), ((2, 2), (4, 3)),
-                                               ((2, 2, 2), (2, 2, 2))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 2, 2), (1, 2, 2)), ((1, 2, 2), (2, 2, 2)), ((2, 2), (4, 3)), ((2, 2, 2), (2, 2, 2))]
+)
 def test_upsampling_gives_the_old_cells_resampled(before, after):
     weight, maps = random(3, 2, *before), random(1, 3, *[3] * len(before))
     old = UPSAMPLE[len(before)](maps, weight, stride=before)
@@ -154,8 +168,9 @@ def linear(values, size):
     return np.stack(columns, 1).reshape(size, *values.shape[1:])
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, 3, 4), (5, 3, 7)), ((4, 4, 4), (2, 6, 3)), ((3, 5), (4, 4)),
-                                               ((1, 3, 3), (4, 3, 3))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 3, 4), (5, 3, 7)), ((4, 4, 4), (2, 6, 3)), ((3, 5), (4, 4)), ((1, 3, 3), (4, 3, 3))]
+)
 def test_positions_are_interpolated_axis_by_axis(before, after):
     embedding = random(1, int(np.prod(before)), 6)
     expected = embedding.numpy().reshape(*before, 6)
@@ -177,7 +192,7 @@ def test_a_wider_layer_answers_as_before_in_its_first_channels_whatever_the_new_
     old, new = random(1, 6, 5, 5), random(1, 10, 5, 5)
     widened, taken = rules.first_channels(weight, fresh, parts=parts)
     for part in range(parts):
-        new[:, part * 10 // parts:part * 10 // parts + 6 // parts] = old.chunk(parts, 1)[part]
+        new[:, part * 10 // parts : part * 10 // parts + 6 // parts] = old.chunk(parts, 1)[part]
     close(respond(new, widened)[:, :4], respond(old, weight))
     assert torch.equal(widened[4:], fresh[4:]) and taken == weight.numel()
 

@@ -66,15 +66,22 @@ def marker(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("name, place", [
-    *((name, "beside") for name in NAMES), ("os.system", "wrapper"), ("exec", "key's value"),
-])
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        *((name, "beside") for name in NAMES),
+        ("os.system", "wrapper"),
+        ("exec", "key's value"),
+    ],
+)
 def test_nothing_is_run(name, new_format, place, tmp_path, marker):
     payload, called = payloads(marker)[name]
     weights = {"a.weight": torch.zeros(2)}
-    content = {"beside": {"state_dict": weights, "hyper": payload},
-               "wrapper": {"state_dict": payload},
-               "key's value": {"state_dict": {**weights, "b": payload}}}[place]
+    content = {
+        "beside": {"state_dict": weights, "hyper": payload},
+        "wrapper": {"state_dict": payload},
+        "key's value": {"state_dict": {**weights, "b": payload}},
+    }[place]
     file = tmp_path / "crafted.pth"
     torch.save(content, file, _use_new_zipfile_serialization=new_format)
     for read in (read_source, inspect_file, read_checkpoint):
@@ -95,6 +102,7 @@ def test_a_bare_pickle_of_any_protocol_is_refused_and_listed(protocol, tmp_path,
 
 def test_code_in_what_builds_a_tensor_is_not_run(tmp_path, marker):
     """The hooks of ``torch._utils._rebuild_tensor_v2`` hold the call: an allowed function with a foreign argument."""
+
     class Tensor:
         def __reduce__(self):
             storage = torch.zeros(1).untyped_storage()
@@ -108,13 +116,27 @@ def test_code_in_what_builds_a_tensor_is_not_run(tmp_path, marker):
 
 def test_names_put_together_on_the_stack_are_followed(tmp_path):
     """STACK_GLOBAL after harmless strings that are popped again: the listing keeps the machine's own stack."""
+
     def text(value):
         return pickle.SHORT_BINUNICODE + bytes([len(value)]) + value.encode()
 
     decoy = text("collections") + text("OrderedDict") + pickle.POP + pickle.POP
-    pickled = (pickle.PROTO + b"\x04" + text("posix") + pickle.MEMOIZE + pickle.POP + pickle.BINGET + b"\x00"
-               + text("system") + decoy + pickle.STACK_GLOBAL + text("true") + pickle.TUPLE1 + pickle.REDUCE
-               + pickle.STOP)
+    pickled = (
+        pickle.PROTO
+        + b"\x04"
+        + text("posix")
+        + pickle.MEMOIZE
+        + pickle.POP
+        + pickle.BINGET
+        + b"\x00"
+        + text("system")
+        + decoy
+        + pickle.STACK_GLOBAL
+        + text("true")
+        + pickle.TUPLE1
+        + pickle.REDUCE
+        + pickle.STOP
+    )
     (tmp_path / "a.pkl").write_bytes(pickled)
     assert unsafe_globals(tmp_path / "a.pkl") == ["posix.system"]
 
@@ -170,12 +192,16 @@ def test_a_safetensors_header_of_absurd_length_is_refused(length, tmp_path):
         read_source(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("entry", [
-    {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]},
-    {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]},
-    {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
-    {"dtype": "X", "shape": [1], "data_offsets": [0, 4]},
-], ids=["beyond the file", "more than its bytes", "negative", "unknown type"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]},
+        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": "X", "shape": [1], "data_offsets": [0, 4]},
+    ],
+    ids=["beyond the file", "more than its bytes", "negative", "unknown type"],
+)
 def test_a_safetensors_tensor_that_is_not_there_is_refused(entry, tmp_path):
     header = json.dumps({"a": entry}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))

@@ -16,9 +16,16 @@ from nnssl_plugin.errors import UserError
 
 def test_what_is_saved_reads_back_with_weights_only_true(tmp_path):
     content = {
-        "scalar": np.float64(0.5), "flag": np.bool_(True), "keys": {np.int64(3): Path("a/b")}, "none": None,
-        "pair": (1, np.float32(2)), "big_endian": np.arange(3, dtype=">i4"), "texts": np.array(["a", "b"]),
-        "weights": OrderedDict(w=nn.Parameter(torch.ones(2, 2))), "device": torch.device("cuda:0"), "huge": 2**130,
+        "scalar": np.float64(0.5),
+        "flag": np.bool_(True),
+        "keys": {np.int64(3): Path("a/b")},
+        "none": None,
+        "pair": (1, np.float32(2)),
+        "big_endian": np.arange(3, dtype=">i4"),
+        "texts": np.array(["a", "b"]),
+        "weights": OrderedDict(w=nn.Parameter(torch.ones(2, 2))),
+        "device": torch.device("cuda:0"),
+        "huge": 2**130,
     }
     save_checkpoint(content, tmp_path / "file.pth")
     read = torch.load(tmp_path / "file.pth", weights_only=True)
@@ -77,8 +84,11 @@ class Malicious:
 
 @pytest.mark.parametrize("new_format", [True, False])
 def test_code_in_a_file_is_not_run(tmp_path, new_format):
-    torch.save({"network_weights": Malicious(tmp_path / "ran")}, tmp_path / "bad.pth",
-               _use_new_zipfile_serialization=new_format)
+    torch.save(
+        {"network_weights": Malicious(tmp_path / "ran")},
+        tmp_path / "bad.pth",
+        _use_new_zipfile_serialization=new_format,
+    )
     with pytest.raises(UserError, match=r"bad\.pth would run code .*mkdir"):
         read_checkpoint(tmp_path / "bad.pth")
     assert not (tmp_path / "ran").exists()
@@ -93,10 +103,22 @@ def test_code_in_a_bare_pickle_is_not_run(tmp_path):
 
 
 def test_a_stock_checkpoint_with_numpy_in_its_log_is_read(tmp_path):
-    log = {"mean_fg_dice": [np.float64(0.5), np.float32(0.25)], "dice_per_class_or_region": [[np.float32(0.1)]],
-           "history": np.arange(3.0), "steps": [np.int64(3)], "done": np.bool_(False)}
-    torch.save({"network_weights": {"w": torch.ones(2)}, "logging": log, "_best_ema": np.float64(0.3),
-                "init_args": {"device": torch.device("cpu"), "fold": 0}}, tmp_path / "stock.pth")
+    log = {
+        "mean_fg_dice": [np.float64(0.5), np.float32(0.25)],
+        "dice_per_class_or_region": [[np.float32(0.1)]],
+        "history": np.arange(3.0),
+        "steps": [np.int64(3)],
+        "done": np.bool_(False),
+    }
+    torch.save(
+        {
+            "network_weights": {"w": torch.ones(2)},
+            "logging": log,
+            "_best_ema": np.float64(0.3),
+            "init_args": {"device": torch.device("cpu"), "fold": 0},
+        },
+        tmp_path / "stock.pth",
+    )
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "stock.pth", weights_only=True)
     read = read_checkpoint(tmp_path / "stock.pth")

@@ -20,8 +20,19 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
 from nnssl_plugin.nnunet.plans import build_network
 
-SHARED = {"model.safetensors", "aliases.json", "ssl_state.safetensors", "ssl_state.json", "plans.json", "dataset.json",
-          "provenance.json", "adaptation_plan.json", "checkpoint.json", "README.md", "hashes.json"}
+SHARED = {
+    "model.safetensors",
+    "aliases.json",
+    "ssl_state.safetensors",
+    "ssl_state.json",
+    "plans.json",
+    "dataset.json",
+    "provenance.json",
+    "adaptation_plan.json",
+    "checkpoint.json",
+    "README.md",
+    "hashes.json",
+}
 TWO_CHANNELS = {"channel_names": {"0": "MR", "1": "MR"}, "labels": {"background": 0, "body": 1}}
 
 
@@ -96,16 +107,36 @@ def test_nothing_names_a_case_or_a_place_on_this_machine(checkpoint, tmp_path):
         assert secret not in everything, secret
     assert "weights" not in read_json(exported.folder / "plans.json")["pretraining"]
     assert set(exported.removed) == {
-        "init_args.plans.pretraining.weights", "a key of provenance.settings.table", "provenance.settings.table.file",
-        "provenance.training.note", "ssl_state.origin[0]"}
+        "init_args.plans.pretraining.weights",
+        "a key of provenance.settings.table",
+        "provenance.settings.table.file",
+        "provenance.training.note",
+        "ssl_state.origin[0]",
+    }
 
 
-@pytest.mark.parametrize(("text", "local"), [
-    ("/home/a/b.pth", True), ("~/x", True), ("C:\\data", True), ("d:/data", True), ("\\\\server\\share", True),
-    ("file:///x", True), ("see (/data/x)", True), ("~user/x", True),
-    ("https://doi.org/10.1038/s41592", False), ("MR / CT", False), ("and/or", False), ("3d_fullres", False),
-    ("torch.nn.Conv3d", False), ("CC-BY-4.0", False), ("s3://bucket/key", False), ("a:b", False), ("1/2 mm", False),
-])
+@pytest.mark.parametrize(
+    ("text", "local"),
+    [
+        ("/home/a/b.pth", True),
+        ("~/x", True),
+        ("C:\\data", True),
+        ("d:/data", True),
+        ("\\\\server\\share", True),
+        ("file:///x", True),
+        ("see (/data/x)", True),
+        ("~user/x", True),
+        ("https://doi.org/10.1038/s41592", False),
+        ("MR / CT", False),
+        ("and/or", False),
+        ("3d_fullres", False),
+        ("torch.nn.Conv3d", False),
+        ("CC-BY-4.0", False),
+        ("s3://bucket/key", False),
+        ("a:b", False),
+        ("1/2 mm", False),
+    ],
+)
 def test_local_paths_are_told_from_other_texts(text, local):
     assert bool(LOCAL_PATH.search(text)) == local
 
@@ -134,8 +165,12 @@ def test_a_folder_that_is_there_is_kept(checkpoint, tmp_path):
 
 def test_the_nnunet_layout_loads_with_stock_nnunet(checkpoint, tmp_path):
     folder = export_checkpoint(checkpoint, tmp_path / "nnunet", layout="nnunet").folder
-    assert {path.name for path in folder.iterdir()} == {"pretrained_weights.pth", "plans.json", "README.md",
-                                                        "hashes.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "pretrained_weights.pth",
+        "plans.json",
+        "README.md",
+        "hashes.json",
+    }
     network = build_network(fake_plan(), "3d_fullres", TWO_CHANNELS)
     load_pretrained_weights(network, str(folder / "pretrained_weights.pth"))
     weights = torch.load(checkpoint, weights_only=True)["network_weights"]
@@ -177,9 +212,18 @@ def test_weights_other_than_the_provenance_says_are_refused(checkpoint, tmp_path
 
 def test_tensors_of_every_kind_come_back(tmp_path):
     base = torch.arange(24.0).view(4, 6)
-    tensors = {"whole": base, "alias": base, "view": base.view(6, 4), "slice": base[1:3], "transposed": base.t(),
-               "scalar": torch.tensor(3), "empty": torch.zeros(0, 5), "other_empty": torch.zeros(0, 2),
-               "half": torch.ones(3, dtype=torch.bfloat16), "flag": torch.tensor([True, False])}
+    tensors = {
+        "whole": base,
+        "alias": base,
+        "view": base.view(6, 4),
+        "slice": base[1:3],
+        "transposed": base.t(),
+        "scalar": torch.tensor(3),
+        "empty": torch.zeros(0, 5),
+        "other_empty": torch.zeros(0, 2),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "flag": torch.tensor([True, False]),
+    }
     store = TensorStore()
     names = {key: store.add(key, value) for key, value in tensors.items()}
     store.save(tmp_path / "x.safetensors")
@@ -196,10 +240,24 @@ def test_names_that_coincide_do_not_overwrite_each_other():
     assert back["a.b"] == 0 and back["a"]["b"] == 1
 
 
-@pytest.mark.parametrize("value", [
-    None, True, 3, 0.1, float("inf"), "text", [1, [2, "x"]], (1, (2,), [3]), {"a": {"b": ()}}, {1: "x", (2, 3): None},
-    {"__tuple__": 1}, {"__tensor__": "x"}, {},
-])
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        3,
+        0.1,
+        float("inf"),
+        "text",
+        [1, [2, "x"]],
+        (1, (2,), [3]),
+        {"a": {"b": ()}},
+        {1: "x", (2, 3): None},
+        {"__tuple__": 1},
+        {"__tensor__": "x"},
+        {},
+    ],
+)
 def test_plain_values_come_back_as_they_were(value):
     back = decode(json.loads(json.dumps(encode(value, TensorStore(), "x"))), {})
     assert back == value and type(back) is type(value)

@@ -26,8 +26,16 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.nnunet.plans import build_network
 
-SAME = ("network_weights", "ssl_state", "provenance", "nnssl_adaptation_plan", "citations", "trainer_name",
-        "current_epoch", "inference_allowed_mirroring_axes")
+SAME = (
+    "network_weights",
+    "ssl_state",
+    "provenance",
+    "nnssl_adaptation_plan",
+    "citations",
+    "trainer_name",
+    "current_epoch",
+    "inference_allowed_mirroring_axes",
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +69,11 @@ def test_it_comes_back_bit_for_bit(checkpoint, imported):
 
 def test_keys_of_one_memory_share_it_again(imported):
     content = torch.load(imported, weights_only=True)
-    keys = [f"{place}.stages.0.0.convs.0.{name}.weight" for place in ("encoder", "decoder.encoder")
-            for name in ("conv", "all_modules.0")]
+    keys = [
+        f"{place}.stages.0.0.convs.0.{name}.weight"
+        for place in ("encoder", "decoder.encoder")
+        for name in ("conv", "all_modules.0")
+    ]
     assert len({content["network_weights"][key].data_ptr() for key in keys}) == 1
     teacher = [value for key, value in content["ssl_state"]["task"].items() if key.startswith("teacher.")]
     assert len({value.data_ptr() for value in teacher}) < len(teacher)
@@ -93,8 +104,19 @@ def test_a_pretraining_cannot_be_resumed_without_its_optimiser(imported, nnunet_
         trainer.load_checkpoint(str(imported))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "aliases.json", "plans.json", "dataset.json", "provenance.json",
-                                  "ssl_state.safetensors", "ssl_state.json", "checkpoint.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "aliases.json",
+        "plans.json",
+        "dataset.json",
+        "provenance.json",
+        "ssl_state.safetensors",
+        "ssl_state.json",
+        "checkpoint.json",
+    ],
+)
 def test_a_changed_or_missing_file_is_named(shared, name, tmp_path):
     content = bytearray((shared / name).read_bytes())
     content[-3] ^= 1
@@ -171,8 +193,13 @@ def test_a_pickle_runs_nothing_and_says_what_it_would_run(tmp_path):
 
 
 def test_a_trusted_pickle_becomes_a_plain_checkpoint(tmp_path, caplog):
-    content = {"network_weights": {"w": torch.ones(2)}, "arguments": argparse.Namespace(lr=1), "epoch": 3,
-               "model": torch.nn.Linear(2, 1), "x": Calls(tmp_path / "ran")}
+    content = {
+        "network_weights": {"w": torch.ones(2)},
+        "arguments": argparse.Namespace(lr=1),
+        "epoch": 3,
+        "model": torch.nn.Linear(2, 1),
+        "x": Calls(tmp_path / "ran"),
+    }
     torch.save(content, tmp_path / "foreign.pth")
     with caplog.at_level(logging.WARNING):
         import_weights(tmp_path / "foreign.pth", tmp_path / "plain.pth", trust=True)

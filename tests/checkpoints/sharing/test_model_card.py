@@ -13,8 +13,15 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.registry import METHODS
 
-SECTIONS = ["Model Details", "Uses", "Bias, Risks, and Limitations", "How to Get Started with the Model",
-            "Training Details", "Evaluation", "Citation"]
+SECTIONS = [
+    "Model Details",
+    "Uses",
+    "Bias, Risks, and Limitations",
+    "How to Get Started with the Model",
+    "Training Details",
+    "Evaluation",
+    "Citation",
+]
 """The sections of Hugging Face's template that we have something to say in, in its order."""
 SUMMARY = {
     "foreground_mean": {"Dice": 0.75, "IoU": 0.6},
@@ -25,16 +32,30 @@ SUMMARY = {
 
 def provenance(**changes):
     described = describe_pretraining(
-        method="toy", settings={"widths": (4, 8), "table": "a|b"}, training={"epochs": 3}, plans=fake_plan(),
-        configuration="3d_fullres", dataset_json={"channel_names": {"0": "CT"}}, trained=["encoder."], steps=1234,
-        cases=7, citations=["Doe, J.: A toy. 2020."], licence="not stated",
+        method="toy",
+        settings={"widths": (4, 8), "table": "a|b"},
+        training={"epochs": 3},
+        plans=fake_plan(),
+        configuration="3d_fullres",
+        dataset_json={"channel_names": {"0": "CT"}},
+        trained=["encoder."],
+        steps=1234,
+        cases=7,
+        citations=["Doe, J.: A toy. 2020."],
+        licence="not stated",
     )
     return described | changes
 
 
 def card(layout="safetensors", results=(), papers=None, weights=None, **changes):
-    return model_card(provenance(**changes), layout=layout, weights=weights or {"w": torch.ones(2, 3)}, sha256="abc123",
-                      results=results, papers=papers)
+    return model_card(
+        provenance(**changes),
+        layout=layout,
+        weights=weights or {"w": torch.ones(2, 3)},
+        sha256="abc123",
+        results=results,
+        papers=papers,
+    )
 
 
 def front_matter(text):
@@ -49,11 +70,14 @@ def test_the_hub_reads_the_front_matter():
     assert {"self-supervised-learning", "toy", "computed-tomography"} <= set(data["tags"])
 
 
-@pytest.mark.parametrize(("licence", "expected"), [
-    ("not stated", {"license": "unknown"}),
-    ("MIT", {"license": "mit"}),
-    ('our: "own" terms #1', {"license": "other", "license_name": 'our: "own" terms #1'}),
-])
+@pytest.mark.parametrize(
+    ("licence", "expected"),
+    [
+        ("not stated", {"license": "unknown"}),
+        ("MIT", {"license": "mit"}),
+        ('our: "own" terms #1', {"license": "other", "license_name": 'our: "own" terms #1'}),
+    ],
+)
 def test_a_licence_is_said_as_the_hub_knows_it(licence, expected):
     data = front_matter(card(licence=licence))
     assert {key: data.get(key) for key in ("license", "license_name")} == {"license_name": None} | expected
@@ -72,9 +96,21 @@ def test_it_has_the_sections_of_the_template_in_their_order(layout):
 
 def test_it_says_what_the_provenance_says():
     text = card()
-    for said in ("Optimiser steps: 1,234.", "7 cases", "channels CT", "spacing 1 × 1 × 1 mm", "ZScoreNormalization",
-                 "patches of 16 × 16 × 16 voxels", "orientation RAS", "`encoder.`", "abc123", "6 parameters",
-                 "nnssl_plugin adapt -d TARGET_ID", "Doe, J.: A toy. 2020.", "not a medical device"):
+    for said in (
+        "Optimiser steps: 1,234.",
+        "7 cases",
+        "channels CT",
+        "spacing 1 × 1 × 1 mm",
+        "ZScoreNormalization",
+        "patches of 16 × 16 × 16 voxels",
+        "orientation RAS",
+        "`encoder.`",
+        "abc123",
+        "6 parameters",
+        "nnssl_plugin adapt -d TARGET_ID",
+        "Doe, J.: A toy. 2020.",
+        "not a medical device",
+    ):
         assert said in text, said
     assert "| `method.widths` | [4, 8] |" in text and "| `method.table` | a\\|b |" in text
 
@@ -92,8 +128,13 @@ def test_bibtex_is_well_formed_and_has_nnunet():
 
 
 def test_the_weights_that_it_started_from_are_named_and_cited():
-    first = {"method": "older", "licence": "CC-BY-NC-4.0", "weights_sha256": "fed987", "citations": ["B. 2019."],
-             "continued_from": {"kind": "nnunet", "citations": ["C. 2018."]}}
+    first = {
+        "method": "older",
+        "licence": "CC-BY-NC-4.0",
+        "weights_sha256": "fed987",
+        "citations": ["B. 2019."],
+        "continued_from": {"kind": "nnunet", "citations": ["C. 2018."]},
+    }
     text = card(citations=["A. 2020."], continued_from=first)
     assert "older, licence CC-BY-NC-4.0, weights `fed987`" in text
     assert text.endswith("- A. 2020.\n- B. 2019.\n- C. 2018.\n")
@@ -120,8 +161,10 @@ def test_without_results_it_says_so():
     assert "No results were given with these weights." in card()
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"foreground_mean": {}, "mean": {}}',
-                                     '{"foreground_mean": {"Dice": "high"}, "mean": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "[]", "no json", '{"foreground_mean": {}, "mean": {}}', '{"foreground_mean": {"Dice": "high"}, "mean": {}}'],
+)
 def test_what_is_no_summary_is_named(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match=r"x\.json is not a summary"):

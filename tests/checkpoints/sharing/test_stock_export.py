@@ -19,8 +19,12 @@ from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.nnunet.plans import build_network
 
 STOCK = "nnUNetTrainer__nnUNetPlans-med3d__3d_fullres"
-DATASET_JSON = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 1, "b": 2}, "file_ending": ".nii.gz",
-                "numTraining": 2}
+DATASET_JSON = {
+    "channel_names": {"0": "MR"},
+    "labels": {"background": 0, "a": 1, "b": 2},
+    "file_ending": ".nii.gz",
+    "numTraining": 2,
+}
 SECRETS = {"dataset": {"Doe_Jane": {"images": ["/srv/Doe_Jane.nii.gz"]}}, "description": "scans of Doe_Jane"}
 
 
@@ -40,9 +44,12 @@ def write_model(root: Path, folds=(0, 1), **changes) -> Path:
         torch.manual_seed(fold)
         content = {
             "network_weights": build_network(plans, "3d_fullres", DATASET_JSON).state_dict(),
-            "optimizer_state": {"lr": 0.1}, "logging": {"mean": np.float64(0.5)}, "current_epoch": 3,
+            "optimizer_state": {"lr": 0.1},
+            "logging": {"mean": np.float64(0.5)},
+            "current_epoch": 3,
             "init_args": {"plans": plans, "configuration": "3d_fullres", "fold": fold, "dataset_json": DATASET_JSON},
-            "trainer_name": "PretrainedSegmentationTrainer", "inference_allowed_mirroring_axes": (0, 1, 2),
+            "trainer_name": "PretrainedSegmentationTrainer",
+            "inference_allowed_mirroring_axes": (0, 1, 2),
         }
         (model / f"fold_{fold}").mkdir()
         torch.save(content | changes, model / f"fold_{fold}" / "checkpoint_final.pth")
@@ -97,9 +104,14 @@ def test_a_network_of_this_package_is_refused(tmp_path, monkeypatch):
         export_stock(model, tmp_path / "stock")
 
 
-@pytest.mark.parametrize(("changes", "said"), [({"ssl_state": {}}, "is a pretraining"),
-                                               ({"init_args": {"configuration": "2d"}}, "is not a checkpoint of 3d"),
-                                               ({"network_weights": None}, "is not a checkpoint of 3d")])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ssl_state": {}}, "is a pretraining"),
+        ({"init_args": {"configuration": "2d"}}, "is not a checkpoint of 3d"),
+        ({"network_weights": None}, "is not a checkpoint of 3d"),
+    ],
+)
 def test_what_is_no_fine_tuned_model_is_refused(tmp_path, changes, said):
     model = write_model(tmp_path / "results", folds=(0,), **changes)
     with pytest.raises(UserError, match=said):

@@ -17,8 +17,13 @@ from nnssl_plugin.io.files import write_json
 from nnssl_plugin.nnunet.plans import build_network
 
 DATASET = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "a": 1}, "numTraining": 12}
-LOG = {"train_losses": [3.0, 2.0, float("nan")], "val_losses": [3.5, 2.5], "feature_std": [0.1, 0.73],
-       "effective_rank": [4.0, 11.0], "skipped_steps": [1.0, 2.0]}
+LOG = {
+    "train_losses": [3.0, 2.0, float("nan")],
+    "val_losses": [3.5, 2.5],
+    "feature_std": [0.1, 0.73],
+    "effective_rank": [4.0, 11.0],
+    "skipped_steps": [1.0, 2.0],
+}
 NAN = {"train_losses": [math.nan], "val_losses": []}
 
 
@@ -30,15 +35,32 @@ def network():
 def own_checkpoint(path, network, *, log=LOG, **changes):
     weights = network.state_dict()
     provenance = describe_pretraining(
-        method="toy", settings={}, training={}, plans=fake_plan(), configuration="3d_fullres", dataset_json=DATASET,
-        trained=["encoder."], steps=500, cases=4, citations=["Somebody: a paper"], licence="CC-BY-4.0", weights=weights,
+        method="toy",
+        settings={},
+        training={},
+        plans=fake_plan(),
+        configuration="3d_fullres",
+        dataset_json=DATASET,
+        trained=["encoder."],
+        steps=500,
+        cases=4,
+        citations=["Somebody: a paper"],
+        licence="CC-BY-4.0",
+        weights=weights,
     )
-    save_checkpoint({
-        "network_weights": weights, "provenance": provenance | changes, "logging": log, "current_epoch": 2,
-        "trainer_name": "ToyPretrainer", "citations": nnssl_citations("toy", ["Somebody: a paper"]),
-        "nnssl_adaptation_plan": nnssl_adaptation_plan(fake_plan(), "3d_fullres", network, 1),
-        "init_args": {"plans": fake_plan(), "configuration": "3d_fullres", "dataset_json": DATASET},
-    }, path)
+    save_checkpoint(
+        {
+            "network_weights": weights,
+            "provenance": provenance | changes,
+            "logging": log,
+            "current_epoch": 2,
+            "trainer_name": "ToyPretrainer",
+            "citations": nnssl_citations("toy", ["Somebody: a paper"]),
+            "nnssl_adaptation_plan": nnssl_adaptation_plan(fake_plan(), "3d_fullres", network, 1),
+            "init_args": {"plans": fake_plan(), "configuration": "3d_fullres", "dataset_json": DATASET},
+        },
+        path,
+    )
     return path
 
 
@@ -88,8 +110,16 @@ def test_a_log_without_numbers_leaves_health_to_quality_json(network, tmp_path):
 def test_a_stock_checkpoint(network, tmp_path):
     arguments = {"plans": fake_plan(), "configuration": "3d_fullres", "dataset_json": DATASET, "fold": 0}
     log = {"ema_fg_dice": [np.float32(0.5), np.float32(0.87)]}
-    torch.save({"network_weights": network.state_dict(), "init_args": arguments, "trainer_name": "nnUNetTrainer",
-                "current_epoch": 1000, "logging": log}, tmp_path / "checkpoint_final.pth")
+    torch.save(
+        {
+            "network_weights": network.state_dict(),
+            "init_args": arguments,
+            "trainer_name": "nnUNetTrainer",
+            "current_epoch": 1000,
+            "logging": log,
+        },
+        tmp_path / "checkpoint_final.pth",
+    )
     text = screen(inspect_file(tmp_path / "checkpoint_final.pth"))
     check_screen(text)
     assert "nnU-Net (supervised training), written by nnUNetTrainer" in text and "1000 epochs" in text
@@ -98,12 +128,31 @@ def test_a_stock_checkpoint(network, tmp_path):
 
 
 def test_an_nnssl_checkpoint(tmp_path):
-    plan = {"dataset_name": "Dataset745_OpenMind", "configurations": {
-        "onemmiso": {"normalization_schemes": ["ZScoreNormalization"], "spacing": [1, 1, 1], "patch_size": [160] * 3}}}
-    block = {"architecture_plans": {"arch_class_name": "ResEncL", "arch_kwargs": None}, "pretrain_plan": plan,
-             "pretrain_num_input_channels": 1, "key_to_encoder": "encoder.stages", "key_to_stem": "encoder.stem"}
-    torch.save({"network_weights": {"encoder.stem.convs.0.conv.weight": torch.zeros(32, 1, 3, 3, 3)},
-                "nnssl_adaptation_plan": block, "trainer_name": "BaseMAETrainer"}, tmp_path / "a.pth")
+    plan = {
+        "dataset_name": "Dataset745_OpenMind",
+        "configurations": {
+            "onemmiso": {
+                "normalization_schemes": ["ZScoreNormalization"],
+                "spacing": [1, 1, 1],
+                "patch_size": [160] * 3,
+            }
+        },
+    }
+    block = {
+        "architecture_plans": {"arch_class_name": "ResEncL", "arch_kwargs": None},
+        "pretrain_plan": plan,
+        "pretrain_num_input_channels": 1,
+        "key_to_encoder": "encoder.stages",
+        "key_to_stem": "encoder.stem",
+    }
+    torch.save(
+        {
+            "network_weights": {"encoder.stem.convs.0.conv.weight": torch.zeros(32, 1, 3, 3, 3)},
+            "nnssl_adaptation_plan": block,
+            "trainer_name": "BaseMAETrainer",
+        },
+        tmp_path / "a.pth",
+    )
     text = screen(inspect_file(tmp_path / "a.pth"))
     check_screen(text)
     assert "ResidualEncoderUNet: features_per_stage [32,64,128,256,320,320]" in line(text, "network")
@@ -135,9 +184,14 @@ def test_what_adapt_wrote_says_how_to_train_with_it(network, tmp_path):
     block = {"configuration": "3d_fullres", "weights": "nnUNetPlans-toy_3d_fullres.pth"}
     write_json(tmp_path / "nnUNetPlans-toy.json", {**fake_plan(), "plans_name": "nnUNetPlans-toy", "finetuning": block})
     loaded = [key for key in network.state_dict() if key.startswith("encoder.")]
-    save_checkpoint({"network_weights": network.state_dict(), "adaptation": {"loaded": loaded},
-                     "provenance": {"method": "toy", "weights_sha256": "0" * 64}},
-                    tmp_path / "nnUNetPlans-toy_3d_fullres.pth")
+    save_checkpoint(
+        {
+            "network_weights": network.state_dict(),
+            "adaptation": {"loaded": loaded},
+            "provenance": {"method": "toy", "weights_sha256": "0" * 64},
+        },
+        tmp_path / "nnUNetPlans-toy_3d_fullres.pth",
+    )
     report = inspect_file(tmp_path / "nnUNetPlans-toy_3d_fullres.pth")
     text = screen(report)
     check_screen(text)
@@ -147,8 +201,11 @@ def test_what_adapt_wrote_says_how_to_train_with_it(network, tmp_path):
 
 
 def test_long_entries_are_cut_to_the_screen(network, tmp_path):
-    changes = {"citations": [f"Author {i}: " + "a very long title " * 20 for i in range(9)],
-               "channels": [f"channel {i}" for i in range(60)], "licence": "x" * 300}
+    changes = {
+        "citations": [f"Author {i}: " + "a very long title " * 20 for i in range(9)],
+        "channels": [f"channel {i}" for i in range(60)],
+        "licence": "x" * 300,
+    }
     text = screen(inspect_file(own_checkpoint(tmp_path / "own.pth", network, **changes)))
     check_screen(text)
 

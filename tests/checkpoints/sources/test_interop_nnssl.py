@@ -19,16 +19,55 @@ from nnssl_plugin.checkpoints.format.provenance import nnssl_adaptation_plan
 from nnssl_plugin.checkpoints.sharing.export import export_checkpoint
 from nnssl_plugin.nnunet.plans import build_network
 
-BLOCK = {"architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize",
-         "key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe"}
-PLAN = {"dataset_name", "plans_name", "original_median_spacing_after_transp", "image_reader_writer",
-        "transpose_forward", "transpose_backward", "configurations", "experiment_planner_used"}
-CONFIGURATION = {"data_identifier", "preprocessor_name", "spacing_style", "normalization_schemes", "use_mask_for_norm",
-                 "resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_mask", "resampling_fn_mask_kwargs",
-                 "spacing", "patch_size"}
-ARCHITECTURE = {"n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "n_blocks_per_stage",
-                "n_conv_per_stage_decoder", "conv_bias", "norm_op", "norm_op_kwargs", "dropout_op", "dropout_op_kwargs",
-                "nonlin", "nonlin_kwargs"}
+BLOCK = {
+    "architecture_plans",
+    "pretrain_plan",
+    "pretrain_num_input_channels",
+    "recommended_downstream_patchsize",
+    "key_to_encoder",
+    "key_to_stem",
+    "keys_to_in_proj",
+    "key_to_lpe",
+}
+PLAN = {
+    "dataset_name",
+    "plans_name",
+    "original_median_spacing_after_transp",
+    "image_reader_writer",
+    "transpose_forward",
+    "transpose_backward",
+    "configurations",
+    "experiment_planner_used",
+}
+CONFIGURATION = {
+    "data_identifier",
+    "preprocessor_name",
+    "spacing_style",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_mask",
+    "resampling_fn_mask_kwargs",
+    "spacing",
+    "patch_size",
+}
+ARCHITECTURE = {
+    "n_stages",
+    "features_per_stage",
+    "conv_op",
+    "kernel_sizes",
+    "strides",
+    "n_blocks_per_stage",
+    "n_conv_per_stage_decoder",
+    "conv_bias",
+    "norm_op",
+    "norm_op_kwargs",
+    "dropout_op",
+    "dropout_op_kwargs",
+    "nonlin",
+    "nonlin_kwargs",
+}
 """Fields of nnssl's dataclasses, which take no others."""
 LIBRARY = "dynamic_network_architectures.architectures.unet."
 
@@ -46,12 +85,13 @@ def rebuild(architecture: dict, channels: int):
     name, required = architecture["arch_class_name"], architecture["arch_kwargs_requiring_import"]
     assert name in ("ResidualEncoderUNet", "PlainConvUNet")
     assert all(pydoc.locate(architecture["arch_kwargs"][key]) for key in required if architecture["arch_kwargs"][key])
-    return get_network_from_plans(LIBRARY + name, architecture["arch_kwargs"], required, channels, 2, allow_init=False,
-                                  deep_supervision=False)
+    return get_network_from_plans(
+        LIBRARY + name, architecture["arch_kwargs"], required, channels, 2, allow_init=False, deep_supervision=False
+    )
 
 
 def below(weights, key):
-    return {name[len(key) + 1:]: value for name, value in weights.items() if name.startswith(f"{key}.")}
+    return {name[len(key) + 1 :]: value for name, value in weights.items() if name.startswith(f"{key}.")}
 
 
 def test_the_block_has_nnssls_fields_and_no_others(checkpoint):
@@ -99,8 +139,11 @@ def test_another_networks_block_names_its_class_in_full():
 def test_masks_are_resampled_as_labels_were_and_the_style_follows_the_spacing():
     plans = fake_plan()
     configuration = plans["configurations"]["3d_fullres"]
-    configuration |= {"spacing": [3.0, 1.0, 1.0], "resampling_fn_seg": "resample_data_or_seg_to_shape",
-                      "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1}}
+    configuration |= {
+        "spacing": [3.0, 1.0, 1.0],
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1},
+    }
     network = build_network(plans, "3d_fullres", {"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 1}})
     found = nnssl_adaptation_plan(plans, "3d_fullres", network, 1)["pretrain_plan"]["configurations"]["3d_fullres"]
     assert found["resampling_fn_mask"] == "resample_data_or_seg_to_shape" and found["spacing_style"] == "median"

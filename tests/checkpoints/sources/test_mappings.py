@@ -58,14 +58,21 @@ def res_enc_l():
 @functools.cache
 def eva_mae():
     """nnssl's ``EvaMAE`` in the sizes of ``BaseEvaMAETrainer``: Primus-M with a decoder of two blocks."""
+
     def eva(depth):
         return Eva(864, depth, 12, ref_feat_shape=(20, 20, 20), init_values=0.1, scale_attn_inner=True)
 
     patch = (8, 8, 8)
-    parts = without_memory(lambda: nn.ModuleDict({
-        "down_projection": PatchEmbed(patch, 1, 864), "eva": eva(16), "decoder": eva(2),
-        "up_projection": PatchDecode(patch, 864, 1, norm=LayerNormNd, activation=nn.GELU),
-    }))
+    parts = without_memory(
+        lambda: nn.ModuleDict(
+            {
+                "down_projection": PatchEmbed(patch, 1, 864),
+                "eva": eva(16),
+                "decoder": eva(2),
+                "up_projection": PatchDecode(patch, 864, 1, norm=LayerNormNd, activation=nn.GELU),
+            }
+        )
+    )
     return layout_of(parts) | {"mask_token": torch.zeros(1, 1, 864)}
 
 
@@ -102,9 +109,15 @@ def test_the_shipped_tables_are_valid_and_say_where_their_layout_is_public():
         assert pydoc.locate(shipped.network["class"]) is not None
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda w: {"network_weights": prefixed("module.", w)}, lambda w: {"state_dict": w}, lambda w: w,
-], ids=["checkpoint", "state_dict", "bare"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: {"network_weights": prefixed("module.", w)},
+        lambda w: {"state_dict": w},
+        lambda w: w,
+    ],
+    ids=["checkpoint", "state_dict", "bare"],
+)
 def test_openmind_resenc_l(wrap, tmp_path):
     weights = res_enc_l()
     source = save_and_read(wrap(weights), tmp_path, "openmind-resenc-l")
@@ -130,8 +143,9 @@ def test_voco_in_the_layout_with_a_backbone_and_heads(name, feature_size, tmp_pa
     """Luffy03/Large-Scale-Medical, ``VoCoHead``: a backbone, and projection heads called student and teacher."""
     monkeypatch.setattr(state_dicts, "LARGEST_REPEATED", 2**34)  # the tensors of this test store one number each
     heads = {"module.student.layer1.0.weight": torch.zeros(2), "module.teacher.layer1.0.weight": torch.zeros(2)}
-    source = save_and_read({"state_dict": prefixed("module.backbone.", voco(feature_size)) | heads, "epoch": 5},
-                           tmp_path, name)
+    source = save_and_read(
+        {"state_dict": prefixed("module.backbone.", voco(feature_size)) | heads, "epoch": 5}, tmp_path, name
+    )
     network = swin(source.network["kwargs"]["feature_size"], use_v2=source.network["kwargs"]["use_v2"])
     assert fits(network.swinViT, source.weights, "swinViT.") and fits(network.encoder10, source.weights, "encoder10.")
     assert source.weights.keys() <= network.state_dict().keys()
@@ -151,10 +165,16 @@ def test_voco_in_the_layout_of_student_and_teacher(tmp_path):
 def test_swinunetr_self_supervised(prefix, tmp_path):
     """MONAI's ``load_from`` reads ``module.layers1.0.blocks.0.mlp.fc1``; ``SSLHead`` has heads beside ``swinViT``."""
     network = swin(48, use_v2=False)
-    weights = {prefix + key.removeprefix("swinViT.").replace(".mlp.linear", ".mlp.fc"): value
-               for key, value in layout_of(network).items() if key.startswith("swinViT.")}
-    heads = {"rotation_head.weight": torch.zeros(4, 768), "contrastive_head.bias": torch.zeros(512),
-             "conv.0.weight": torch.zeros(2)}
+    weights = {
+        prefix + key.removeprefix("swinViT.").replace(".mlp.linear", ".mlp.fc"): value
+        for key, value in layout_of(network).items()
+        if key.startswith("swinViT.")
+    }
+    heads = {
+        "rotation_head.weight": torch.zeros(4, 768),
+        "contrastive_head.bias": torch.zeros(512),
+        "conv.0.weight": torch.zeros(2),
+    }
     source = save_and_read({"state_dict": prefixed("module.", weights | heads)}, tmp_path, "swinunetr-ssl")
     assert fits(network.swinViT, source.weights, "swinViT.")
     assert all(key.startswith("swinViT.") for key in source.weights) and source.input_channels == 1
@@ -170,8 +190,15 @@ def test_rules_apply_one_after_the_other(tmp_path):
 
 def test_facts_of_a_table_reach_the_provenance(tmp_path):
     network = {"class": "a.ResidualEncoderUNet", "kwargs": {"n_stages": 2}}
-    path = table(tmp_path, network=network, licence="CC-BY-4.0", citation="a paper", channels=["T1", "T2"],
-                 normalisation=["ZScoreNormalization"] * 2, spacing_mm=[1, 0.5, 0.5])
+    path = table(
+        tmp_path,
+        network=network,
+        licence="CC-BY-4.0",
+        citation="a paper",
+        channels=["T1", "T2"],
+        normalisation=["ZScoreNormalization"] * 2,
+        spacing_mm=[1, 0.5, 0.5],
+    )
     source = save_and_read({"enc.stages.0.weight": torch.zeros(1)}, tmp_path, path)
     assert source.network == network and source.key_to_encoder == "encoder.stages" and source.input_channels == 2
     facts = {"licence": "CC-BY-4.0", "citations": ["a paper"], "spacing_mm": [1, 0.5, 0.5], "channels": ["T1", "T2"]}
@@ -196,24 +223,27 @@ def test_two_tensors_of_one_key_are_refused(tmp_path):
         save_and_read({"enc.a": torch.zeros(1), "encoder.a": torch.zeros(1)}, tmp_path, table(tmp_path))
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"format": 2}, "not a table of format 1"),
-    ({"renames": []}, "unknown fields: renames"),
-    ({"name": ""}, "'name' must be"),
-    ({"name": 3}, "'name' must be a text"),
-    ({"rename": {"a": "b"}}, "'rename' must be a list"),
-    ({"rename": [["a"]]}, "'rename' must be a list of pairs"),
-    ({"rename": [["(", "b"]]}, r"'\(' is none"),
-    ({"rename": [["a", "\\1"]]}, "replacement"),
-    ({"drop": [3]}, "'drop' must be"),
-    ({"drop": ["["]}, "'drop' must be"),
-    ({"network": {"class": "a"}}, "'network' must be"),
-    ({"network": {"class": 3, "kwargs": {}}}, "'network' must be"),
-    ({"spacing_mm": [0, 1, 1]}, "'spacing_mm' must be"),
-    ({"spacing_mm": [True, 1, 1]}, "'spacing_mm' must be"),
-    ({"channels": [1]}, "'channels' must be"),
-    ({"citation": None}, "'citation' must be"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"format": 2}, "not a table of format 1"),
+        ({"renames": []}, "unknown fields: renames"),
+        ({"name": ""}, "'name' must be"),
+        ({"name": 3}, "'name' must be a text"),
+        ({"rename": {"a": "b"}}, "'rename' must be a list"),
+        ({"rename": [["a"]]}, "'rename' must be a list of pairs"),
+        ({"rename": [["(", "b"]]}, r"'\(' is none"),
+        ({"rename": [["a", "\\1"]]}, "replacement"),
+        ({"drop": [3]}, "'drop' must be"),
+        ({"drop": ["["]}, "'drop' must be"),
+        ({"network": {"class": "a"}}, "'network' must be"),
+        ({"network": {"class": 3, "kwargs": {}}}, "'network' must be"),
+        ({"spacing_mm": [0, 1, 1]}, "'spacing_mm' must be"),
+        ({"spacing_mm": [True, 1, 1]}, "'spacing_mm' must be"),
+        ({"channels": [1]}, "'channels' must be"),
+        ({"citation": None}, "'citation' must be"),
+    ],
+)
 def test_a_wrong_table_is_refused_by_its_field(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         read_mapping(table(tmp_path, **changes))

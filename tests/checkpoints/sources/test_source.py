@@ -29,8 +29,14 @@ from nnssl_plugin.io.files import write_json
 from nnssl_plugin.nnunet.plans import build_network
 
 DATASET = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "a": 1}, "numTraining": 12}
-STOCK = {"optimizer_state": {}, "grad_scaler_state": None, "_best_ema": 0.5, "current_epoch": 7,
-         "trainer_name": "nnUNetTrainer", "inference_allowed_mirroring_axes": (0, 1, 2)}
+STOCK = {
+    "optimizer_state": {},
+    "grad_scaler_state": None,
+    "_best_ema": 0.5,
+    "current_epoch": 7,
+    "trainer_name": "nnUNetTrainer",
+    "inference_allowed_mirroring_axes": (0, 1, 2),
+}
 """The entries that nnU-Net's ``save_checkpoint`` writes beside weights, log and arguments."""
 
 
@@ -45,8 +51,13 @@ def network(plans):
 
 
 def stock_checkpoint(network, plans, **changes) -> dict:
-    arguments = {"plans": plans, "configuration": "3d_fullres", "fold": 0, "dataset_json": DATASET,
-                 "device": torch.device("cpu")}
+    arguments = {
+        "plans": plans,
+        "configuration": "3d_fullres",
+        "fold": 0,
+        "dataset_json": DATASET,
+        "device": torch.device("cpu"),
+    }
     log = {"train_losses": [np.float64(0.5)], "ema_fg_dice": [np.float32(0.8)]}
     return STOCK | {"network_weights": network.state_dict(), "init_args": arguments, "logging": log} | changes
 
@@ -54,24 +65,37 @@ def stock_checkpoint(network, plans, **changes) -> dict:
 def nnssl_block(name, *, encoder="encoder.stages", stem="encoder.stem", positions=None, patch=(160, 160, 160)):
     """The adaptation plan as nnssl serialises it, with a named architecture instead of arguments."""
     configuration = {
-        "data_identifier": "nnsslPlans_onemmiso", "preprocessor_name": "DefaultPreprocessor",
-        "spacing_style": "onemmiso", "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False],
-        "spacing": [1, 1, 1], "patch_size": patch,
+        "data_identifier": "nnsslPlans_onemmiso",
+        "preprocessor_name": "DefaultPreprocessor",
+        "spacing_style": "onemmiso",
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        "spacing": [1, 1, 1],
+        "patch_size": patch,
     }
     return {
         "architecture_plans": {"arch_class_name": name, "arch_kwargs": None, "arch_kwargs_requiring_import": None},
-        "pretrain_plan": {"dataset_name": "Dataset745_OpenMind", "plans_name": "nnsslPlans",
-                          "image_reader_writer": "SimpleITKIO", "transpose_forward": [0, 1, 2],
-                          "configurations": {"onemmiso": configuration}},
-        "pretrain_num_input_channels": 1, "recommended_downstream_patchsize": [160, 160, 160],
-        "key_to_encoder": encoder, "key_to_stem": stem, "keys_to_in_proj": [f"{stem}.proj"], "key_to_lpe": positions,
+        "pretrain_plan": {
+            "dataset_name": "Dataset745_OpenMind",
+            "plans_name": "nnsslPlans",
+            "image_reader_writer": "SimpleITKIO",
+            "transpose_forward": [0, 1, 2],
+            "configurations": {"onemmiso": configuration},
+        },
+        "pretrain_num_input_channels": 1,
+        "recommended_downstream_patchsize": [160, 160, 160],
+        "key_to_encoder": encoder,
+        "key_to_stem": stem,
+        "keys_to_in_proj": [f"{stem}.proj"],
+        "key_to_lpe": positions,
     }
 
 
 def small_primus(grid=(3, 2, 2)) -> Primus:
     shape = tuple(n * patch for n, patch in zip(grid, PRIMUS_PATCH, strict=True))
-    return Primus(1, 24, PRIMUS_PATCH, 1, eva_depth=1, eva_numheads=2, input_shape=shape, init_values=0.1,
-                  scale_attn_inner=True)
+    return Primus(
+        1, 24, PRIMUS_PATCH, 1, eva_depth=1, eva_numheads=2, input_shape=shape, init_values=0.1, scale_attn_inner=True
+    )
 
 
 def assert_same(weights, expected):
@@ -82,12 +106,22 @@ def assert_same(weights, expected):
 def test_a_checkpoint_of_this_package(network, plans, tmp_path):
     trained = ["encoder.", "decoder.stages."]
     provenance = describe_pretraining(
-        method="toy", settings={}, training={}, plans=plans, configuration="3d_fullres", dataset_json=DATASET,
-        trained=trained, steps=5, cases=4, citations=[], licence="CC0",
+        method="toy",
+        settings={},
+        training={},
+        plans=plans,
+        configuration="3d_fullres",
+        dataset_json=DATASET,
+        trained=trained,
+        steps=5,
+        cases=4,
+        citations=[],
+        licence="CC0",
     )
     block = nnssl_adaptation_plan(plans, "3d_fullres", network, 2)
-    save_checkpoint(stock_checkpoint(network, plans, provenance=provenance, nnssl_adaptation_plan=block),
-                    tmp_path / "own.pth")
+    save_checkpoint(
+        stock_checkpoint(network, plans, provenance=provenance, nnssl_adaptation_plan=block), tmp_path / "own.pth"
+    )
     source = read_source(tmp_path / "own.pth")
     assert_same(source.weights, network.state_dict())
     assert source.kind == "nnssl_plugin" and source.trained == tuple(trained) and source.provenance == provenance
@@ -137,9 +171,16 @@ def test_the_keys_of_known_networks_are_the_librarys_own(network, plans):
 
 def test_an_nnssl_checkpoint_of_a_convolutional_network(tmp_path):
     weights = {"encoder.stem.convs.0.conv.weight": torch.zeros(32, 1, 3, 3, 3), "projector.weight": torch.ones(2)}
-    torch.save({"network_weights": {f"module.{key}": value for key, value in weights.items()}, "current_epoch": 1000,
-                "trainer_name": "BaseMAETrainer", "init_args": {"configuration_name": "onemmiso"},
-                "nnssl_adaptation_plan": nnssl_block("ResEncL")}, tmp_path / "openmind.pth")
+    torch.save(
+        {
+            "network_weights": {f"module.{key}": value for key, value in weights.items()},
+            "current_epoch": 1000,
+            "trainer_name": "BaseMAETrainer",
+            "init_args": {"configuration_name": "onemmiso"},
+            "nnssl_adaptation_plan": nnssl_block("ResEncL"),
+        },
+        tmp_path / "openmind.pth",
+    )
     source = read_source(tmp_path / "openmind.pth")
     assert source.kind == "nnssl" and source.plans is None and source.trained is None
     assert_same(source.weights, weights)
@@ -161,8 +202,13 @@ def test_an_nnssl_checkpoint_with_arguments_of_its_network(network, plans, tmp_p
 def test_an_nnssl_checkpoint_of_primus_comes_in_the_networks_own_names(prefix, tmp_path):
     primus = small_primus()
     weights = {prefix + key: value for key, value in primus.state_dict().items()}
-    block = nnssl_block("PrimusM", encoder=f"{prefix}eva", stem=f"{prefix}down_projection",
-                        positions=f"{prefix}eva.pos_embed", patch=(24, 16, 16))
+    block = nnssl_block(
+        "PrimusM",
+        encoder=f"{prefix}eva",
+        stem=f"{prefix}down_projection",
+        positions=f"{prefix}eva.pos_embed",
+        patch=(24, 16, 16),
+    )
     torch.save({"network_weights": weights, "nnssl_adaptation_plan": block}, tmp_path / "primus.pth")
     source = read_source(tmp_path / "primus.pth")
     for key, value in primus.state_dict().items():
@@ -178,8 +224,9 @@ def test_primus_positions_that_no_stated_patch_fits_are_taken_as_a_cube():
 
 
 def test_an_unknown_architecture_of_nnssl_is_unknown(tmp_path):
-    torch.save({"network_weights": {"a": torch.zeros(1)}, "nnssl_adaptation_plan": nnssl_block("Other")},
-               tmp_path / "a.pth")
+    torch.save(
+        {"network_weights": {"a": torch.zeros(1)}, "nnssl_adaptation_plan": nnssl_block("Other")}, tmp_path / "a.pth"
+    )
     source = read_source(tmp_path / "a.pth")
     assert source.network is None and source.key_to_encoder == "encoder.stages" and source.input_channels == 1
 
@@ -199,14 +246,26 @@ WRAPPERS = {
     "backbone": lambda w: {"backbone": w, "teacher": {"head.weight": torch.zeros(9)}},
     "with a number": lambda w: {**w, "epoch": 3},
 }
-PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "teacher.", "student.", "backbone.",
-            "module.teacher.backbone."]
+PREFIXES = [
+    "",
+    "module.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "_orig_mod.module.",
+    "teacher.",
+    "student.",
+    "backbone.",
+    "module.teacher.backbone.",
+]
 
 
-@pytest.mark.parametrize("wrapper, prefix", [
-    *(("state_dict", prefix) for prefix in PREFIXES),
-    *((wrapper, "module.student.") for wrapper in WRAPPERS),
-])
+@pytest.mark.parametrize(
+    "wrapper, prefix",
+    [
+        *(("state_dict", prefix) for prefix in PREFIXES),
+        *((wrapper, "module.student.") for wrapper in WRAPPERS),
+    ],
+)
 def test_wrappers_and_prefixes_are_taken_off(wrapper, prefix, tmp_path):
     torch.save(WRAPPERS[wrapper]({prefix + key: value for key, value in WEIGHTS.items()}), tmp_path / "a.pth")
     source = read_source(tmp_path / "a.pth")
@@ -215,18 +274,25 @@ def test_wrappers_and_prefixes_are_taken_off(wrapper, prefix, tmp_path):
 
 
 def test_the_teacher_is_taken_before_the_student_and_said(tmp_path):
-    both = {**{f"teacher.{key}": value for key, value in WEIGHTS.items()},
-            **{f"student.{key}": -value for key, value in WEIGHTS.items()}, "queue": torch.zeros(4)}
+    both = {
+        **{f"teacher.{key}": value for key, value in WEIGHTS.items()},
+        **{f"student.{key}": -value for key, value in WEIGHTS.items()},
+        "queue": torch.zeros(4),
+    }
     torch.save({"state_dict": both}, tmp_path / "a.pth")
     source = read_source(tmp_path / "a.pth")
     assert_same(source.weights, WEIGHTS)
-    assert any("'teacher.' was taken, 'queue', 'student' left out (3 tensors)" in line
-               for line in source.provenance["taken"])
+    assert any(
+        "'teacher.' was taken, 'queue', 'student' left out (3 tensors)" in line for line in source.provenance["taken"]
+    )
 
 
 def test_a_backbone_beside_heads_called_teacher_and_student_is_the_network(tmp_path):
-    mixed = {**{f"module.backbone.{key}": value for key, value in WEIGHTS.items()},
-             "module.teacher.layer1.0.weight": torch.zeros(4), "module.student.layer1.0.weight": torch.zeros(4)}
+    mixed = {
+        **{f"module.backbone.{key}": value for key, value in WEIGHTS.items()},
+        "module.teacher.layer1.0.weight": torch.zeros(4),
+        "module.student.layer1.0.weight": torch.zeros(4),
+    }
     torch.save({"state_dict": mixed}, tmp_path / "a.pth")
     assert_same(read_source(tmp_path / "a.pth").weights, WEIGHTS)
 
@@ -236,13 +302,17 @@ def test_a_compiled_part_inside_a_network_loses_its_extra_name(tmp_path):
     assert list(read_source(tmp_path / "a.pth").weights) == ["encoder.stem.weight"]
 
 
-@pytest.mark.parametrize("content, message", [
-    ({"model": WEIGHTS, "state_dict": WEIGHTS}, "weights under 'state_dict', 'model'"),
-    ({"generator": WEIGHTS, "discriminator": WEIGHTS}, "'generator', 'discriminator'"),
-    ({"epoch": 3, "lr": 0.1}, "'epoch', 'lr'"),
-    ({}, "none"),
-    ({"module.a": torch.zeros(1), "a": torch.zeros(1)}, "the tensor a twice"),
-], ids=["two", "unknown names", "no tensors", "empty", "twice"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"model": WEIGHTS, "state_dict": WEIGHTS}, "weights under 'state_dict', 'model'"),
+        ({"generator": WEIGHTS, "discriminator": WEIGHTS}, "'generator', 'discriminator'"),
+        ({"epoch": 3, "lr": 0.1}, "'epoch', 'lr'"),
+        ({}, "none"),
+        ({"module.a": torch.zeros(1), "a": torch.zeros(1)}, "the tensor a twice"),
+    ],
+    ids=["two", "unknown names", "no tensors", "empty", "twice"],
+)
 def test_ambiguous_files_are_refused_with_what_is_there(content, message, tmp_path):
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(UserError, match=message):
@@ -250,8 +320,11 @@ def test_ambiguous_files_are_refused_with_what_is_there(content, message, tmp_pa
 
 
 def test_safetensors(tmp_path):
-    save_file({f"module.{key}": value for key, value in WEIGHTS.items()}, tmp_path / "a.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {f"module.{key}": value for key, value in WEIGHTS.items()},
+        tmp_path / "a.safetensors",
+        metadata={"format": "pt"},
+    )
     (tmp_path / "without_ending").write_bytes((tmp_path / "a.safetensors").read_bytes())
     for name in ("a.safetensors", "without_ending"):
         source = read_source(tmp_path / name)
@@ -276,9 +349,14 @@ def test_what_adapt_wrote_is_described_by_the_plan_beside_it(network, plans, tmp
     block = {"configuration": "3d_fullres", "weights": "nnUNetPlans-toy_3d_fullres.pth"}
     write_json(tmp_path / "nnUNetPlans-toy.json", {**plans, "plans_name": "nnUNetPlans-toy", "finetuning": block})
     write_json(tmp_path / "nnUNetPlans.json", plans)
-    save_checkpoint({"network_weights": network.state_dict(), "adaptation": {"loaded": ["encoder.a"]},
-                     "provenance": {"method": "toy", "network": {"class": "another", "kwargs": {}}}},
-                    tmp_path / "nnUNetPlans-toy_3d_fullres.pth")
+    save_checkpoint(
+        {
+            "network_weights": network.state_dict(),
+            "adaptation": {"loaded": ["encoder.a"]},
+            "provenance": {"method": "toy", "network": {"class": "another", "kwargs": {}}},
+        },
+        tmp_path / "nnUNetPlans-toy_3d_fullres.pth",
+    )
     source = read_source(tmp_path / "nnUNetPlans-toy_3d_fullres.pth")
     assert source.kind == "nnssl_plugin" and source.trained == ("encoder.a",) and source.input_channels == 2
     assert source.network == describe_network(plans, "3d_fullres") and source.configuration == "3d_fullres"

@@ -24,8 +24,10 @@ SMALL = [f"{UNDER}.architecture.arch_kwargs.{name}={str(value).lower()}" for nam
 
 
 def dataset_json(channels=1, classes=2):
-    return {"channel_names": {str(c): "MR" for c in range(channels)},
-            "labels": {"background": 0} | {f"organ{n}": n for n in range(1, classes)}}
+    return {
+        "channel_names": {str(c): "MR" for c in range(channels)},
+        "labels": {"background": 0} | {f"organ{n}": n for n in range(1, classes)},
+    }
 
 
 def network_of(plan=None, *, seed=0, channels=1, classes=2):
@@ -60,12 +62,15 @@ def mapping_file(name):
     return str(resources.files("nnssl_plugin.checkpoints.sources") / "tables" / f"{name}.json")
 
 
-@pytest.mark.parametrize(("patch", "expected"), [
-    ([40, 56, 100], [32, 64, 96]),
-    ([96, 160, 160], [96, 160, 160]),
-    ([16, 20, 12], [32, 64, 32]),  # a single voxel at the coarsest stage cannot be normalised
-    ([48, 48, 80], [32, 32, 64]),  # 48 is as near to 32 as to 64
-])
+@pytest.mark.parametrize(
+    ("patch", "expected"),
+    [
+        ([40, 56, 100], [32, 64, 96]),
+        ([96, 160, 160], [96, 160, 160]),
+        ([16, 20, 12], [32, 64, 32]),  # a single voxel at the coarsest stage cannot be normalised
+        ([48, 48, 80], [32, 32, 64]),  # 48 is as near to 32 as to 64
+    ],
+)
 def test_the_preset_fits_the_patch(folder, patch, expected):
     planned(folder, patch)
     assert main(["plan", "-d", "901", "-n", "swin", "--preset", "swinunetr-b", "med3dinsight", "--set", *SMALL]) == 0
@@ -74,10 +79,17 @@ def test_the_preset_fits_the_patch(folder, patch, expected):
     assert configuration["architecture"]["arch_kwargs"].items() >= ARGUMENTS.items()
 
 
-@pytest.mark.parametrize(("patch", "said", "remedy"), [
-    ("[64,48,32]", r"\[64, 48, 32\] .* not divisible by the network's strides \[32, 32, 32\]", "patch_size=[64,32,32]"),
-    ("[32,32,32]", r"\[32, 32, 32\] .* a single voxel", "patch_size=[64,32,32]"),
-])
+@pytest.mark.parametrize(
+    ("patch", "said", "remedy"),
+    [
+        (
+            "[64,48,32]",
+            r"\[64, 48, 32\] .* not divisible by the network's strides \[32, 32, 32\]",
+            "patch_size=[64,32,32]",
+        ),
+        ("[32,32,32]", r"\[32, 32, 32\] .* a single voxel", "patch_size=[64,32,32]"),
+    ],
+)
 def test_a_patch_that_does_not_fit_is_explained(folder, patch, said, remedy):
     with pytest.raises(UserError, match=said) as error:
         write_edited_plan("901", "swin", presets=["swinunetr-b"], assignments=[*SMALL, f"{UNDER}.patch_size={patch}"])
@@ -88,8 +100,9 @@ def test_every_table_of_it_names_a_network_that_a_plan_can_build():
     for name in shipped_mappings():
         network = read_mapping(name).network
         if network["class"].endswith(".SwinUNETR"):
-            built = build_network(with_swin(fake_plan(), **network["kwargs"]), "3d_fullres", dataset_json(),
-                                  device="meta")
+            built = build_network(
+                with_swin(fake_plan(), **network["kwargs"]), "3d_fullres", dataset_json(), device="meta"
+            )
             assert network["class"] == f"{type(built).__module__}.{type(built).__name__}"
 
 
@@ -102,7 +115,8 @@ def test_one_channel_becomes_four_with_other_classes():
         "swinViT.patch_embed.proj.weight": "input channels 1 → 4",
         "encoder1.layer.conv1.conv.weight": "input channels 1 → 4",
         "encoder1.layer.conv3.conv.weight": "input channels 1 → 4",
-        "out.conv.conv.weight": HEAD, "out.conv.conv.bias": HEAD,
+        "out.conv.conv.weight": HEAD,
+        "out.conv.conv.bias": HEAD,
     }
     x = torch.randn(1, 1, 32, 32, 32, dtype=torch.float64)
     with torch.no_grad():
@@ -111,11 +125,20 @@ def test_one_channel_becomes_four_with_other_classes():
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("arguments", "reasons"), [
-    ({"depths": [3, 1, 1, 2]}, {"new block: the checkpoint has fewer in this place"}),
-    ({"window_size": 4}, {"shape 125×1 in the checkpoint, 343×1 here", "shape 125×2 in the checkpoint, 343×2 here",
-                          "shape 27×27 in the checkpoint, 64×64 here"}),  # the relative positions, and their index
-])
+@pytest.mark.parametrize(
+    ("arguments", "reasons"),
+    [
+        ({"depths": [3, 1, 1, 2]}, {"new block: the checkpoint has fewer in this place"}),
+        (
+            {"window_size": 4},
+            {
+                "shape 125×1 in the checkpoint, 343×1 here",
+                "shape 125×2 in the checkpoint, 343×2 here",
+                "shape 27×27 in the checkpoint, 64×64 here",
+            },
+        ),  # the relative positions, and their index
+    ],
+)
 def test_what_has_no_counterpart_is_said(arguments, reasons):
     source, target = network_of(), network_of(with_swin(fake_plan(), **arguments), seed=1)
     _, report = adapt_weights(source.state_dict(), target, trained=None)
@@ -133,8 +156,11 @@ def test_weights_of_another_family_are_not_loaded():
 def test_published_weights_reach_the_plan_that_is_fine_tuned(folder, tmp_path, capsys):
     """VoCo's layout: a backbone with the transformer and the blocks behind it, and heads beside it."""
     weights = network_of(seed=3).state_dict()
-    published = {f"module.backbone.{key.replace('swinViT.', 'swin_vit.')}": value for key, value in weights.items()
-                 if key.startswith(("swinViT.", "encoder"))}
+    published = {
+        f"module.backbone.{key.replace('swinViT.', 'swin_vit.')}": value
+        for key, value in weights.items()
+        if key.startswith(("swinViT.", "encoder"))
+    }
     torch.save({"state_dict": published | {"module.student.0.weight": torch.zeros(2)}}, file := tmp_path / "voco.pt")
     given = ["--mapping", table(tmp_path)]
     assert main(["plan", "-d", "901", "-n", "swin", "--like", str(file), *given]) == 0
@@ -154,15 +180,17 @@ def test_published_weights_reach_the_plan_that_is_fine_tuned(folder, tmp_path, c
 def test_the_first_version_fits_its_own_table_alone(folder, tmp_path, capsys):
     """The layout of Tang et al. 2022: the bare transformer."""
     first = network_of(with_swin(fake_plan(), use_v2=False), seed=3)
-    published = {f"module.{key.removeprefix('swinViT.').replace('.mlp.linear', '.mlp.fc')}": value
-                 for key, value in first.state_dict().items() if key.startswith("swinViT.")}
+    published = {
+        f"module.{key.removeprefix('swinViT.').replace('.mlp.linear', '.mlp.fc')}": value
+        for key, value in first.state_dict().items()
+        if key.startswith("swinViT.")
+    }
     torch.save({"state_dict": published}, file := tmp_path / "ssl.pt")
     given = ["-w", str(file), "--mapping", table(tmp_path, "swinunetr-ssl")]
     write_edited_plan("901", "second", presets=["swinunetr-b"], assignments=SMALL)
     assert main(["adapt", "-d", "901", "-p", "second", "-n", "x", *given]) == 2
     assert "use_v2 is false in pretraining, true here" in capsys.readouterr().err
-    write_edited_plan("901", "first", source="second", assignments=[
-        f"{UNDER}.architecture.arch_kwargs.use_v2=false"])
+    write_edited_plan("901", "first", source="second", assignments=[f"{UNDER}.architecture.arch_kwargs.use_v2=false"])
     assert main(["adapt", "-d", "901", "-p", "first", "-n", "x", *given]) == 0
     assert read_json(folder / "first-x_3d_fullres_report.json")["coverage"]["encoder"] == 1.0
 
@@ -200,6 +228,8 @@ def test_a_linear_probe_moves_the_last_layer_alone(use_v2):
     assert len(network_parts(network).stages) == 4
     freeze_the_rest(network, parameter_groups(network, trains="head"))
     assert {name for name, p in network.named_parameters() if p.requires_grad} == {
-        "out.conv.conv.weight", "out.conv.conv.bias"}
+        "out.conv.conv.weight",
+        "out.conv.conv.bias",
+    }
     assert optimisation_for(network, None).build is torch.optim.AdamW
     assert optimisation_for(network, "sgd").build is torch.optim.SGD

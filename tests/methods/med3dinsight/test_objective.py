@@ -22,9 +22,20 @@ def build(channels=1, network_class=PlainConvUNet, **changes):
     torch.manual_seed(0)
     depth = "n_blocks_per_stage" if network_class is ResidualEncoderUNet else "n_conv_per_stage"
     network = network_class(
-        channels, 3, (4, 8, 16), nn.Conv3d, 3, (1, 2, 2), num_classes=2, n_conv_per_stage_decoder=1,
-        conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
-        deep_supervision=True, **{depth: 1},
+        channels,
+        3,
+        (4, 8, 16),
+        nn.Conv3d,
+        3,
+        (1, 2, 2),
+        num_classes=2,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
+        deep_supervision=True,
+        **{depth: 1},
     )
     return Med3DInsight(Backbone(network, channels), Settings(**(SMALL | changes)), EMBEDDING_DIM)
 
@@ -240,15 +251,29 @@ def test_diagnostics_see_a_perfect_and_a_useless_match(monkeypatch):
     found = task.diagnostics(views)
     assert found["features"].shape == (4, EMBEDDING_DIM)
     assert found["metric_smallest_eigenvalue"].item() == pytest.approx(1)
-    monkeypatch.setattr(task, "encode", lambda views: ({"volume": views["text_embedding"],
-                                                        "image": views["text_embedding"][[1, 2, 3, 0]],
-                                                        "text": views["text_embedding"]}, {}))
+    monkeypatch.setattr(
+        task,
+        "encode",
+        lambda views: (
+            {
+                "volume": views["text_embedding"],
+                "image": views["text_embedding"][[1, 2, 3, 0]],
+                "text": views["text_embedding"],
+            },
+            {},
+        ),
+    )
     found = task.diagnostics(views)
     assert found["retrieval_text"].item() == 1
     assert found["retrieval_image"].item() == 0
-    monkeypatch.setattr(task, "encode", lambda views: ({"volume": torch.ones(4, EMBEDDING_DIM),
-                                                        "image": views["text_embedding"],
-                                                        "text": views["text_embedding"]}, {}))
+    monkeypatch.setattr(
+        task,
+        "encode",
+        lambda views: (
+            {"volume": torch.ones(4, EMBEDDING_DIM), "image": views["text_embedding"], "text": views["text_embedding"]},
+            {},
+        ),
+    )
     assert task.diagnostics(views)["retrieval_text"].item() == 0.25
 
 
@@ -289,8 +314,16 @@ def test_defaults_are_the_papers_numbers():
 def test_settings_come_from_a_plan_and_mistakes_are_named():
     settings = settings_from({"mass": 1, "field_of_view": "resize"}, Settings(), "plan")
     assert (settings.mass, settings.field_of_view, settings.queries) == (1, "resize", 300)
-    wrong = {"mass": 0.0, "epsilon": -1.0, "field_of_view": "sphere", "corruption": "blur", "mask_ratio": 1.0,
-             "queries": 0, "dim": 500, "heads": 0}
+    wrong = {
+        "mass": 0.0,
+        "epsilon": -1.0,
+        "field_of_view": "sphere",
+        "corruption": "blur",
+        "mask_ratio": 1.0,
+        "queries": 0,
+        "dim": 500,
+        "heads": 0,
+    }
     for name, value in wrong.items():
         with pytest.raises(UserError, match=name):
             settings_from({name: value}, Settings(), "plan")

@@ -47,8 +47,10 @@ def by_loops(affine, grid, size, mutual=True):
     def near(first, second):
         return all(-half <= a - b < half for a, b, half in zip(first, second, cell / 2, strict=True))
 
-    pairs = [[near(there[i], centres[j]) and (not mutual or near(back[j], centres[i])) for j in range(len(centres))]
-             for i in range(len(centres))]
+    pairs = [
+        [near(there[i], centres[j]) and (not mutual or near(back[j], centres[i])) for j in range(len(centres))]
+        for i in range(len(centres))
+    ]
     return torch.tensor(pairs)
 
 
@@ -100,11 +102,14 @@ def test_half_a_patch_of_shift_matches_nothing_twice():
         assert is_partial_permutation(matches)
 
 
-@pytest.mark.parametrize("grid, size, spacing", [
-    ((4, 5, 3), (24, 40, 27), (3.0, 1.0, 1.0)),
-    ((1, 4, 4), (5, 32, 32), (5.0, 0.7, 0.7)),
-    ((6, 5), (30, 20), (1.0, 2.0)),
-])
+@pytest.mark.parametrize(
+    "grid, size, spacing",
+    [
+        ((4, 5, 3), (24, 40, 27), (3.0, 1.0, 1.0)),
+        ((1, 4, 4), (5, 32, 32), (5.0, 0.7, 0.7)),
+        ((6, 5), (30, 20), (1.0, 2.0)),
+    ],
+)
 def test_equals_a_loop_over_pairs_for_random_affines(grid, size, spacing):
     ranges = AffineRange(rotation=30, scale=(0.9, 1.2), translation=0.2, flip=0.3)
     affine = random_affine(6, size, ranges, spacing=spacing, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -180,8 +185,12 @@ def test_patch_to_patch_equals_a_loop(example):
     log_assignment, matches, similarity = example
     expected = []
     for sample in range(3):
-        terms = [math.log(torch.softmax(similarity[sample, i] / 0.1, 0)[j] * torch.softmax(
-            similarity[sample, :, j] / 0.1, 0)[i]) for i, j in matches[sample].nonzero().tolist()]
+        terms = [
+            math.log(
+                torch.softmax(similarity[sample, i] / 0.1, 0)[j] * torch.softmax(similarity[sample, :, j] / 0.1, 0)[i]
+            )
+            for i, j in matches[sample].nonzero().tolist()
+        ]
         expected.append(-sum(terms) / max(len(terms), 1))
     torch.testing.assert_close(patch_to_patch_loss(log_assignment, matches), torch.tensor(expected).double())
 
@@ -216,8 +225,10 @@ def test_no_matches_give_zero_with_a_graph(example):
     _, matches, similarity = example
     similarity = similarity.float().requires_grad_()
     log_assignment = log_dual_softmax(similarity, 0.1)
-    loss = patch_to_patch_loss(log_assignment, matches)[2] + patch_to_structure_loss(
-        log_assignment, matches, similarity)[2]
+    loss = (
+        patch_to_patch_loss(log_assignment, matches)[2]
+        + patch_to_structure_loss(log_assignment, matches, similarity)[2]
+    )
     loss.backward()
     assert loss.item() == 0 and torch.equal(similarity.grad[2], torch.zeros(7, 7))
 

@@ -102,8 +102,9 @@ def test_a_virtual_batch_has_the_same_gradients(grid):
     whole["total"].backward()
     expected = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
     task.zero_grad()
-    chunked = backward_in_chunks(task, views, 0.0, chunk_size=2, seed=0, precision=torch.enable_grad,
-                                 scale=lambda total: total)
+    chunked = backward_in_chunks(
+        task, views, 0.0, chunk_size=2, seed=0, precision=torch.enable_grad, scale=lambda total: total
+    )
     torch.testing.assert_close(chunked["total"], whole["total"].detach())
     for name, parameter in task.named_parameters():
         if name in expected:
@@ -111,8 +112,9 @@ def test_a_virtual_batch_has_the_same_gradients(grid):
 
 
 def test_equal_networks_and_an_unmoved_view_match_every_patch():
-    task = make_task(rotation=0.0, scale=(1.0, 1.0), translation=0.0, intensity_probability=0.0,
-                     matching_temperature=0.01)
+    task = make_task(
+        rotation=0.0, scale=(1.0, 1.0), translation=0.0, intensity_probability=0.0, matching_temperature=0.01
+    )
     views = make_views(task, make_batch())
     numbers = task.diagnostics(views)
     assert numbers["matched_share"] == 1 and numbers["matching_accuracy"] == 1
@@ -140,10 +142,18 @@ def test_a_missing_channel_and_a_nan_reach_only_their_sample():
     assert torch.isfinite(own["p2p"][[0, 2]]).all() and torch.isfinite(own["p2s"][[0, 2]]).all()
 
 
-@pytest.mark.parametrize("options", [
-    {"assignment": "sinkhorn", "sinkhorn_iterations": 5}, {"negatives": True}, {"detach_weights": False},
-    {"matching_temperature": 1.0}, {"in_plane": True}, {"flip": 0.5}, {"token_stride": 64},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"assignment": "sinkhorn", "sinkhorn_iterations": 5},
+        {"negatives": True},
+        {"detach_weights": False},
+        {"matching_temperature": 1.0},
+        {"in_plane": True},
+        {"flip": 0.5},
+        {"token_stride": 64},
+    ],
+)
 def test_every_option_trains(options):
     task = make_task(**options)
     views = make_views(task, make_batch(2, size=(16, 16, 24)))
@@ -173,9 +183,13 @@ def test_negatives_and_weights_enter_the_sum():
     torch.testing.assert_close(weighted["total"], 0.5 * plain["global"] + 2 * plain["p2p"] + 3 * plain["p2s"])
 
 
-@pytest.mark.parametrize("grid, options", [
-    ((1, 1, 1), {}), ((1, 2, 2), {"assignment": "sinkhorn", "sinkhorn_iterations": 3, "negatives": True}),
-])
+@pytest.mark.parametrize(
+    "grid, options",
+    [
+        ((1, 1, 1), {}),
+        ((1, 2, 2), {"assignment": "sinkhorn", "sinkhorn_iterations": 3, "negatives": True}),
+    ],
+)
 def test_a_step_reads_no_value_on_the_host(grid, options):
     task = make_task(grid=grid, **options)
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without values: reading one is an error

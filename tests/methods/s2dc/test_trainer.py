@@ -14,8 +14,14 @@ from small_swin import with_swin
 from nnssl_plugin.methods.s2dc.trainer import S2DCPretrainer
 
 METHOD = {"hidden": 16, "dim": 8, "queue": 6, "token_stride": 4, "momentum": 0.9}
-SMALL = {"epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1, "batch_size": 2, "lr": 1e-3,
-         "warmup_epochs": 0}
+SMALL = {
+    "epochs": 1,
+    "iterations_per_epoch": 2,
+    "validation_iterations": 1,
+    "batch_size": 2,
+    "lr": 1e-3,
+    "warmup_epochs": 0,
+}
 TERMS = ("global", "p2p", "p2s")
 
 
@@ -61,10 +67,13 @@ def test_trains_transformers(with_network):
     assert_finite(trainer)
 
 
-@pytest.mark.parametrize("more, options", [
-    ({}, {"grid": [1, 2, 1]}),
-    ({"chunk_size": 1}, {"assignment": "sinkhorn", "sinkhorn_iterations": 5, "negatives": True}),
-])
+@pytest.mark.parametrize(
+    "more, options",
+    [
+        ({}, {"grid": [1, 2, 1]}),
+        ({"chunk_size": 1}, {"assignment": "sinkhorn", "sinkhorn_iterations": 5, "negatives": True}),
+    ],
+)
 def test_trains_with_sub_volumes_and_with_sinkhorn_in_a_virtual_batch(more, options):
     assert_finite(run(**arguments(more, **options)))
 

@@ -8,8 +8,15 @@ from ranks import RANKS, on_two_ranks
 
 from nnssl_plugin.methods.s2dc.trainer import S2DCPretrainer
 
-SMALL = {"epochs": 1, "iterations_per_epoch": 3, "validation_iterations": 1, "warmup_epochs": 0, "lr": 1e-3,
-         "batch_size": 2, "method": {"hidden": 16, "dim": 8, "queue": 16, "token_stride": 4, "momentum": 0.9}}
+SMALL = {
+    "epochs": 1,
+    "iterations_per_epoch": 3,
+    "validation_iterations": 1,
+    "warmup_epochs": 0,
+    "lr": 1e-3,
+    "batch_size": 2,
+    "method": {"hidden": 16, "dim": 8, "queue": 16, "token_stride": 4, "momentum": 0.9},
+}
 
 
 def train(rank):

@@ -11,8 +11,15 @@ from nnssl_plugin.methods.s2dc.heads import TokenNorm, global_head, token_head
 from nnssl_plugin.methods.s2dc.settings import Settings
 from nnssl_plugin.methods.s2dc.views import augmented_copy, cut, join, second_view, vary_intensity
 
-STILL = Settings(rotation=0.0, scale=(1.0, 1.0), translation=0.0, intensity_probability=0.0,
-                 copy_rotation=0.0, copy_scale=(1.0, 1.0), copy_translation=0.0)
+STILL = Settings(
+    rotation=0.0,
+    scale=(1.0, 1.0),
+    translation=0.0,
+    intensity_probability=0.0,
+    copy_rotation=0.0,
+    copy_scale=(1.0, 1.0),
+    copy_translation=0.0,
+)
 
 
 def seeded(seed=0):
@@ -25,8 +32,10 @@ def test_cutting_and_joining(grid):
     parts = cut(block, grid)
     assert parts.shape == (2, int(np.prod(grid)), 3, *([4] * len(grid)))
     assert torch.equal(join(parts, grid), block)
-    tiles = {tuple(block[1][(slice(None), *(slice(4 * i, 4 * i + 4) for i in index))].flatten().tolist())
-             for index in np.ndindex(*grid)}
+    tiles = {
+        tuple(block[1][(slice(None), *(slice(4 * i, 4 * i + 4) for i in index))].flatten().tolist())
+        for index in np.ndindex(*grid)
+    }
     assert tiles == {tuple(part.flatten().tolist()) for part in parts[1]}
 
 
@@ -80,10 +89,21 @@ def test_nothing_changes_with_probability_zero():
     torch.testing.assert_close(vary_intensity(image, replace(Settings(), intensity_probability=0.0), seeded()), image)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"grid": (1, 1)}, {"grid": (0, 1, 1)}, {"scale": (1.2, 0.9)}, {"momentum": 1.5}, {"temperature": 0.0},
-    {"assignment": "hungarian"}, {"in_plane": 1}, {"translation": 1.0}, {"copy_scale": (1.0,)}, {"queue": 0},
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"grid": (1, 1)},
+        {"grid": (0, 1, 1)},
+        {"scale": (1.2, 0.9)},
+        {"momentum": 1.5},
+        {"temperature": 0.0},
+        {"assignment": "hungarian"},
+        {"in_plane": 1},
+        {"translation": 1.0},
+        {"copy_scale": (1.0,)},
+        {"queue": 0},
+    ],
+)
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Settings(**wrong)

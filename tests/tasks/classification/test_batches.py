@@ -55,8 +55,9 @@ def test_a_case_of_the_size_of_the_patch_stays_as_it_is():
 
 def test_a_slice_of_a_volume_is_the_middle_one():
     data = volume((7, 12, 16))
-    np.testing.assert_allclose(class_inputs(data, patch_size=[12, 16], strategy="resize", windows=1)[0], data[:, 3],
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        class_inputs(data, patch_size=[12, 16], strategy="resize", windows=1)[0], data[:, 3], atol=1e-6
+    )
     windows = class_inputs(data, patch_size=[12, 16], strategy="windows", windows=3)
     np.testing.assert_array_equal(windows[0], data[:, 3])
     assert len({tuple(np.flatnonzero([np.array_equal(w, data[:, z]) for z in range(7)])) for w in windows}) == 3
@@ -123,8 +124,9 @@ def cases(nnunet_environment):
 def training_batches(cases, *, dimensions=3, batch_size=2, strategy="windows", **arguments):
     patch = [16] * dimensions
     transform = repeatable(nnUNetTrainer.get_training_transforms(patch, (-0.5, 0.5), None, (0, 1), False))
-    inputs = partial(case_inputs, crop="foreground", crop_margin=0.2, patch_size=[20] * dimensions, windows=3,
-                     strategy=strategy)
+    inputs = partial(
+        case_inputs, crop="foreground", crop_margin=0.2, patch_size=[20] * dimensions, windows=3, strategy=strategy
+    )
     return TrainingBatches(cases, inputs, transform=transform, batch_size=batch_size, seed=5, **arguments)
 
 

@@ -20,8 +20,9 @@ def network_of(dimensions=3, channels=1, residual=False):
 
 def classifier(*, channels=1, stages=1, dropout=0.0, **network):
     torch.manual_seed(0)
-    return Classifier(network_of(channels=channels, **network), input_channels=channels, heads=HEADS, stages=stages,
-                      dropout=dropout)
+    return Classifier(
+        network_of(channels=channels, **network), input_channels=channels, heads=HEADS, stages=stages, dropout=dropout
+    )
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])

@@ -44,8 +44,9 @@ def model_folder(home, *, plan="nnUNetPlans", targets=(BINARY,), folds=3, per_fo
         subjects = [f"s{int(c[1:]) // 2}" for c in cases]
         for target in targets:
             labels, probabilities = drawn(target, cases, knows=knows, seed=seed + fold)
-            write_validation(folder / f"fold_{fold}" / "validation", target, cases, subjects, labels, probabilities,
-                             targets=targets)
+            write_validation(
+                folder / f"fold_{fold}" / "validation", target, cases, subjects, labels, probabilities, targets=targets
+            )
     return folder
 
 
@@ -160,8 +161,21 @@ def test_the_command_compares_two_plans(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     for plan, knows, seed in (("nnUNetPlans-scratch", 0.5, 0), ("nnUNetPlans-s2dc", 2.0, 9)):
         model_folder(tmp_path / NAME, plan=plan, targets=(THREE,), knows=knows, seed=seed)
-    code = main(["evaluate", "classification", "-d", NAME, "-p", "nnUNetPlans-scratch", "nnUNetPlans-s2dc",
-                 "-c", "3d_fullres", "-o", str(tmp_path / "out")])
+    code = main(
+        [
+            "evaluate",
+            "classification",
+            "-d",
+            NAME,
+            "-p",
+            "nnUNetPlans-scratch",
+            "nnUNetPlans-s2dc",
+            "-c",
+            "3d_fullres",
+            "-o",
+            str(tmp_path / "out"),
+        ]
+    )
     assert code == 0
     printed = capsys.readouterr().out
     assert "nnUNetPlans-s2dc − nnUNetPlans-scratch: diagnosis, over 60 cases of 30 subjects" in printed
@@ -177,8 +191,9 @@ def test_a_table_without_labels_is_scored_against_a_table_of_labels(tmp_path):
     with (tmp_path / "predictions.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["case", "target", "predicted", "p_benign", "p_malignant"])
-        table.writerows([c, "malignancy", BINARY.classes[p.argmax()], *p] for c, p in zip(cases, probabilities,
-                                                                                          strict=True))
+        table.writerows(
+            [c, "malignancy", BINARY.classes[p.argmax()], *p] for c, p in zip(cases, probabilities, strict=True)
+        )
     write_json(tmp_path / "predictions.json", {"classification": targets_block([BINARY])})
     rows = [f"{c},s{i // 3},{BINARY.classes[label]}" for i, (c, label) in enumerate(zip(cases, labels, strict=True))]
     (tmp_path / "labels.csv").write_text("\n".join(["case,subject,malignancy", *rows]) + "\n")
@@ -190,8 +205,9 @@ def test_a_table_without_labels_is_scored_against_a_table_of_labels(tmp_path):
     assert summary["accuracy"] == pytest.approx(metrics.accuracy_score(labels, probabilities.argmax(axis=1)))
     (tmp_path / "labels.csv").write_text("\n".join(["case,subject,malignancy", *rows[1:]]) + "\n")
     with pytest.raises(UserError, match=r"1 cases of .* have no label: c000"):
-        evaluate_classification({"test": tmp_path / "predictions.csv"}, tmp_path / "out",
-                                references=tmp_path / "labels.csv")
+        evaluate_classification(
+            {"test": tmp_path / "predictions.csv"}, tmp_path / "out", references=tmp_path / "labels.csv"
+        )
 
 
 def test_a_folder_without_a_description_asks_for_one(tmp_path):

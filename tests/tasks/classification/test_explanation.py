@@ -43,9 +43,9 @@ def test_evidence_is_that_of_hiding_each_part_by_itself():
     for row in range(15):
         for column in range(15):
             hidden = data.copy()
-            hidden[0, 0, row:row + 2, column:column + 2] = data.mean()
-            lost[row:row + 2, column:column + 2] += ((data - hidden)[0, 0] * weights[0]).sum()
-            times[row:row + 2, column:column + 2] += 1
+            hidden[0, 0, row : row + 2, column : column + 2] = data.mean()
+            lost[row : row + 2, column : column + 2] += ((data - hidden)[0, 0] * weights[0]).sum()
+            times[row : row + 2, column : column + 2] += 1
     np.testing.assert_allclose(found["malignancy"].evidence[0], lost / times, atol=1e-4)
     assert (found["malignancy"].class_index, found["findings"].class_index) == (1, 0)
     np.testing.assert_allclose(found["findings"].evidence, -found["malignancy"].evidence, atol=2e-4)
@@ -92,7 +92,8 @@ def test_pictures_stand_as_their_letters_say(tmp_path, codes, reader, transpose)
     shape = (5, 6, 7)
     target = nibabel.orientations.axcodes2ornt(codes)
     affine = nibabel.orientations.inv_ornt_aff(
-        nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), target), shape)
+        nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), target), shape
+    )
     grid = np.stack(np.meshgrid(*(np.arange(s) for s in shape), indexing="ij"), -1)
     position = nibabel.affines.apply_affine(affine, grid)  # right, anterior, superior
     views = {}
@@ -118,8 +119,13 @@ def test_pictures_are_written_with_the_rows_and_made_up_for(tmp_path, monkeypatc
     (tmp_path / "images").mkdir()
     array = np.random.default_rng(0).normal(size=(12, 14, 10)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "images" / "a_0000.nii.gz")
-    monkeypatch.setattr(room, "load_classifier", lambda *_, **__: FakeClassifier(
-        inference_plan(), lambda x: x[..., :4].mean((1, 2, 3, 4, 5)), targets=(BINARY, FINDINGS)))
+    monkeypatch.setattr(
+        room,
+        "load_classifier",
+        lambda *_, **__: FakeClassifier(
+            inference_plan(), lambda x: x[..., :4].mean((1, 2, 3, 4, 5)), targets=(BINARY, FINDINGS)
+        ),
+    )
     where = (tmp_path / "images", tmp_path / "p.csv", trained_folds(tmp_path / "model", ("0",)))
     classify_images(*where)
     found = classify_images(*where, explanations=tmp_path / "pictures")

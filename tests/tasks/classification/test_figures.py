@@ -50,7 +50,8 @@ def test_four_pictures_are_written(target, tmp_path):
     predictions = drawn(target)
     class_figures.draw_class_figures(tmp_path, predictions, {}, suffix="_x")
     assert {p.name for p in tmp_path.iterdir()} == {
-        f"{name}_x.png" for name in ("roc", "precision_recall", "reliability", "confusion")}
+        f"{name}_x.png" for name in ("roc", "precision_recall", "reliability", "confusion")
+    }
 
 
 def test_a_single_case_is_drawn(tmp_path):
@@ -81,8 +82,10 @@ def test_the_area_below_the_steps_is_the_average_precision(axis):
 def test_of_many_classes_the_worst_are_named_and_the_rest_is_counted(axis):
     predictions = drawn(MANY)
     legend = labels(draw_roc(axis, predictions, {}))
-    aurocs = {name: metrics.roc_auc_score(predictions.labels == k, predictions.probabilities[:, k])
-              for k, name in enumerate(MANY.classes)}
+    aurocs = {
+        name: metrics.roc_auc_score(predictions.labels == k, predictions.probabilities[:, k])
+        for k, name in enumerate(MANY.classes)
+    }
     worst = sorted(sorted(aurocs, key=aurocs.get)[:6])
     assert [text[0] for text in legend[:6]] == worst
     assert legend[6].startswith("6 other classes: AUROC")

@@ -51,10 +51,11 @@ def test_classes_are_in_proportion():
 
 def test_several_targets_are_stratified_together():
     names = [f"c{number}" for number in range(80)]
-    labels = ClassLabels((Target("x", "binary", ("a", "b")), Target("y", "binary", ("0", "1"))),
-                         {name: name for name in names},
-                         {"x": {name: n % 2 for n, name in enumerate(names)},
-                          "y": {name: n // 2 % 2 for n, name in enumerate(names)}})
+    labels = ClassLabels(
+        (Target("x", "binary", ("a", "b")), Target("y", "binary", ("0", "1"))),
+        {name: name for name in names},
+        {"x": {name: n % 2 for n, name in enumerate(names)}, "y": {name: n // 2 % 2 for n, name in enumerate(names)}},
+    )
     for fold in make_class_splits(labels, names):
         pairs = {(labels.labels["x"][case], labels.labels["y"][case]) for case in fold["val"]}
         assert len(fold["val"]) == 16 and len(pairs) == 4
@@ -80,8 +81,11 @@ def test_a_rare_class_is_a_warning(caplog):
 
 def test_classes_that_are_all_rare_are_split_by_subject_alone():
     names = [f"c{number}" for number in range(6)]
-    labels = ClassLabels((Target("x", "multiclass", ("a", "b", "c")),), {name: name for name in names},
-                         {"x": {name: number % 3 for number, name in enumerate(names)}})
+    labels = ClassLabels(
+        (Target("x", "multiclass", ("a", "b", "c")),),
+        {name: name for name in names},
+        {"x": {name: number % 3 for number, name in enumerate(names)}},
+    )
     assert all(fold["val"] for fold in make_class_splits(labels, names))
 
 
@@ -118,10 +122,16 @@ def test_folds_are_written_once_and_then_respected(tmp_path):
     assert json.loads((tmp_path / "splits_final.json").read_text()) == own
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("{", "is no list"), ("[]", "is no list"), ('[{"train": []}]', "is no list"), ('{"train": 1}', "is no list"),
-    ('[{"train": ["c000"], "val": ["c001"]}]', "splits_final.json: Fold 0 has subjects on both sides"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is no list"),
+        ("[]", "is no list"),
+        ('[{"train": []}]', "is no list"),
+        ('{"train": 1}', "is no list"),
+        ('[{"train": ["c000"], "val": ["c001"]}]', "splits_final.json: Fold 0 has subjects on both sides"),
+    ],
+)
 def test_a_split_file_that_is_damaged_or_leaks_is_refused(tmp_path, content, words):
     (tmp_path / "splits_final.json").write_text(content)
     labels = random_labels()

@@ -171,8 +171,10 @@ def test_several_targets_have_a_table_each_that_can_be_scored(place):
     output = place / "out" / "predictions.csv"
     tables = find_tables(output)
     assert [path.name for path in tables] == ["predictions_findings.csv", "predictions_malignancy.csv"]
-    references = {"malignancy": {f"case_{k}": ("s", k % 2) for k in range(5)},
-                  "findings": {f"case_{k}": ("s", (0,)) for k in range(5)}}
+    references = {
+        "malignancy": {f"case_{k}": ("s", k % 2) for k in range(5)},
+        "findings": {f"case_{k}": ("s", (0,)) for k in range(5)},
+    }
     found = read_tables(tables, targets_of(output), references=references)
     assert found["findings"].labels.tolist() == [[True, False]] * 5
 
@@ -185,8 +187,9 @@ def test_a_model_that_crops_wants_segmentations(place):
     labels = np.zeros(SHAPE)
     labels[3:9, 3:9, 3:9] = 1
     for number in range(4):
-        nibabel.save(nibabel.Nifti1Image(labels.astype(np.uint8), np.eye(4)),
-                     place / "labels" / f"case_{number}.nii.gz")
+        nibabel.save(
+            nibabel.Nifti1Image(labels.astype(np.uint8), np.eye(4)), place / "labels" / f"case_{number}.nii.gz"
+        )
     found = classify(place, segmentations=place / "labels")
     assert found.done == 4 and "no segmentation" in found.failed["case_4"]
 

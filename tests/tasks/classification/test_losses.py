@@ -81,8 +81,9 @@ def test_an_ordinal_target_of_two_classes_is_a_logistic_regression():
 def test_equal_weights_change_nothing(kind, smoothing):
     logits, labels, classes = problem(kind)
     ones = torch.ones((2, classes) if kind == "multilabel" else classes)
-    plain, weighted = (class_loss(logits, labels, kind=kind, classes=classes, weights=w, smoothing=smoothing)
-                       for w in (None, ones))
+    plain, weighted = (
+        class_loss(logits, labels, kind=kind, classes=classes, weights=w, smoothing=smoothing) for w in (None, ones)
+    )
     assert float(plain) == float(weighted)
 
 
@@ -150,10 +151,13 @@ def test_several_targets_count_alike():
     problems = [problem(target.kind) for target in targets]
     logits = {target.name: z for target, (z, _, _) in zip(targets, problems, strict=True)}
     labels = [y for _, y, _ in problems]
-    expected = [class_loss(z, y, kind=target.kind, classes=k)
-                for target, (z, y, k) in zip(targets, problems, strict=True)]
+    expected = [
+        class_loss(z, y, kind=target.kind, classes=k) for target, (z, y, k) in zip(targets, problems, strict=True)
+    ]
     assert float(joint_loss(logits, labels, targets=targets, weights=[None, None])) == pytest.approx(
-        float(sum(expected)) / 2)
+        float(sum(expected)) / 2
+    )
     for target, (z, _, k) in zip(targets, problems, strict=True):
-        torch.testing.assert_close(joint_probabilities(logits, targets)[target.name],
-                                   class_probabilities(z, kind=target.kind, classes=k))
+        torch.testing.assert_close(
+            joint_probabilities(logits, targets)[target.name], class_probabilities(z, kind=target.kind, classes=k)
+        )

@@ -82,11 +82,13 @@ def test_measures_equal_those_of_scikit_learn(target, seed):
 def test_brier_score_equals_that_of_scikit_learn():
     labels, probabilities = random_case(BINARY)
     assert summary_of(BINARY, labels, probabilities)["brier"] == pytest.approx(
-        metrics.brier_score_loss(labels, probabilities[:, 1]))
+        metrics.brier_score_loss(labels, probabilities[:, 1])
+    )
     labels, probabilities = random_case(THREE, decimals=9)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     assert summary_of(THREE, labels, probabilities)["brier"] == pytest.approx(
-        metrics.brier_score_loss(labels, probabilities, labels=[0, 1, 2], scale_by_half=False))
+        metrics.brier_score_loss(labels, probabilities, labels=[0, 1, 2], scale_by_half=False)
+    )
     labels, probabilities = random_case(FINDINGS)
     each = [metrics.brier_score_loss(labels[:, k], probabilities[:, k]) for k in range(3)]
     assert summary_of(FINDINGS, labels, probabilities)["brier"] == pytest.approx(np.mean(each))

@@ -46,7 +46,10 @@ def test_a_finished_case_is_in_the_table_at_once(tmp_path):
     table.add("one", np.array([0.7, 0.5]))
     table.add("two", np.array([0.1, 0.4]))
     assert path.read_text().splitlines() == [
-        "case,target,predicted,p_cyst,p_mass", "one,findings,cyst;mass,0.7,0.5", "two,findings,none,0.1,0.4"]
+        "case,target,predicted,p_cyst,p_mass",
+        "one,findings,cyst;mass,0.7,0.5",
+        "two,findings,none,0.1,0.4",
+    ]
     assert Answers(path, FINDINGS).finished == {"one", "two"}
 
 

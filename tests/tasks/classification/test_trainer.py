@@ -32,9 +32,14 @@ def quick(nnunet_environment, monkeypatch):
 
 
 def state_of(trainer):
-    return {"network": trainer.network.state_dict(), "optimizer": trainer.optimizer.state_dict(),
-            "step": trainer.step, "best": trainer.best, "losses": trainer.log.history()["train_losses"],
-            "auroc": trainer.log.history()["auroc"]}
+    return {
+        "network": trainer.network.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "step": trainer.step,
+        "best": trainer.best,
+        "losses": trainer.log.history()["train_losses"],
+        "auroc": trainer.log.history()["auroc"],
+    }
 
 
 def run(**arguments):
@@ -161,8 +166,9 @@ def test_a_linear_probe_moves_the_head_alone():
     trainer.initialize()
     before = copy_of(trainer.network)
     trainer.run_training()
-    moved = {key.split(".")[0] for key, value in trainer.network.state_dict().items()
-             if not torch.equal(value, before[key])}
+    moved = {
+        key.split(".")[0] for key, value in trainer.network.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert moved == {"heads", "windows"}
 
 
@@ -198,20 +204,34 @@ def test_cropping_and_every_way_to_balance_train():
 def test_all_cases_train_in_fold_all_and_cases_without_label_never():
     labels = class_labels()
     kept = [case for case in labels.cases if case != "case_05"]
-    fewer = ClassLabels(labels.targets, {case: labels.subjects[case] for case in kept},
-                        {"diagnosis": {case: labels.labels["diagnosis"][case] for case in kept}})
+    fewer = ClassLabels(
+        labels.targets,
+        {case: labels.subjects[case] for case in kept},
+        {"diagnosis": {case: labels.labels["diagnosis"][case] for case in kept}},
+    )
     assert make_classifier(fold="all", labels=fewer).do_split() == (kept, kept)
     train, validation = make_classifier(labels=fewer).do_split()
     assert train and validation and sorted(train + validation) == kept
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    ({"inputs": "crops"}, "resize, windows"), ({"windows": 0}, "whole number"), ({"stages": True}, "expected"),
-    ({"label_smoothing": 1.0}, r"\[0, 1\)"), ({"lr": -1}, "positive"), ({"balance": "both"}, "sampling"),
-    ({"dropout": "much"}, "expected"), ({"learning_rate": 1}, "Unknown setting"), ({"crop": "box"}, "foreground"),
-    ({"targets": ["grade"]}, "the dataset has: diagnosis"), ({"batch_size": 2.5}, "whole number"),
-    ({"crop_margin": -0.1}, "from 0"), ({"targets": [1]}, "names"),
-])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"inputs": "crops"}, "resize, windows"),
+        ({"windows": 0}, "whole number"),
+        ({"stages": True}, "expected"),
+        ({"label_smoothing": 1.0}, r"\[0, 1\)"),
+        ({"lr": -1}, "positive"),
+        ({"balance": "both"}, "sampling"),
+        ({"dropout": "much"}, "expected"),
+        ({"learning_rate": 1}, "Unknown setting"),
+        ({"crop": "box"}, "foreground"),
+        ({"targets": ["grade"]}, "the dataset has: diagnosis"),
+        ({"batch_size": 2.5}, "whole number"),
+        ({"crop_margin": -0.1}, "from 0"),
+        ({"targets": [1]}, "names"),
+    ],
+)
 def test_settings_that_cannot_be_used_are_named(settings, said):
     with pytest.raises(UserError, match=said):
         make_classifier(settings=settings)

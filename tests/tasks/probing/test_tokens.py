@@ -55,7 +55,8 @@ def test_random_features_agree_with_a_direct_calculation(labelled):
     share = windows.labels.float().reshape(3, 4, 4, 4, 4, 4, 4).permute(0, 1, 3, 5, 2, 4, 6).reshape(3 * 64, 64).mean(1)
     labels = (share > 0.5).long().numpy()  # every voxel is 0 or 1: the case is larger than the window
     assert result["before"]["labels"]["silhouette"] == pytest.approx(
-        silhouette_score(features, labels, metric="cosine"), abs=1e-4)
+        silhouette_score(features, labels, metric="cosine"), abs=1e-4
+    )
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     cosines, alike = unit @ unit.T, labels[:, None] == labels
     pairs = ~np.eye(len(labels), dtype=bool)
@@ -73,7 +74,8 @@ def test_windows_are_pieces_of_the_cases_that_hold_a_labelled_voxel(labelled):
     folder, plan = labelled
     windows = _read_windows(folder, plan, plan["configurations"]["3d_fullres"], chosen=["case_01"], known=[0, 1])
     data, segmentation, _ = Cases(folder / "fake_data", ["case_01"], transpose_forward=(0, 1, 2)).load_labelled(
-        "case_01")
+        "case_01"
+    )
     pieces = [tuple(slice(o, o + 16) for o in origin) for origin in np.ndindex(3, 5, 2)]
     found = [piece for piece in pieces if np.array_equal(data[:][(slice(None), *piece)], windows.images[0])]
     assert len(found) == 1

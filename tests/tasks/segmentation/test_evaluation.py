@@ -45,8 +45,10 @@ def segmentation(rng, shape=(12, 14, 9), labels=(1, 2)):
 
 
 def dataset_json(folder, labels=LABELS, **more):
-    write_json(folder / "dataset.json", {"channel_names": {"0": "MR"}, "labels": labels, "numTraining": 1,
-                                         "file_ending": ".nii.gz", **more})
+    write_json(
+        folder / "dataset.json",
+        {"channel_names": {"0": "MR"}, "labels": labels, "numTraining": 1, "file_ending": ".nii.gz", **more},
+    )
     return folder / "dataset.json"
 
 
@@ -75,8 +77,10 @@ def results(nnunet_environment):
             write(preprocessed / "gt_segmentations" / f"{case}.nii.gz", segmentation(rng))
             write(home / f"fold_{fold}" / "validation" / f"{case}.nii.gz", segmentation(rng))
     write_json(preprocessed / "splits_final.json", splits)
-    write_json(home / "plans.json", {"dataset_name": NAME, "plans_name": "nnUNetPlans",
-                                     "image_reader_writer": "SimpleITKIO", "configurations": {}})
+    write_json(
+        home / "plans.json",
+        {"dataset_name": NAME, "plans_name": "nnUNetPlans", "image_reader_writer": "SimpleITKIO", "configurations": {}},
+    )
     dataset_json(home)
     return home
 
@@ -101,12 +105,19 @@ def nnunet_summary(folders, run, monkeypatch, *, reader=None, ending=".nii.gz"):
     """What nnU-Net itself computes; in threads, because starting its processes takes seconds."""
     content = read_json(folders / "dataset.json")
     manager = PlansManager({"label_manager": "LabelManager"}).get_label_manager(content)
-    monkeypatch.setattr(evaluate_predictions.multiprocessing, "get_context",
-                        lambda method: SimpleNamespace(Pool=ThreadPool))
+    monkeypatch.setattr(
+        evaluate_predictions.multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool)
+    )
     evaluate_predictions.compute_metrics_on_folder(
-        str(folders / "references"), str(folders / run), str(folders / "nnunet.json"), reader or SimpleITKIO(), ending,
-        manager.foreground_regions if manager.has_regions else manager.foreground_labels, manager.ignore_label,
-        num_processes=1)
+        str(folders / "references"),
+        str(folders / run),
+        str(folders / "nnunet.json"),
+        reader or SimpleITKIO(),
+        ending,
+        manager.foreground_regions if manager.has_regions else manager.foreground_labels,
+        manager.ignore_label,
+        num_processes=1,
+    )
     return read_json(folders / "nnunet.json")
 
 
@@ -120,8 +131,10 @@ def assert_same_dice(ours, theirs):
         assert mine["reference_file"] == other["reference_file"]
         for key, metrics in other["metrics"].items():
             assert np.array_equal(mine["metrics"][key]["Dice"], metrics["Dice"], equal_nan=True)
-            assert (mine["metrics"][key]["n_pred"], mine["metrics"][key]["n_ref"]) == (metrics["n_pred"],
-                                                                                       metrics["n_ref"])
+            assert (mine["metrics"][key]["n_pred"], mine["metrics"][key]["n_ref"]) == (
+                metrics["n_pred"],
+                metrics["n_ref"],
+            )
 
 
 def test_dice_is_that_of_nnunet(folders, monkeypatch):
@@ -205,8 +218,9 @@ def test_runs_are_compared_case_by_case_with_the_first(folders, undrawn):
     cases = [f"case_{i}" for i in range(1, 6)]
     for field, key in (("dice", "Dice"), ("hd95_mm", "HD95_mm"), ("nsd", "NSD")):
         value = {k: float(row[field] or "nan") for k, row in found.items()}
-        expected = {label: [[value[run, case, label] for case in cases] for run in ("b", "a")]
-                    for label in ("liver", "tumour")}
+        expected = {
+            label: [[value[run, case, label] for case in cases] for run in ("b", "a")] for label in ("liver", "tumour")
+        }
         expected["foreground_mean"] = np.nanmean([expected["liver"], expected["tumour"]], axis=0)
         for label, (later, first) in expected.items():
             interval = paired_bootstrap(later, first)
@@ -294,10 +308,13 @@ def test_the_reader_is_the_one_of_the_plan(results, tmp_path):
     assert dice["NibabelIOWithReorient"] == 1.0 != dice["SimpleITKIO"]
 
 
-@pytest.mark.parametrize(("array", "spacing", "said"), [
-    (np.zeros((12, 14, 8)), SPACING, "voxels"),
-    (np.zeros((12, 14, 9)), (1.0, 0.8, 3.1), "spacing"),
-])
+@pytest.mark.parametrize(
+    ("array", "spacing", "said"),
+    [
+        (np.zeros((12, 14, 8)), SPACING, "voxels"),
+        (np.zeros((12, 14, 9)), (1.0, 0.8, 3.1), "spacing"),
+    ],
+)
 def test_files_that_do_not_fit_are_named(folders, array, spacing, said):
     write(folders / "a" / "case_3.nii.gz", array, spacing)
     with pytest.raises(UserError, match=rf"a/case_3\.nii\.gz has .*{said}.*") as error:
@@ -313,12 +330,15 @@ def test_a_damaged_file_is_named(folders):
         evaluate(folders, "a")
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"references": None}, "-ref"),
-    ({"references": "absent"}, "no folder absent"),
-    ({"tolerance_mm": -1}, "tolerance"),
-    ({"dataset_json": "absent.json"}, r"no absent\.json"),
-])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"references": None}, "-ref"),
+        ({"references": "absent"}, "no folder absent"),
+        ({"tolerance_mm": -1}, "tolerance"),
+        ({"dataset_json": "absent.json"}, r"no absent\.json"),
+    ],
+)
 def test_what_is_missing_is_named(folders, options, said):
     with pytest.raises(UserError, match=said):
         evaluate(folders, "a", **options)
@@ -346,8 +366,19 @@ def test_runs_without_a_common_case_are_not_compared(folders):
 
 def test_the_command_prints_a_table_and_writes_the_files(folders, capsys):
     (folders / "b" / "case_5.nii.gz").unlink()
-    arguments = ["evaluate", "segmentation", "-i", f"first={folders / 'a'}", f"second={folders / 'b'}",
-                 "-ref", str(folders / "references"), "-o", str(folders / "out"), "-np", "1"]
+    arguments = [
+        "evaluate",
+        "segmentation",
+        "-i",
+        f"first={folders / 'a'}",
+        f"second={folders / 'b'}",
+        "-ref",
+        str(folders / "references"),
+        "-o",
+        str(folders / "out"),
+        "-np",
+        "1",
+    ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     mean = read_json(folders / "out" / "first" / "summary.json")["mean"]["1"]
@@ -358,8 +389,15 @@ def test_the_command_prints_a_table_and_writes_the_files(folders, capsys):
     assert written == {"scores.csv", "first/summary.json", "second/summary.json", "comparison.json", "comparison.png"}
 
 
-@pytest.mark.parametrize(("runs", "said"), [(["only_a_folder"], "NAME=DIR"), (["a=x", "a=y"], "Two runs"),
-                                            (["a/b=x"], "cannot be called"), (["a=absent"], "no folder")])
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        (["only_a_folder"], "NAME=DIR"),
+        (["a=x", "a=y"], "Two runs"),
+        (["a/b=x"], "cannot be called"),
+        (["a=absent"], "no folder"),
+    ],
+)
 def test_the_command_refuses_runs_that_it_cannot_name(runs, said, tmp_path, capsys):
     assert main(["evaluate", "segmentation", "-i", *runs, "-o", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err

@@ -29,16 +29,19 @@ def naive_surface(mask):
     """Voxels of the mask with a face neighbour that is outside it or outside the image."""
     found = []
     for index in map(tuple, np.argwhere(mask)):
-        neighbours = [tuple(i + step * (a == axis) for a, i in enumerate(index))
-                      for axis in range(mask.ndim) for step in (-1, 1)]
+        neighbours = [
+            tuple(i + step * (a == axis) for a, i in enumerate(index)) for axis in range(mask.ndim) for step in (-1, 1)
+        ]
         inside = [all(0 <= i < n for i, n in zip(near, mask.shape, strict=True)) and mask[near] for near in neighbours]
         found += [] if all(inside) else [index]
     return found
 
 
 def naive_distances(surface, other, spacing):
-    return [min(sum(((i - j) * s) ** 2 for i, j, s in zip(p, q, spacing, strict=True)) ** 0.5 for q in other)
-            for p in surface]
+    return [
+        min(sum(((i - j) * s) ** 2 for i, j, s in zip(p, q, spacing, strict=True)) ** 0.5 for q in other)
+        for p in surface
+    ]
 
 
 @pytest.mark.parametrize("shape", [(13, 9), (3, 12), (7, 8, 9)])
@@ -139,8 +142,9 @@ def test_distances_are_measured_in_the_small_box_only(monkeypatch):
     masks = np.zeros((2, 60, 60, 60), dtype=bool)
     masks[0, 10:14, 20:25, 30:36], masks[1, 11:15, 20:25, 59:60] = True, True
     original = surfaces.surface_distances
-    monkeypatch.setattr(surfaces, "surface_distances",
-                        lambda p, r, **options: measured.append(p.shape) or original(p, r, **options))
+    monkeypatch.setattr(
+        surfaces, "surface_distances", lambda p, r, **options: measured.append(p.shape) or original(p, r, **options)
+    )
     score_masks(*masks, spacing=(1, 1, 1))
     assert measured == [(7, 7, 31)]  # one voxel more on each side, except where the image ends
 

@@ -47,9 +47,13 @@ def trainer(folder, *, plan="nnUNetPlans-toy", kind=PretrainedSegmentationTraine
 def batches(count):
     """Batches as nnU-Net's loader gives them: image (B, 1, 16, 16, 16), and a target per deep supervision output."""
     generator = torch.Generator().manual_seed(0)
-    return [{"data": torch.randn(2, 1, 16, 16, 16, generator=generator),
-             "target": [(torch.rand(2, 1, s, s, s, generator=generator) > 0.5).float() for s in (16, 8)]}
-            for _ in range(count)]
+    return [
+        {
+            "data": torch.randn(2, 1, 16, 16, 16, generator=generator),
+            "target": [(torch.rand(2, 1, s, s, s, generator=generator) > 0.5).float() for s in (16, 8)],
+        }
+        for _ in range(count)
+    ]
 
 
 def train_epochs(subject, epochs, data):
@@ -57,7 +61,7 @@ def train_epochs(subject, epochs, data):
     for epoch in epochs:
         subject.current_epoch = epoch
         subject.on_train_epoch_start()
-        for batch in data[epoch * 2:epoch * 2 + 2]:
+        for batch in data[epoch * 2 : epoch * 2 + 2]:
             subject.train_step(deepcopy(batch))
 
 
@@ -77,8 +81,9 @@ def test_a_fresh_start_loads_what_was_trained_and_a_run_predicts(folder, tmp_pat
     log = Path(subject.log_file).read_text()
     assert "Loaded pretrained weights" in log and "100.0%" in log and "epochs: None → 1" in log
     subject.run_training()
-    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False,
-                                use_mirroring=False)
+    predictor = nnUNetPredictor(
+        device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False, use_mirroring=False
+    )
     predictor.initialize_from_trained_model_folder(subject.output_folder_base, ("all",), "checkpoint_final.pth")
     logits = predictor.predict_logits_from_preprocessed_data(torch.randn(1, 18, 20, 17))
     assert logits.shape == (2, 18, 20, 17) and torch.isfinite(logits).all()
@@ -121,8 +126,9 @@ def test_arms_of_one_seed_start_from_the_same_network_and_see_the_same_batches(f
 
 
 def test_without_any_setting_a_step_is_nnunets(folder):
-    ours, theirs = (trainer(folder, kind=kind, warmup_epochs=0)
-                    for kind in (PretrainedSegmentationTrainer, nnUNetTrainer))
+    ours, theirs = (
+        trainer(folder, kind=kind, warmup_epochs=0) for kind in (PretrainedSegmentationTrainer, nnUNetTrainer)
+    )
     theirs.num_epochs = ours.num_epochs
     for subject in (ours, theirs):
         subject.initialize()
@@ -146,8 +152,11 @@ def test_the_frozen_encoder_does_not_move_and_gathers_no_momentum(folder):
     assert [group["lr"] for group in subject.optimizer.param_groups[1:]] == [0.0] * 3
     assert "encoder stage 0 0.0" in Path(subject.log_file).read_text()
     train_epochs(subject, [2], data)
-    assert all(not torch.equal(value, before[f"encoder.{key}"]) for key, value in encoder.items()
-               if key.endswith("conv.weight"))
+    assert all(
+        not torch.equal(value, before[f"encoder.{key}"])
+        for key, value in encoder.items()
+        if key.endswith("conv.weight")
+    )
 
 
 def test_the_decoders_warm_up_comes_before_that_of_everything(folder):
@@ -158,8 +167,9 @@ def test_the_decoders_warm_up_comes_before_that_of_everything(folder):
     train_epochs(subject, range(2), data)
     encoder = dict(subject.network.encoder.named_parameters())
     assert all(torch.equal(value, before[f"encoder.{key}"]) for key, value in encoder.items())
-    assert not torch.equal(subject.network.decoder.stages[0].convs[0].conv.weight,
-                           before["decoder.stages.0.convs.0.conv.weight"])
+    assert not torch.equal(
+        subject.network.decoder.stages[0].convs[0].conv.weight, before["decoder.stages.0.convs.0.conv.weight"]
+    )
     rates = []
     for epoch in (0, 1, 2, 3):
         subject.lr_scheduler.step(epoch)
@@ -180,8 +190,14 @@ def test_a_linear_probe_trains_the_segmentation_layers_alone(folder):
     assert [group["name"] for group in subject.optimizer.param_groups] == ["head"]
 
 
-RECIPES = [{}, {"frozen_encoder_epochs": 2}, {"decoder_warmup_epochs": 1}, {"layer_decay": 0.5}, {"trains": "head"},
-           {"trains": "decoder", "lr": 0.003, "weight_decay": 0.0, "optimiser": "adamw"}]
+RECIPES = [
+    {},
+    {"frozen_encoder_epochs": 2},
+    {"decoder_warmup_epochs": 1},
+    {"layer_decay": 0.5},
+    {"trains": "head"},
+    {"trains": "decoder", "lr": 0.003, "weight_decay": 0.0, "optimiser": "adamw"},
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -207,9 +223,15 @@ def test_the_twin_shares_everything_but_the_weights(folder, recipe):
         for epoch in range(4):
             arm.lr_scheduler.step(epoch)
             rates.append(arm.lr_scheduler.get_last_lr())
-        described.append((type(arm.optimizer), arm.optimizer.defaults, rates,
-                          [[names[id(p)] for p in group["params"]] for group in arm.optimizer.param_groups],
-                          [name for name, p in arm.network.named_parameters() if p.requires_grad]))
+        described.append(
+            (
+                type(arm.optimizer),
+                arm.optimizer.defaults,
+                rates,
+                [[names[id(p)] for p in group["params"]] for group in arm.optimizer.param_groups],
+                [name for name, p in arm.network.named_parameters() if p.requires_grad],
+            )
+        )
     assert torch.equal(*drawn) and described[0] == described[1]
     loaded, fresh = states
     same = {key for key in loaded if torch.equal(loaded[key], fresh[key]) and "weight" in key and loaded[key].dim() > 1}
@@ -248,19 +270,22 @@ def test_learning_rate_and_schedule_come_from_the_plan(folder):
     assert (subject.num_epochs, subject.num_iterations_per_epoch, subject.num_val_iterations_per_epoch) == (100, 2, 1)
 
 
-@pytest.mark.parametrize(("block", "said"), [
-    (None, "no finetuning block"),
-    ({"epochs": 3}, "no finetuning block"),
-    ({"weights": None, "epoch": 3}, "Unknown setting 'epoch'"),
-    ({"weights": None, "layer_decay": "0.5"}, "expected float"),
-    ({"weights": None, "layer_decay": 1.5}, r"expected a number in \(0, 1\]"),
-    ({"weights": None, "epochs": "50"}, "whole number from 1"),
-    ({"weights": None, "epochs": True}, "whole number from 1"),
-    ({"weights": None, "seed": -1}, "whole number from 0"),
-    ({"weights": None, "lr": 0}, "positive number"),
-    ({"weights": 3}, "a file name"),
-    ({"weights": "a.pth", "configuration": "2d"}, "adapted to 2d, not to 3d_fullres"),
-])
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        (None, "no finetuning block"),
+        ({"epochs": 3}, "no finetuning block"),
+        ({"weights": None, "epoch": 3}, "Unknown setting 'epoch'"),
+        ({"weights": None, "layer_decay": "0.5"}, "expected float"),
+        ({"weights": None, "layer_decay": 1.5}, r"expected a number in \(0, 1\]"),
+        ({"weights": None, "epochs": "50"}, "whole number from 1"),
+        ({"weights": None, "epochs": True}, "whole number from 1"),
+        ({"weights": None, "seed": -1}, "whole number from 0"),
+        ({"weights": None, "lr": 0}, "positive number"),
+        ({"weights": 3}, "a file name"),
+        ({"weights": "a.pth", "configuration": "2d"}, "adapted to 2d, not to 3d_fullres"),
+    ],
+)
 def test_a_block_that_does_not_fit_is_refused(block, said):
     plans = {"plans_name": "nnUNetPlans"} | ({} if block is None else {"finetuning": block})
     with pytest.raises(UserError, match=said):
@@ -335,8 +360,9 @@ def test_primus_trains_as_nnunets_own_trainer_would_and_predicts(primus_folder, 
     assert all(torch.isfinite(value).all() for value in subject.network.state_dict().values())
     again = trainer(primus_folder, plan="primus-toy", epochs=1)
     again.run_training()
-    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False,
-                                use_mirroring=False)
+    predictor = nnUNetPredictor(
+        device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False, use_mirroring=False
+    )
     predictor.initialize_from_trained_model_folder(again.output_folder_base, ("all",), "checkpoint_final.pth")
     logits = predictor.predict_logits_from_preprocessed_data(torch.randn(1, 18, 20, 17))
     assert logits.shape == (2, 18, 20, 17) and torch.isfinite(logits).all()
