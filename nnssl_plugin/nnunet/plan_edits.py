@@ -75,6 +75,7 @@ def write_edited_plan(
     presets: Sequence[str] = (),
     assignments: Sequence[str] = (),
     overwrite: bool = False,
+    trust: bool = False,
 ) -> EditedPlan:
     """Write the plan ``name`` of a preprocessed dataset: ``source`` with presets and assignments.
 
@@ -85,6 +86,7 @@ def write_edited_plan(
         presets: fragments of a plan in ``nnssl_plugin.plans`` that are merged in before the assignments.
         assignments: ``key=value`` texts, see :func:`parse_assignment`.
         overwrite: replace an existing plan of this name that says something else.
+        trust: build networks of classes that are not known, too, to check them.
 
     Raises:
         UserError: for a bad name, an unknown key, a plan that does not hold together, or an existing plan.
@@ -92,7 +94,9 @@ def write_edited_plan(
     check_new_name(name, source)
     folder = dataset_folder(dataset)
     plans = read_plan(folder, source)
-    return write_changed_plan(folder, plans, name, asked_for(plans, presets, assignments), overwrite=overwrite)
+    return write_changed_plan(
+        folder, plans, name, asked_for(plans, presets, assignments), overwrite=overwrite, trust=trust
+    )
 
 
 def asked_for(plans: Mapping[str, Any], presets: Sequence[str], assignments: Sequence[str]) -> list[Assignment]:
@@ -116,7 +120,13 @@ def check_new_name(name: str, source: str) -> None:
 
 
 def write_changed_plan(
-    folder: Path, plans: Mapping[str, Any], name: str, assignments: Sequence[Assignment], *, overwrite: bool = False
+    folder: Path,
+    plans: Mapping[str, Any],
+    name: str,
+    assignments: Sequence[Assignment],
+    *,
+    overwrite: bool = False,
+    trust: bool = False,
 ) -> EditedPlan:
     """Write ``plans`` with assignments as the plan ``name`` into the folder of its preprocessed dataset.
 
@@ -124,7 +134,7 @@ def write_changed_plan(
         UserError: for an unknown key, a plan that does not hold together, or an existing plan that says something else.
     """
     edited, changes = edit_plan(plans, name, assignments)
-    to_preprocess = check_plan(edited, plans, read_dataset_json(folder))
+    to_preprocess = check_plan(edited, plans, read_dataset_json(folder), trust=trust)
     path = folder / f"{name}.json"
     if path.exists() and not overwrite and read_plan(folder, name) != edited:
         raise UserError(f"{path} exists and says something else.", "Choose another name, or add --overwrite.")
@@ -258,7 +268,9 @@ def leaves(block: Mapping[str, Any], under: tuple[str, ...] = ()) -> Iterator[tu
             yield (*under, key), value
 
 
-def check_plan(edited: Mapping[str, Any], source: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> list[str]:
+def check_plan(
+    edited: Mapping[str, Any], source: Mapping[str, Any], dataset_json: Mapping[str, Any], *, trust: bool = False
+) -> list[str]:
     """Check every configuration that differs from ``source``: it must build, divide, and have its data.
 
     Returns:
@@ -274,7 +286,7 @@ def check_plan(edited: Mapping[str, Any], source: Mapping[str, Any], dataset_jso
         if before == after:
             continue
         if (before["architecture"], before["patch_size"]) != (after["architecture"], after["patch_size"]):
-            build_network(edited, configuration, dataset_json, device="meta")
+            build_network(edited, configuration, dataset_json, device="meta", trust=trust)
             _check_patch(after, configuration)
         if _check_preprocessing(before, after, configuration, edited["plans_name"]):
             to_preprocess.append(configuration)

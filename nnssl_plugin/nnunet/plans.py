@@ -14,10 +14,21 @@ from torch import nn
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
+from nnssl_plugin.nnunet.network_classes import check_architecture
 
 RESERVED = ("dataset", "dataset_fingerprint", "splits_final")
 """Names of nnU-Net's own JSON files beside the plans."""
-UNBUILDABLE = (AssertionError, TypeError, ValueError, LookupError, RuntimeError, ImportError, AttributeError)
+UNBUILDABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What network classes raise for arguments that do not fit together; nnU-Net's check most of them by assertion."""
 
 
@@ -111,7 +122,12 @@ def check_name(name: str) -> None:
 
 
 def build_network(
-    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any], *, device: str = "cpu"
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+    *,
+    device: str = "cpu",
+    trust: bool = False,
 ) -> nn.Module:
     """The freshly initialised network that nnU-Net would train, with the dataset's channels and classes.
 
@@ -120,28 +136,29 @@ def build_network(
         configuration: one of its configurations.
         dataset_json: for the number of channels and classes.
         device: ``meta`` builds it without memory, for checks.
+        trust: build whatever class the plan names (:func:`~nnssl_plugin.nnunet.network_classes.check_architecture`).
 
     Raises:
-        UserError: when its arguments do not fit together.
+        UserError: when it names a class that is not known, or its arguments do not fit together.
     """
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    architecture = resolve_configuration(plans, configuration)["architecture"]
-    channels, classes = input_channels(plans, configuration, dataset_json), _classes(plans, dataset_json)
     try:
+        architecture = resolve_configuration(plans, configuration)["architecture"]
+        check_architecture(architecture, f"{plans.get('plans_name')}, {configuration},", trust=trust)
         with torch.device(device):
             return get_network_from_plans(
                 architecture["network_class_name"],
                 architecture["arch_kwargs"],
                 architecture["_kw_requires_import"],
-                channels,
-                classes,
+                input_channels(plans, configuration, dataset_json),
+                _classes(plans, dataset_json),
                 deep_supervision=takes_deep_supervision(architecture["network_class_name"]) or None,
             )
     except UNBUILDABLE as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
-            f"The network of {plans['plans_name']}, {configuration}, cannot be built: {reason}",
+            f"The network of {plans.get('plans_name')}, {configuration}, cannot be built: {reason}",
             f"Mend configurations.{configuration}.architecture of the plan; its lists need one entry per stage.",
         ) from error
 

@@ -119,10 +119,10 @@ class Correspondence:
         self._shift = self._before - self._now if self._before else 0
 
     def candidates(self, keys: Sequence[str]) -> list[str]:
-        """Keys that the checkpoint may hold the tensor under, in order; empty for a decoder stage that it lacks."""
+        """Keys that the checkpoint may hold the tensor under, best first; empty for a decoder stage that it lacks."""
         moved = [key for key in map(self._moved, keys) if key is not None]
         swapped = [SKIP.sub(lambda found: f".skip.{1 - int(found[1])}.", key) for key in moved]
-        return [key for key in swapped if key not in moved] + moved
+        return moved + [key for key in swapped if key not in moved]
 
     def why_missing(self, key: str) -> str:
         """Why the checkpoint lacks a key of the network: a stage or block more than it has, or no known reason."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnssl_plugin.checkpoints.format.content import check_content
 from nnssl_plugin.checkpoints.format.files import read_safetensors
 from nnssl_plugin.checkpoints.format.provenance import weights_hash
 from nnssl_plugin.errors import UserError
@@ -163,7 +164,7 @@ def read_folder_json(path: Path) -> Any:
             f"{path.parent} holds no {path.name}: it is not a folder that nnssl_plugin exported.",
             "Download all of its files, or name a checkpoint.",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.", "Download it again.") from error
 
 
@@ -178,8 +179,9 @@ def read_shared_folder(folder: str | Path) -> dict[str, Any]:
     try:
         _verify_files(folder, hashes["files"])
         content = _content(folder, state=STATE_VALUES in hashes["files"], plan=ADAPTATION_PLAN in hashes["files"])
+        check_content(content, folder)
         recorded = (hashes["network_weights"], content["provenance"].get("weights_sha256"))
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OSError) as error:
         raise UserError(
             f"{folder} is not laid out as nnssl_plugin exports it ({type(error).__name__}: {error}).", DOWNLOAD_AGAIN
         ) from error
