@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnssl_plugin.checkpoints.adaptation.correspondence import MISSING, Correspondence, Layout, family, prefix_tokens
+from nnssl_plugin.checkpoints.adaptation.correspondence import MISSING, Correspondence, Layout, prefix_tokens
 from nnssl_plugin.checkpoints.adaptation.fitting import Fitted, Wishes, fit
 from nnssl_plugin.checkpoints.adaptation.report import LoadReport, TensorRecord
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.networks.family import family_of_keys
 
 HEAD = "segmentation layer of the target's classes"
 NOT_TRAINED = "not trained in pretraining"
@@ -103,10 +104,9 @@ class _Adapter:
     ):
         self.source, self.layout, self.trained, self.wishes = source, layout, trained, wishes
         self.correspondence = Correspondence(source, order)
-        before, now = family(source), family(order)
-        self.stranger = (
-            f"the checkpoint holds a {before}, this network is a {now}" if (before and now and before != now) else ""
-        )
+        before, now = family_of_keys(source), family_of_keys(order)
+        differ = before and now and before != now
+        self.stranger = f"the checkpoint holds a {before.name}, this network is a {now.name}" if differ else ""
 
     def take(self, keys: tuple[str, ...], fresh: Tensor) -> tuple[str | None, Fitted]:
         """The key of the checkpoint whose values ``fresh`` (on the CPU) takes, or None, and what became of it."""
@@ -156,7 +156,7 @@ def _wishes(
 ) -> Wishes:
     """What was asked for, and what is known of the positional embeddings."""
     before = tuple(source_grid) if source_grid is not None else None
-    after = tuple(target_grid) if target_grid is not None else layout.token_grid()
+    after = tuple(target_grid) if target_grid is not None else layout.token_grid
     return Wishes(
         inflate=inflate,
         resize_width=resize_width,
