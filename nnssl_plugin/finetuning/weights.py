@@ -20,6 +20,7 @@ from nnssl_plugin.finetuning.parameter_groups import (
     parameter_groups,
 )
 from nnssl_plugin.finetuning.settings import FinetuningSettings
+from nnssl_plugin.networks.family import Parts
 from nnssl_plugin.training.schedules import PolySchedule
 
 WARMUP = 0.05
@@ -29,14 +30,15 @@ FRESH = "not in the adapted weights"
 
 
 def planned_optimisation(
-    network: nn.Module, settings: FinetuningSettings, *, epochs: int
+    network: nn.Module, settings: FinetuningSettings, *, epochs: int, parts: Parts | None = None
 ) -> tuple[Optimizer, PolySchedule]:
     """The optimiser of what the settings let move, and its schedule over the epochs; the rest is frozen.
 
     Args:
-        network: the bare network, or a classifier on it.
+        network: the bare network, or a task's network around it.
         settings: of the plan.
         epochs: of the whole run.
+        parts: of a task's network; ``None`` for a bare network.
 
     Raises:
         UserError: when the settings need parts that the network does not have, or the warm-up does not fit.
@@ -50,6 +52,7 @@ def planned_optimisation(
         layer_decay=settings.layer_decay,
         trains=settings.trains,
         frozen_until=alone or settings.frozen_encoder_epochs,
+        parts=parts,
     )
     freeze_the_rest(network, groups)
     optimizer = build_optimizer(groups, optimisation, lr=lr, weight_decay=weight_decay)

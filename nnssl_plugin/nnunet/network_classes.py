@@ -7,6 +7,7 @@ this check a file of plain tensors could run any function that is installed.
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import nn
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.text import some
+from nnssl_plugin.networks.family import family_of_class
 
-NETWORK = re.compile(r"((?:dynamic_network_architectures\.architectures|nnssl_plugin\.networks)\.\w+)\.(\w+)")
-"""Module and class of a network that may be built."""
+NETWORK = re.compile(r"(?:dynamic_network_architectures\.architectures|nnssl_plugin\.networks)\.\w+\.\w+")
+"""A network of the packages that networks come from."""
 LAYER = re.compile(r"(torch\.nn(?:\.modules(?:\.\w+)?)?)\.(\w+)")
 LAYERS = ("conv", "instancenorm", "batchnorm", "normalization", "dropout", "activation", "pooling")
 """Modules of ``torch.nn.modules`` whose classes may be named: convolutions, normalisations, dropout, non-linearities
@@ -69,15 +71,18 @@ def unknown_names(architecture: Mapping[str, Any]) -> list[str]:
 
 
 def is_network(name: str) -> bool:
-    """Whether a dotted name is a network of this package or of dynamic_network_architectures."""
-    found = NETWORK.fullmatch(name)
-    if found is None:
+    """Whether a dotted name is a network of this package or of dynamic_network_architectures, or one of a known family
+    that is imported already (``networks.family.register``)."""
+    module, _, class_name = name.rpartition(".")
+    if NETWORK.fullmatch(name):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            return False
+    elif family_of_class(class_name) is None:
         return False
-    try:
-        module = importlib.import_module(found[1])
-    except ImportError:
-        return False
-    return inspect.isclass(located := getattr(module, found[2], None)) and issubclass(located, nn.Module)
+    located = getattr(sys.modules.get(module), class_name, None)
+    return inspect.isclass(located) and issubclass(located, nn.Module)
 
 
 def is_layer(name: str) -> bool:

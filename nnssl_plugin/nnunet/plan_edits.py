@@ -6,7 +6,6 @@ Only the functions that begin with ``write`` touch the files of a dataset; every
 import difflib
 import json
 import math
-import pydoc
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -16,7 +15,9 @@ from typing import Any
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
+from nnssl_plugin.networks.family import family_of_class, no_divisor, product_of_strides
 from nnssl_plugin.nnunet.plans import (
+    UNBUILDABLE,
     build_network,
     check_name,
     dataset_folder,
@@ -206,16 +207,28 @@ def network_assignments(configuration: str, architecture: Mapping[str, Any], pat
 
 
 def patch_divisors(architecture: Mapping[str, Any], dimensions: int) -> list[int]:
-    """What the patch must be divisible by, per axis: what the network's class says (``patch_divisor``), else the
-    product of a U-Net's strides, or the patch size of Primus."""
-    own = getattr(pydoc.locate(architecture["network_class_name"]), "patch_divisor", None)
-    if own is not None:
-        return [own] * dimensions
-    strides = architecture["arch_kwargs"].get("strides")
-    if strides is None:
-        return list(architecture["arch_kwargs"].get("patch_embed_size", [1] * dimensions))
-    stages = [[stride] * dimensions if isinstance(stride, int) else stride for stride in strides]
-    return [math.prod(axis) for axis in zip(*stages, strict=True)]
+    """What the patch must be divisible by, per axis, as the network's family says; by a network of no known family the
+    product of its strides, where it has some.
+
+    Raises:
+        UserError: for arguments that say no divisor.
+    """
+    family, arguments = family_of_class(architecture["network_class_name"]), architecture["arch_kwargs"]
+    divisors = family.divisors if family else product_of_strides if "strides" in arguments else no_divisor
+    try:
+        found = divisors(arguments, dimensions)
+    except UNBUILDABLE as error:
+        raise _no_divisors(architecture) from error
+    if len(found) != dimensions or not all(isinstance(divisor, int) and divisor > 0 for divisor in found):
+        raise _no_divisors(architecture)
+    return found
+
+
+def _no_divisors(architecture: Mapping[str, Any]) -> UserError:
+    return UserError(
+        f"The strides or patches of {architecture['network_class_name']} are not whole numbers, one per axis.",
+        "Mend the arch_kwargs of its architecture.",
+    )
 
 
 def fitting_patch(wanted: Sequence[int], divisors: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
+from nnssl_plugin.networks.family import family_of_class
 from nnssl_plugin.nnunet.network_classes import check_architecture
 
 RESERVED = ("dataset", "dataset_fingerprint", "splits_final")
@@ -164,7 +165,10 @@ def build_network(
 
 
 def takes_deep_supervision(network_class: str) -> bool:
-    """Whether a network class (dotted name) takes ``deep_supervision``: U-Nets do, Primus and SwinUNETR do not."""
+    """Whether a network class (dotted name) takes ``deep_supervision``, as its family or else its signature says."""
+    family = family_of_class(network_class)
+    if family is not None:
+        return family.deep_supervision
     located = pydoc.locate(network_class)
     return located is None or "deep_supervision" in inspect.signature(located).parameters
 

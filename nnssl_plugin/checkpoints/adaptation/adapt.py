@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnssl_plugin.checkpoints.adaptation.correspondence import MISSING, Correspondence, Layout, family, prefix_tokens
+from nnssl_plugin.checkpoints.adaptation.correspondence import MISSING, Correspondence, Layout, prefix_tokens
 from nnssl_plugin.checkpoints.adaptation.fitting import Fitted, TokenLayout, fit
 from nnssl_plugin.checkpoints.adaptation.options import DEFAULT_OPTIONS, AdaptationOptions
 from nnssl_plugin.checkpoints.adaptation.report import LoadReport, TensorRecord
@@ -21,6 +21,7 @@ from nnssl_plugin.checkpoints.format.tensors import not_finite, parameters_in
 from nnssl_plugin.checkpoints.sources.mappings import shipped_mappings
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.text import some
+from nnssl_plugin.networks.family import family_of_keys
 
 HEAD = "segmentation layer of the target's classes"
 NOT_TRAINED = "not trained in pretraining"
@@ -125,10 +126,9 @@ class _Adapter:
         self.tokens = _token_layout(source, target, layout, options)
         self.correspondence = Correspondence(source, order)
         self._places = {_without_numbers(key) for key in order}
-        before, now = family(source), family(order)
-        self.other_family = (
-            f"the checkpoint holds a {before}, this network is a {now}" if (before and now and before != now) else ""
-        )
+        before, now = family_of_keys(source), family_of_keys(order)
+        differ = before and now and before != now
+        self.other_family = f"the checkpoint holds a {before.name}, this network is a {now.name}" if differ else ""
 
     def match(self, keys: tuple[str, ...]) -> tuple[str | None, str]:
         """The key of the checkpoint whose values the tensor under ``keys`` takes, or None and the reason."""
@@ -184,7 +184,7 @@ def _token_layout(
 ) -> TokenLayout:
     """What is known of the tokens of both; the network's rotary embedding tells its grid where the options do not."""
     before = tuple(options.source_grid) if options.source_grid is not None else None
-    after = tuple(options.target_grid) if options.target_grid is not None else layout.token_grid()
+    after = tuple(options.target_grid) if options.target_grid is not None else layout.token_grid
     return TokenLayout(
         transformer=layout.transformer,
         source_grid=before,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnssl_plugin.networks.family import known_family_of
 from nnssl_plugin.nnunet.plans import resolve_configuration
 
 FORMAT = 1
@@ -137,11 +138,12 @@ def nnssl_adaptation_plan(
     Args:
         plans: nnU-Net's plan of the pretraining.
         configuration: the configuration that was trained.
-        network: the planned network (dynamic_network_architectures names its own parts).
+        network: the planned network, of a known family.
         input_channels: channels of its input.
     """
     resolved = resolve_configuration(plans, configuration)
     architecture = resolved["architecture"]
+    family = known_family_of(network)
     name = architecture["network_class_name"].rpartition(".")[2]
     pretrain_plan = {key: deepcopy(plans[key]) for key in NNSSL_PLAN if key in plans}
     pretrain_plan["configurations"] = {configuration: _nnssl_configuration(resolved)}
@@ -154,10 +156,10 @@ def nnssl_adaptation_plan(
         "pretrain_plan": pretrain_plan,
         "pretrain_num_input_channels": input_channels,
         "recommended_downstream_patchsize": list(resolved["patch_size"]),
-        "key_to_encoder": network.key_to_encoder,
-        "key_to_stem": network.key_to_stem,
-        "keys_to_in_proj": list(network.keys_to_in_proj),
-        "key_to_lpe": getattr(network, "key_to_lpe", None),
+        "key_to_encoder": family.encoder,
+        "key_to_stem": family.stem,
+        "keys_to_in_proj": list(family.image_layers),
+        "key_to_lpe": family.positions,
     }
 
 

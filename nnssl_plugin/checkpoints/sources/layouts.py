@@ -16,6 +16,7 @@ from torch import Tensor
 from nnssl_plugin.checkpoints.format.provenance import describe_input, describe_network
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
+from nnssl_plugin.networks.family import family_of_class
 from nnssl_plugin.nnunet.plans import resolve_configuration
 
 UNUSABLE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
@@ -54,17 +55,10 @@ class Keys:
     positions: str | None = None
 
 
-KEYS = {
-    "PlainConvUNet": Keys("encoder.stages", "encoder.stages.0"),
-    "ResidualEncoderUNet": Keys("encoder.stages", "encoder.stem"),
-    "SwinUNETR": Keys("swinViT", "swinViT.patch_embed"),
-}
-
-
 def keys_of_network(network: Mapping[str, Any] | None) -> Keys:
-    """The keys of a described network, by the name of its class; empty for classes that are not known here."""
-    name = str(network["class"]).rpartition(".")[2] if network else ""
-    return Keys("eva", "down_projection", "eva.pos_embed") if name.startswith("Primus") else KEYS.get(name, Keys())
+    """The keys of a described network, by the name of its class; empty for classes of no known family."""
+    family = family_of_class(str(network["class"])) if network else None
+    return Keys(family.encoder, family.stem, family.positions) if family else Keys()
 
 
 def first_layer_channels(weights: Mapping[str, Tensor], stem: str | None) -> int | None:

@@ -145,7 +145,9 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         ).to(self.device)
         if super()._do_i_compile():
             self.network.backbone.compile_parts()
-        optimizer, schedule = planned_optimisation(self.network, self.finetuning, epochs=self.num_epochs)
+        optimizer, schedule = planned_optimisation(
+            self.network, self.finetuning, epochs=self.num_epochs, parts=self.network.parts()
+        )
         self.initial_lr, self.weight_decay = schedule.lr, optimizer.defaults["weight_decay"]
         return optimizer, schedule
 

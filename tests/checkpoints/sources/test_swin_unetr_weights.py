@@ -14,8 +14,9 @@ from nnssl_plugin.checkpoints.sources.mappings import read_mapping, shipped_mapp
 from nnssl_plugin.checkpoints.sources.source import read_source
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.finetuning.parameter_groups import freeze_the_rest, network_parts, optimisation_for, parameter_groups
+from nnssl_plugin.finetuning.parameter_groups import freeze_the_rest, optimisation_for, parameter_groups
 from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.networks.family import parts_of
 from nnssl_plugin.nnunet.plan_edits import write_edited_plan
 from nnssl_plugin.nnunet.plans import build_network
 
@@ -225,7 +226,7 @@ def test_groups_of_fine_tuning_hold_every_parameter_once():
 @pytest.mark.parametrize("use_v2", [True, False])
 def test_a_linear_probe_moves_the_last_layer_alone(use_v2):
     network = network_of(with_swin(fake_plan(), use_v2=use_v2))
-    assert len(network_parts(network).stages) == 4
+    assert len(parts_of(network).stages) == 4
     freeze_the_rest(network, parameter_groups(network, trains="head"))
     assert {name for name, p in network.named_parameters() if p.requires_grad} == {
         "out.conv.conv.weight",
