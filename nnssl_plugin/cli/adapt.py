@@ -57,6 +57,7 @@ def add_arguments(parser):
 def run(args):
     from nnssl_plugin.checkpoints.adaptation.finetuning_plan import adapt_checkpoint
     from nnssl_plugin.checkpoints.adaptation.options import AdaptationOptions
+    from nnssl_plugin.io.text import printable
 
     adapted = adapt_checkpoint(
         args.d,
@@ -75,7 +76,7 @@ def run(args):
         ),
     )
     if adapted.report is not None:
-        print(adapted.report.table())
+        print(printable(adapted.report.table()))
     for written in (adapted.plan, adapted.weights, adapted.report_file):
         if written is not None:
             print(f"wrote {written}")

@@ -22,6 +22,11 @@ def add_arguments(parser):
     parser.add_argument("-seg", metavar="DIR", help="segmentations, for a model that crops to their labels")
     parser.add_argument("--explain", metavar="DIR", help="a picture per case of where the model looked")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="build a network of any class; only for a model whose author you know and trust",
+    )
 
 
 def run(args):
@@ -37,6 +42,7 @@ def run(args):
         device=args.device,
         segmentations=args.seg,
         explanations=args.explain,
+        trust=args.trust,
     )
     for case, reasons in found.warnings.items():
         print(f"{case}: {'; '.join(reasons)}")

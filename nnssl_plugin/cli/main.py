@@ -6,6 +6,7 @@ import sys
 
 from nnssl_plugin import __version__
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.text import printable
 
 VERBS = {
     "doctor": "is everything in order, and what will nnU-Net find?",
@@ -48,9 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return module.run(args) or 0
     except UserError as error:
-        print(f"nnssl_plugin {args.verb}: {error.problem}", file=sys.stderr)
+        print(printable(f"nnssl_plugin {args.verb}: {error.problem}"), file=sys.stderr)
         if error.remedy:
-            print(error.remedy, file=sys.stderr)
+            print(printable(error.remedy), file=sys.stderr)
         return FAILED
 
 

@@ -53,6 +53,7 @@ def add_arguments(parser):
 
 def run(args):
     from nnssl_plugin.errors import UserError
+    from nnssl_plugin.io.text import printable
 
     if args.like is None and (args.spacing or args.normalisation or args.orientation or args.mapping):
         raise UserError(
@@ -64,7 +65,7 @@ def run(args):
         print(change)
     print(f"wrote {written.path}" if written.changes else f"wrote {written.path}, equal to {args.p} but for its name")
     for note in written.notes:
-        print(note)
+        print(printable(note))
     for configuration in written.to_preprocess:
         print(f"next: nnUNetv2_preprocess -d {args.d} -plans_name {args.n} -c {configuration}")
     if args.like is not None:

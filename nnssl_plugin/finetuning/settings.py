@@ -98,8 +98,11 @@ def read_settings(plans: Mapping[str, Any], configuration: str) -> FinetuningSet
     """
     name, block = plans.get("plans_name"), plans.get("finetuning")
     if not isinstance(block, Mapping) or "weights" not in block:
+        lacking = (
+            "settings in its finetuning block, but no weights" if isinstance(block, Mapping) else "no finetuning block"
+        )
         raise UserError(
-            f"Plan {name} has no finetuning block, so there is nothing to fine-tune from.",
+            f"Plan {name} has {lacking}, so there is nothing to fine-tune from.",
             f"nnssl_plugin adapt -d ID -w CHECKPOINT -n NAME -p {name}, then train with -p {name}-NAME",
         )
     settings = settings_from(

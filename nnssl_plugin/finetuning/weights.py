@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nnssl_plugin.checkpoints.adaptation.adapt import HEAD, check_finite, shared_tensors
+from nnssl_plugin.checkpoints.adaptation.adapt import HEAD, shared_tensors
 from nnssl_plugin.checkpoints.adaptation.correspondence import Layout
 from nnssl_plugin.checkpoints.adaptation.report import LoadReport, TensorRecord
 from nnssl_plugin.checkpoints.format.files import read_checkpoint
+from nnssl_plugin.checkpoints.format.tensors import check_finite
 from nnssl_plugin.checkpoints.sources.state_dicts import is_state_dict
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.finetuning.parameter_groups import (

@@ -46,7 +46,7 @@ def check_architecture(architecture: Any, whose: str, *, trust: bool = False) ->
 
     Args:
         architecture: a plan's ``architecture``: ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``.
-        whose: beginning of the message, such as "The plan of FILE".
+        whose: whose network it is, for messages, such as a file.
         trust: the user vouches for it: names are not checked, its form and its numbers are.
 
     Raises:
@@ -56,8 +56,8 @@ def check_architecture(architecture: Any, whose: str, *, trust: bool = False) ->
     unknown = [] if trust else unknown_names(architecture)
     if unknown:
         raise UserError(
-            f"{whose} names {some(unknown)}, which is no network, layer or initialiser of this package, of "
-            "dynamic_network_architectures or of PyTorch; nothing of it was run.",
+            f"The network of {whose} names {some(unknown)}, which is no network, layer or initialiser of this "
+            "package, of dynamic_network_architectures or of PyTorch; nothing of it was run.",
             TRUST,
         )
 
@@ -123,7 +123,7 @@ def _check_form(architecture: Any, whose: str) -> None:
 
 def _malformed(whose: str, reason: str) -> UserError:
     return UserError(
-        f"{whose} does not describe a network that can be built: {reason}.",
+        f"The network of {whose} cannot be built: {reason}.",
         "Restore the file, or set it by hand: nnssl_plugin plan --set configurations.CONFIG.architecture.…",
     )
 

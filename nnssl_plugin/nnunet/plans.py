@@ -142,26 +142,60 @@ def build_network(
     Raises:
         UserError: when it names a class that is not known, or its arguments do not fit together.
     """
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-
+    whose = f"{plans.get('plans_name')}, {configuration}"
     try:
         architecture = resolve_configuration(plans, configuration)["architecture"]
-        check_architecture(architecture, f"{plans.get('plans_name')}, {configuration},", trust=trust)
+        channels, classes = input_channels(plans, configuration, dataset_json), _classes(plans, dataset_json)
+    except UNBUILDABLE as error:
+        raise _unbuildable(whose, error) from error
+    return build_described(architecture, channels, whose, classes=classes, device=device, trust=trust)
+
+
+def build_described(
+    architecture: Mapping[str, Any],
+    channels: int,
+    whose: str,
+    *,
+    classes: int = 2,
+    device: str = "meta",
+    trust: bool = False,
+) -> nn.Module:
+    """The freshly initialised network of a plan's ``architecture``.
+
+    Args:
+        architecture: class, arguments, and which of them are names of classes.
+        channels: of the input.
+        whose: whose architecture it is, for messages.
+        classes: channels of the output.
+        device: ``meta`` builds it without memory, for checks.
+        trust: build whatever class it names (:func:`~nnssl_plugin.nnunet.network_classes.check_architecture`).
+
+    Raises:
+        UserError: when it names a class that is not known, or its arguments do not fit together.
+    """
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    check_architecture(architecture, whose, trust=trust)
+    try:
         with torch.device(device):
             return get_network_from_plans(
                 architecture["network_class_name"],
                 architecture["arch_kwargs"],
                 architecture["_kw_requires_import"],
-                input_channels(plans, configuration, dataset_json),
-                _classes(plans, dataset_json),
+                channels,
+                classes,
                 deep_supervision=takes_deep_supervision(architecture["network_class_name"]) or None,
             )
     except UNBUILDABLE as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(
-            f"The network of {plans.get('plans_name')}, {configuration}, cannot be built: {reason}",
-            f"Mend configurations.{configuration}.architecture of the plan; its lists need one entry per stage.",
-        ) from error
+        raise _unbuildable(whose, error) from error
+
+
+def _unbuildable(whose: str, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return UserError(
+        f"The network of {whose} cannot be built: {reason}",
+        "Mend its architecture in the plan; its lists need one entry per stage.",
+    )
 
 
 def takes_deep_supervision(network_class: str) -> bool:

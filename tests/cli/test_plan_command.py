@@ -171,12 +171,10 @@ def test_a_patch_that_the_strides_do_not_divide_is_refused():
     assert "patch_size=[16,16,16]" in error.value.remedy
 
 
-@pytest.mark.filterwarnings("ignore:Network class no.such.Network not found", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     "assignment",
     [
         f"{FEATURES}=[4,8]",
-        "configurations.3d_fullres.architecture.network_class_name=no.such.Network",
         "configurations.3d_fullres.architecture.arch_kwargs.n_stages=7",
     ],
 )
@@ -184,6 +182,14 @@ def test_a_network_that_cannot_be_built_is_refused(assignment):
     edited, _ = edit_plan(fake_plan(), "new", [parse_assignment(assignment)])
     with pytest.raises(UserError, match="cannot be built"):
         check_plan(edited, fake_plan(), DATASET_JSON)
+
+
+def test_a_network_of_an_unknown_class_is_not_looked_up():
+    name = "configurations.3d_fullres.architecture.network_class_name=no.such.Network"
+    edited, _ = edit_plan(fake_plan(), "new", [parse_assignment(name)])
+    with pytest.raises(UserError, match=r"names no\.such\.Network") as error:
+        check_plan(edited, fake_plan(), DATASET_JSON)
+    assert "--trust" in error.value.remedy
 
 
 def test_other_data_needs_another_identifier_and_preprocessing(folder, capsys):

@@ -17,7 +17,7 @@ from nnssl_plugin.checkpoints.adaptation.correspondence import MISSING, Correspo
 from nnssl_plugin.checkpoints.adaptation.fitting import Fitted, TokenLayout, fit
 from nnssl_plugin.checkpoints.adaptation.options import DEFAULT_OPTIONS, AdaptationOptions
 from nnssl_plugin.checkpoints.adaptation.report import LoadReport, TensorRecord
-from nnssl_plugin.checkpoints.format.tensors import not_finite, parameters_in
+from nnssl_plugin.checkpoints.format.tensors import check_finite, parameters_in
 from nnssl_plugin.checkpoints.sources.mappings import shipped_mappings
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.text import some
@@ -89,25 +89,6 @@ def adapt_weights(
         unplaced=parameters_in({key: source[key] for key in unused if adapter.is_unexplained(key)}),
     )
     return {key: state[key] for key in order}, report
-
-
-def check_finite(weights: Mapping[str, Tensor], whose: str) -> None:
-    """Refuse weights with values that are not finite.
-
-    Args:
-        weights: state dict.
-        whose: beginning of the message.
-
-    Raises:
-        UserError: naming the tensors.
-    """
-    bad = not_finite(weights)
-    if bad:
-        raise UserError(
-            f"{whose} holds values that are not finite (NaN or infinite) in {len(bad)} of its tensors: {some(bad)}. "
-            "The training diverged.",
-            "Use an earlier checkpoint of the same run.",
-        )
 
 
 class _Adapter:
@@ -226,9 +207,9 @@ def check_coverage(
     Raises:
         UserError: below ``minimum``; it names the likeliest cause, the first tensors, and the command that mends it.
     """
-    coverage = report.coverage("encoder")
-    if min(coverage, report.checkpoint_coverage) >= minimum:
+    if report.covers(minimum):
         return
+    coverage = report.coverage("encoder")
     fresh = [record for record in report.initialised() if record.part == "encoder" and record.parameters]
     cause = f"The architectures differ: {'; '.join(differences[:3])}." if differences else _likely_cause(fresh)
     if coverage < minimum:
@@ -252,11 +233,8 @@ def check_coverage(
 
 def _remedy(differences: Sequence[str], mend: str, tables: Sequence[str], *, no_key: bool) -> str:
     if tables:
-        return f"These weights fill the network of the table {' or '.join(tables)}: add --mapping {tables[0]}" + (
-            f" here, and to the command that writes a plan with its network:\n  {mend} --mapping {tables[0]}"
-            if mend
-            else "."
-        )
+        plan = f", with a plan that has its network:\n  {mend}" if mend else "."
+        return f"These weights fill the network of the table {' or '.join(tables)}: --mapping {tables[0]}{plan}"
     if differences and mend:
         return f"Write a plan with the checkpoint's network, then adapt to it with -p:\n  {mend}"
     if no_key and not differences:

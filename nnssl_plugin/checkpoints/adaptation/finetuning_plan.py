@@ -16,6 +16,7 @@ from nnssl_plugin.checkpoints.adaptation.adapt import (
     architecture_differences,
     check_coverage,
 )
+from nnssl_plugin.checkpoints.adaptation.fitting_tables import fitting_tables
 from nnssl_plugin.checkpoints.adaptation.inputs import compare_ct_windows, compare_inputs, unstated
 from nnssl_plugin.checkpoints.adaptation.options import DEFAULT_OPTIONS, AdaptationOptions
 from nnssl_plugin.checkpoints.adaptation.report import LoadReport
@@ -109,11 +110,13 @@ def adapt_checkpoint(
 
     state, report = _fit(source, plans, configuration, dataset_json, options, trust=trust)
     report = report.with_warnings(input_differences(source, digest, plans, configuration, dataset_json))
+    tables = [] if report.covers(min_coverage) else _other_tables(weights, mapping)
     check_coverage(
         report,
         minimum=min_coverage,
         differences=architecture_differences(source.network, network),
-        mend=_plan_like(dataset, plans_name, weights),
+        mend=_plan_like(dataset, plans_name, weights, mapping if not tables else tables[0]),
+        tables=tables,
     )
     save_checkpoint(_weights_file(source, state, report), file)
     report.save(report_file := file.with_name(f"{file.stem}_report.json"))
@@ -121,11 +124,17 @@ def adapt_checkpoint(
     return Adapted(new_name, plan_file, file, report_file, report)
 
 
-def _plan_like(dataset: str, plans_name: str, weights: str | Path) -> str:
+def _other_tables(weights: str | Path, mapping: str | Path | None) -> list[str]:
+    """Tables of this package that fit the file, where it was read with none of them."""
+    found = fitting_tables(read_source(weights))
+    return [] if mapping in found else found
+
+
+def _plan_like(dataset: str, plans_name: str, weights: str | Path, mapping: str | Path | None) -> str:
     """The command that writes a plan with the network of the checkpoint."""
     return (
         f"nnssl_plugin plan -d {dataset} -p {plans_name} --like {shlex.quote(str(weights))} "
-        f"-n {plans_name}-like-pretraining"
+        f"-n {plans_name}-like-pretraining" + (f" --mapping {shlex.quote(str(mapping))}" if mapping else "")
     )
 
 
@@ -136,12 +145,18 @@ def _block(plans: Mapping[str, Any], configuration: str, file: Path | None) -> d
 
 
 def _fit(
-    source: Source, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], options: AdaptationOptions
+    source: Source,
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    options: AdaptationOptions,
+    *,
+    trust: bool,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """The state dict of the target's freshly built network, and what became of every tensor."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        network = build_network(plans, configuration, dataset_json)
+        network = build_network(plans, configuration, dataset_json, trust=trust)
     return fit_source(source, network, plans, configuration, options)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from torch import Tensor
 
+from nnssl_plugin.checkpoints.format.provenance import as_architecture
 from nnssl_plugin.checkpoints.sources.mappings import shipped_mappings
 from nnssl_plugin.checkpoints.sources.source import Source
 from nnssl_plugin.errors import UserError
@@ -38,8 +39,6 @@ from nnssl_plugin.nnunet.plans import (
     resolve_configuration,
 )
 
-IMPORTED = ("conv_op", "norm_op", "dropout_op", "nonlin")
-"""Arguments of nnU-Net's networks that are dotted names."""
 NOT_TAKEN_OVER = ("inherits_from", "next_stage", "previous_stage")
 """Fields of a configuration that point to others; the new plan holds one configuration."""
 OF_OTHER_WEIGHTS = ("weights", "source", "twin_of", "configuration")
@@ -142,12 +141,7 @@ def _architecture(source: Source) -> dict[str, Any]:
             "hand: "
             "nnssl_plugin plan --set 'configurations.3d_fullres.architecture.…'",
         )
-    kwargs = deepcopy(dict(source.network["kwargs"]))
-    return {
-        "network_class_name": source.network["class"],
-        "arch_kwargs": kwargs,
-        "_kw_requires_import": [key for key in IMPORTED if key in kwargs],
-    }
+    return as_architecture(source.network)
 
 
 def _patch(

@@ -58,6 +58,10 @@ class LoadReport:
         total = self.placed + self.unplaced
         return self.placed / total if total else 1.0
 
+    def covers(self, minimum: float) -> bool:
+        """Whether enough of the encoder comes from the checkpoint, and enough of the checkpoint's has a place."""
+        return min(self.coverage("encoder"), self.checkpoint_coverage) >= minimum
+
     def parameters(self, part: Part) -> tuple[int, int]:
         """Parameters of a part that come from the checkpoint, and all of them; shared ones counted once."""
         records = [record for record in self.tensors if record.part == part]

@@ -23,6 +23,8 @@ OWN_BLOCKS = ("pretraining", "finetuning")
 """Blocks that this package adds to a plan and nnU-Net ignores."""
 NNSSL_CLASSES = ("ResidualEncoderUNet", "PlainConvUNet")
 """Networks that nnssl and nnU-Net's fine-tuning know by their bare name; others keep their dotted name."""
+IMPORTED = ("conv_op", "norm_op", "dropout_op", "nonlin")
+"""Arguments of nnU-Net's networks that are dotted names."""
 NNSSL_PLAN = (
     "dataset_name",
     "plans_name",
@@ -124,6 +126,16 @@ def describe_network(plans: Mapping[str, Any], configuration: str) -> dict[str, 
     """Class (dotted name) and arguments of the network that the plan names."""
     architecture = resolve_configuration(plans, configuration)["architecture"]
     return {"class": architecture["network_class_name"], "kwargs": deepcopy(architecture["arch_kwargs"])}
+
+
+def as_architecture(network: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``architecture`` of a plan with the network that :func:`describe_network` describes."""
+    kwargs = deepcopy(dict(network["kwargs"]))
+    return {
+        "network_class_name": network["class"],
+        "arch_kwargs": kwargs,
+        "_kw_requires_import": [key for key in IMPORTED if key in kwargs],
+    }
 
 
 def nnssl_adaptation_plan(

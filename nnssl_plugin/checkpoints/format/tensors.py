@@ -5,6 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.text import some
+
 
 def parameters_in(weights: Mapping[str, Tensor]) -> int:
     """Floating-point numbers in a state dict; tensors that share their memory count once."""
@@ -20,7 +23,27 @@ def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
         place = (value.data_ptr(), value.shape, value.dtype)
         if not value.is_floating_point() or place in checked:
             continue
-        checked[place] = bool(torch.isfinite(value).all())
+        exact = value.float() if value.element_size() < 2 else value  # isfinite does not know types of 8 bits
+        checked[place] = bool(torch.isfinite(exact).all())
         if not checked[place]:
             found.append(key)
     return found
+
+
+def check_finite(weights: Mapping[str, Tensor], whose: str) -> None:
+    """Refuse weights with values that are not finite.
+
+    Args:
+        weights: state dict.
+        whose: beginning of the message.
+
+    Raises:
+        UserError: naming the tensors.
+    """
+    bad = not_finite(weights)
+    if bad:
+        raise UserError(
+            f"{whose} holds values that are not finite (NaN or infinite) in {len(bad)} of its tensors: {some(bad)}. "
+            "The training diverged.",
+            "Use an earlier checkpoint of the same run.",
+        )

@@ -1,6 +1,5 @@
 """What a file may say of its weights: the type and range of every field, checked before anything uses it."""
 
-import math
 from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -24,7 +23,7 @@ def _list_of(test: Test) -> Test:
     return lambda value: isinstance(value, (list, tuple)) and all(map(test, value))
 
 
-def _whole(value: Any, least: int = 0, most: float = math.inf) -> bool:
+def _whole(value: Any, least: int = 0, most: float = 2**63) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most and value == int(value)
 
 
@@ -37,7 +36,7 @@ def _millimetres(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _block(value: Any) -> bool:
@@ -45,7 +44,7 @@ def _block(value: Any) -> bool:
 
 
 def _count(value: Any) -> bool:
-    return _whole(value, 0, 2**63)
+    return _whole(value)
 
 
 def _order(value: Any) -> bool:
@@ -91,6 +90,7 @@ NNSSL = {
 }
 """Field of nnssl's adaptation plan → what it must hold."""
 ENTRIES = {
+    "nnssl_adaptation_plan": (_block, "a block of values"),
     "trainer_name": (_text, "a text"),
     "init_args": (_block, "a block of values"),
     "adaptation": (_block, "a block of values"),
@@ -150,7 +150,9 @@ def _intensities(value: Any) -> bool:
     if not _block(value) or not all(key.isdigit() for key in value):
         return False
     return all(
-        isinstance(channel, Mapping) and all(_number(channel.get(name)) for name in INTENSITIES) and channel["std"] > 0
+        isinstance(channel, Mapping)
+        and all(_number(channel[name]) for name in INTENSITIES if name in channel)
+        and channel.get("std", 1) > 0
         for channel in value.values()
     )
 

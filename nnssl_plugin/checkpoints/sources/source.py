@@ -106,12 +106,12 @@ def read_source(path: str | Path, *, mapping: str | Path | None = None) -> Sourc
     """
     path = Path(path)
     if path.is_dir():
-        source = _from_checkpoint(_shared_folder(path), path)
+        source = source_of(_shared_folder(path), path)
     elif is_safetensors(path):
         weights, metadata = read_safetensors(path)
         source = _from_plain({"state_dict": weights, "metadata": metadata}, path, SAFETENSORS)
     else:
-        source = _from_checkpoint(read_checkpoint(path), path)
+        source = source_of(read_checkpoint(path), path)
     if mapping is not None:
         return with_table(source, mapping)
     refuse_version_1(source.weights, path)
@@ -129,8 +129,16 @@ def _shared_folder(folder: Path) -> dict[str, Any]:
     return read_shared_folder(folder)
 
 
-def _from_checkpoint(content: dict[str, Any], path: Path) -> Source:
-    """Dispatch on what only one writer puts into its files."""
+def source_of(content: dict[str, Any], path: Path) -> Source:
+    """The weights in the content of a file, and what it says about them, by what only one writer puts into its files.
+
+    Args:
+        content: what ``read_checkpoint`` gave.
+        path: the file; what lies beside it may describe it.
+
+    Raises:
+        UserError: where no weights are found in it, or a description that cannot be read.
+    """
     content = with_nnssl_block(content, path)
     try:
         check_fields(content, ENTRIES, path, "")

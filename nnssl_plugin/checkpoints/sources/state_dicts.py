@@ -11,6 +11,8 @@ from nnssl_plugin.errors import UserError
 
 WRAPPERS = ("network_weights", "state_dict", "model_state_dict", "model", "net", "network")
 """Entries under which training programs store the weights."""
+NNUNET = WRAPPERS[0]
+"""The name that nnU-Net and this package give them, which counts before the others."""
 PARTS = ("backbone", "teacher", "student")
 """First parts of keys, or entries, that hold the network among other things; the first one that is there is taken.
 
@@ -49,8 +51,8 @@ def find_state_dict(content: Mapping[str, Any], path: Path) -> tuple[dict[str, T
             return _tensors_of(place, notes), notes
         name = _wrapper(place, path)
         notes.append(f"the entry '{name}'")
-        others = [part for part in PARTS if part != name and isinstance(place.get(part), Mapping)]
-        if name in PARTS and others:
+        others = [part for part in (*WRAPPERS, *PARTS) if part != name and _holds_tensors(place.get(part))]
+        if others:
             notes.append(f"'{name}' was taken, {_listed(others)} left out")
         place = place[name]
     raise _nothing(content, path)
@@ -119,7 +121,7 @@ def _tensors_of(place: Mapping[str, Any], notes: list[str]) -> dict[str, Tensor]
 def _wrapper(place: Mapping[str, Any], path: Path) -> str:
     """The entry in which the weights lie."""
     found = [name for name in WRAPPERS if _holds_tensors(place.get(name))]
-    if len(found) > 1:
+    if len(found) > 1 and found[0] != NNUNET:
         raise UserError(
             f"{path} holds weights under {_listed(found)}.",
             "Save the one that you mean alone: torch.save({'state_dict': content[NAME]}, FILE)",

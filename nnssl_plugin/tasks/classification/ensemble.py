@@ -75,6 +75,7 @@ def load_ensemble(
     checkpoint: str,
     mirroring: bool = False,
     device: str = "cpu",
+    trust: bool = False,
 ) -> Ensemble:
     """Load the classifiers of folds.
 
@@ -84,11 +85,14 @@ def load_ensemble(
         checkpoint: file of the folds' folders.
         mirroring: see :class:`Ensemble`.
         device: where they run.
+        trust: build their network whatever its class.
 
     Raises:
         UserError: one is missing or damaged, or they do not belong together.
     """
-    models = tuple(load_classifier(model_folder, fold, checkpoint=checkpoint, device=device) for fold in folds)
+    models = tuple(
+        load_classifier(model_folder, fold, checkpoint=checkpoint, device=device, trust=trust) for fold in folds
+    )
     for fold, model in zip(folds, models, strict=True):
         if _seen_by(model) != _seen_by(models[0]):
             raise UserError(

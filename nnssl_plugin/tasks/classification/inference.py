@@ -41,6 +41,7 @@ def classify_images(
     device: str = "cpu",
     segmentations: str | Path | None = None,
     explanations: str | Path | None = None,
+    trust: bool = False,
 ) -> Classified:
     """Classify every image of a folder with the mean of the folds' probabilities.
 
@@ -58,6 +59,7 @@ def classify_images(
         device: ``cpu``, ``cuda`` or ``mps``.
         segmentations: folder with ``CASE.nii.gz``, for models that crop to the labels.
         explanations: folder for one picture per case and target of where the model looked.
+        trust: build the model's network whatever its class.
 
     Raises:
         UserError: nothing can be classified, or the table is another model's.
@@ -70,7 +72,9 @@ def classify_images(
 
         check_monai()
     folds = list(folds) if folds else find_trained_folds(model_folder, checkpoint)
-    ensemble = load_ensemble(model_folder, folds, checkpoint=checkpoint, mirroring=mirroring, device=device)
+    ensemble = load_ensemble(
+        model_folder, folds, checkpoint=checkpoint, mirroring=mirroring, device=device, trust=trust
+    )
     if ensemble.first.settings.crop == FOREGROUND and segmentations is None:
         raise UserError(
             "This model looks at the box around the labels of a segmentation.",

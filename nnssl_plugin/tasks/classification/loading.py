@@ -67,6 +67,7 @@ def load_classifier(
     *,
     checkpoint: str = "checkpoint_best.pth",
     device: str | torch.device = "cpu",
+    trust: bool = False,
 ) -> LoadedClassifier:
     """The classifier of one fold.
 
@@ -75,6 +76,7 @@ def load_classifier(
         fold: 0 … 4 or ``all``.
         checkpoint: file of the fold's folder.
         device: where it shall run.
+        trust: build its network whatever class the checkpoint names.
 
     Raises:
         UserError: when the file is missing, damaged, or holds no classifier.
@@ -92,7 +94,7 @@ def load_classifier(
     settings = settings_from(state["settings"], ClassificationSettings(), f"the classification block of {path}")
     plans, configuration, dataset_json = given["plans"], given["configuration"], given["dataset_json"]
     classifier = Classifier(
-        build_network(plans, configuration, dataset_json),
+        build_network(plans, configuration, dataset_json, trust=trust),
         input_channels=input_channels(plans, configuration, dataset_json),
         heads={target.name: target.outputs for target in targets},
         stages=settings.stages,

@@ -109,13 +109,16 @@ def read_classification(plans: Mapping[str, Any]) -> ClassificationSettings:
 
 
 def read_finetuning(plans: Mapping[str, Any], configuration: str) -> FinetuningSettings:
-    """The settings of a plan's ``finetuning`` block; from scratch where it has none.
+    """The settings of a plan's ``finetuning`` block; from scratch where it has none, or names no weights.
 
     Raises:
         UserError: as :func:`finetuning_settings.read_settings`, or it trains the decoder alone, which takes no part.
     """
     if "finetuning" not in plans:
         return FinetuningSettings()
+    block = plans["finetuning"]
+    if isinstance(block, Mapping) and "weights" not in block:
+        plans = {**plans, "finetuning": {**block, "weights": None}}
     settings = read_settings(plans, configuration)
     if settings.trains == "decoder":
         raise UserError(
