@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nnssl_plugin.checkpoints.adaptation.adapt import HEAD, shared_tensors
+from nnssl_plugin.checkpoints.adaptation.adapt import HEAD, MIN_COVERAGE, check_coverage, shared_tensors
 from nnssl_plugin.checkpoints.adaptation.correspondence import Layout
 from nnssl_plugin.checkpoints.adaptation.report import LoadReport, TensorRecord
 from nnssl_plugin.checkpoints.format.files import read_checkpoint
@@ -75,8 +75,8 @@ def load_planned_weights(network: nn.Module, path: Path, *, plans_name: str) -> 
         what became of every tensor.
 
     Raises:
-        UserError: when the file is missing or unreadable, does not fit the network exactly, or holds values that are
-            not finite.
+        UserError: when the file is missing or unreadable, does not fit the network exactly, covers less of the
+            encoder than when it was written, or holds values that are not finite.
     """
     if not path.is_file():
         raise UserError(
@@ -89,6 +89,7 @@ def load_planned_weights(network: nn.Module, path: Path, *, plans_name: str) -> 
         raise UserError(f"{path} holds no network_weights.", "Write it again with nnssl_plugin adapt.")
     _check_exact(weights, network.state_dict(), path, plans_name)
     report = _as_written(network, _comes_from_pretraining(content))
+    check_coverage(report, minimum=content.get("adaptation", {}).get("encoder_coverage", MIN_COVERAGE))
     loaded = {key: weights[key] for record in report.tensors if record.status == "copied" for key in record.keys}
     check_finite(loaded, str(path))
     network.load_state_dict(network.state_dict() | loaded)

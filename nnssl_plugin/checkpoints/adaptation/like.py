@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnssl_plugin.checkpoints.format.provenance import as_architecture
 from nnssl_plugin.checkpoints.sources.mappings import shipped_mappings
@@ -31,6 +31,7 @@ from nnssl_plugin.nnunet.plan_edits import (
     write_changed_plan,
 )
 from nnssl_plugin.nnunet.plans import (
+    UNBUILDABLE,
     build_network,
     dataset_folder,
     input_channels,
@@ -289,10 +290,20 @@ def training_bytes(
         mock.patch.object(F, "scaled_dot_product_attention", _attention_without_matrix),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        outputs = network(image)  # held until all is counted, so that no storage's number is given twice
+        outputs = _run(network, image, plans["plans_name"])  # held until all is counted: no number of a storage twice
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())
     del outputs
     return resolved["batch_size"] * sum(kept.values()) + 3 * parameters
+
+
+def _run(network: nn.Module, image: Tensor, plans_name: str) -> Any:
+    try:
+        return network(image)
+    except UNBUILDABLE as error:
+        raise UserError(
+            f"The network of {plans_name} cannot take a patch of {_by(image.shape[2:])}: {error}",
+            "Mend the arch_kwargs of its architecture.",
+        ) from error
 
 
 def _attention_without_matrix(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

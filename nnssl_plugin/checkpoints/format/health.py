@@ -1,5 +1,6 @@
 """How a training was doing at its end: the last numbers of its log, from a checkpoint or from what was exported."""
 
+import math
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -46,4 +47,6 @@ def _numbers(series: Any) -> list[float]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)

@@ -5,6 +5,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.plans import UNBUILDABLE, resolve_configuration
 
@@ -97,6 +99,23 @@ ENTRIES = {
     "citations": (PROVENANCE["citations"][0], "texts"),
 }
 """Entry of a checkpoint → what it must hold."""
+
+
+def plain(value: Any, path: Path, place: str) -> Any:
+    """A description as JSON would hold it, its tuples aside: NumPy's numbers and arrays become Python's.
+
+    Raises:
+        UserError: for tensors and anything else that is no text, number, list or block.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: plain(entry, path, f"{place}.{key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(entry, path, f"{place}[{number}]") for number, entry in enumerate(value))
+    raise unreadable(path, f"{place} is a {type(value).__name__}")
 
 
 def check_provenance(provenance: Mapping[str, Any], path: Path, place: str = "provenance") -> None:

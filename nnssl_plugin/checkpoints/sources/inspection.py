@@ -286,9 +286,14 @@ def _text(value: Any) -> str:
     return ", ".join(str(entry) for entry in value) if isinstance(value, (list, tuple)) else str(value)
 
 
+def _once(sizes: Any) -> Any:
+    """The size of all axes, where they are equal."""
+    equal = isinstance(sizes, (list, tuple)) and sizes and all(size == sizes[0] for size in sizes)
+    return sizes[0] if equal else sizes
+
+
 def _compact(value: Any) -> str:
     """Arguments per stage without spaces, equal axes once: ``[[2, 2, 2]]`` is ``[2]``."""
     if isinstance(value, (list, tuple)):
-        flat = [entry[0] if isinstance(entry, (list, tuple)) and len(set(entry)) == 1 else entry for entry in value]
-        return json.dumps(flat, separators=(",", ":"))
+        return json.dumps([_once(entry) for entry in value], separators=(",", ":"))
     return str(value)

@@ -12,7 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from nnssl_plugin.checkpoints.format.files import is_safetensors, read_checkpoint, read_safetensors
-from nnssl_plugin.checkpoints.sources.description import ENTRIES, check_fields, check_plan, check_provenance, unreadable
+from nnssl_plugin.checkpoints.sources.description import (
+    ENTRIES,
+    check_fields,
+    check_plan,
+    check_provenance,
+    plain,
+    unreadable,
+)
 from nnssl_plugin.checkpoints.sources.description import NNSSL as NNSSL_FIELDS
 from nnssl_plugin.checkpoints.sources.layouts import (
     UNUSABLE,
@@ -51,6 +58,11 @@ DESCRIBING = (
     "nnssl_adaptation_plan",
 )
 """Entries of a file that :attr:`Source.content` keeps; optimisers and teachers would double the memory."""
+
+
+DESCRIPTIONS = ("provenance", "nnssl_adaptation_plan", "adaptation", "citations", "current_epoch", "epoch")
+NAMING = ("plans", "configuration", "configuration_name", "dataset_json")
+"""Entries of ``init_args`` that are read, of nnU-Net's and of nnssl's."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,7 @@ def source_of(content: dict[str, Any], path: Path) -> Source:
     content = with_nnssl_block(content, path)
     try:
         check_fields(content, ENTRIES, path, "")
+        content = _plainly_described(content, path)
         source = _reader_of(content, path)(content, path)
         check_provenance(source.provenance, path)
         if source.plans is not None:
@@ -149,6 +162,16 @@ def source_of(content: dict[str, Any], path: Path) -> Source:
     except (*UNUSABLE, RecursionError, OverflowError) as error:
         raise unreadable(path, f"{type(error).__name__}: {error}") from error
     return source
+
+
+def _plainly_described(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    described = {name: plain(content[name], path, name) for name in DESCRIPTIONS if name in content}
+    arguments = content.get("init_args")
+    if arguments is not None:
+        described["init_args"] = {
+            name: plain(value, path, f"init_args.{name}") for name, value in arguments.items() if name in NAMING
+        }
+    return content | described
 
 
 def _reader_of(content: Mapping[str, Any], path: Path) -> Callable[[dict[str, Any], Path], Source]:

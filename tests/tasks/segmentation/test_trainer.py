@@ -283,6 +283,7 @@ def test_learning_rate_and_schedule_come_from_the_plan(folder):
         ({"weights": None, "seed": -1}, "whole number from 0"),
         ({"weights": None, "lr": 0}, "positive number"),
         ({"weights": 3}, "a file name"),
+        ({"epochs": 10}, "has settings in its finetuning block, but no weights"),
         ({"weights": "a.pth", "configuration": "2d"}, "adapted to 2d, not to 3d_fullres"),
     ],
 )
