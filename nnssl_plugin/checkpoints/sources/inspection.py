@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nnssl_plugin.checkpoints.format.provenance import weights_hash
 from nnssl_plugin.checkpoints.sources.source import NNSSL, NNUNET, OWN, Source, read_source
+from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
 
 UNSTATED = "not stated"
@@ -224,7 +225,7 @@ def _quality(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = read_json(file)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except UserError:
         return {}
     return content if isinstance(content, dict) else {}
 

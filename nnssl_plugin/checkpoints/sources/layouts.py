@@ -91,7 +91,8 @@ def nnunet_plan_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, An
     folder = path.resolve().parent.parent
     if not (folder / "plans.json").is_file() or not (folder / "dataset.json").is_file():
         return None
-    return read_json(folder / "plans.json"), folder.name.rpartition("__")[2], read_json(folder / "dataset.json")
+    plan, description = (read_json(folder / name, dict) for name in ("plans.json", "dataset.json"))
+    return plan, folder.name.rpartition("__")[2], description
 
 
 def plan_of_adapted(path: Path) -> dict[str, Any] | None:
