@@ -18,8 +18,8 @@ from tqdm import tqdm
 from nnssl_plugin.captions.captioners import Captioner, SliceFacts, modality_of
 from nnssl_plugin.data.triplets import TRIPLETS_FILE, Triplet, read_triplets, write_triplets
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import read_json
 from nnssl_plugin.io.scans import RejectedScan, ending_of, read_volume
+from nnssl_plugin.nnunet.dataset_json import read_dataset_file
 from nnssl_plugin.nnunet.planes import PLANES, RAS_AXIS, stored_axis
 from nnssl_plugin.nnunet.raw_folders import training_files
 
@@ -151,7 +151,7 @@ def caption_dataset(
     files = training_files(raw_folder)
     if not files:
         raise UserError(f"{raw_folder} has no training cases.", "Prepare some scans first: nnssl_plugin prepare")
-    modality = modality_of(read_json(raw_folder / "dataset.json"))
+    modality = modality_of(read_dataset_file(raw_folder / "dataset.json", needed=("channel_names",)))
     present = read_triplets(raw_folder) if (raw_folder / TRIPLETS_FILE).is_file() else {}
     kept = {case: line for case, line in present.items() if _stays(line, captioner.name, seed, body_part)}
     todo = [case for case in files if case not in kept]

@@ -14,7 +14,7 @@ SEGMENTATION = """Score segmentations, and compare runs case by case.
 
 A run is a folder of predictions, a fold_X/validation folder, or a trainer's result folder, whose folds are pooled.
 Writes scores.csv, NAME/summary.json per run, and with two or more runs comparison.json and comparison.png: every run
-against the first, paired by case. Distances are in mm.
+against the first, paired by case, with intervals over subjects. Distances are in mm.
 """
 
 TOKENS = """Do pretrained features tell the labels of a dataset apart?
@@ -58,6 +58,9 @@ def add_arguments(parser):
         default=1.0,
         metavar="MM",
         help="surface distance that counts as no error in NSD (default: 1.0)",
+    )
+    kind.add_argument(
+        "--subjects", metavar="FILE", help="table case,subject (default: the dataset's classification.csv, if any)"
     )
     kind.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
     kind = kinds.add_parser(
@@ -129,7 +132,9 @@ def _tokens(args):
 
 
 def _segmentation(args):
+    from nnssl_plugin.io.text import some
     from nnssl_plugin.tasks.segmentation.evaluation import evaluate_segmentation
+    from nnssl_plugin.tasks.segmentation.metrics import METRICS, WITHOUT_MONAI
     from nnssl_plugin.tasks.segmentation.summaries import table
 
     evaluation = evaluate_segmentation(
@@ -140,8 +145,14 @@ def _segmentation(args):
         folds=args.f,
         tolerance_mm=args.tolerance_mm,
         processes=args.np,
+        subjects=args.subjects,
     )
-    print(table(evaluation.summaries, evaluation.comparison))
+    print(table(evaluation.summaries, evaluation.comparison, evaluation.metrics))
+    if len(evaluation.metrics) < len(METRICS):
+        print(f"\n{WITHOUT_MONAI}")
+    for name, odd in evaluation.odd.items():
+        for text, cases in odd.items():
+            print(f"\nWarning: {name}: {text} ({some(cases)})")
     for found in evaluation.runs:
         if found.missing:
             print(

@@ -1,6 +1,5 @@
 """nnU-Net's preprocessed cases, with the few facts per case that sampling needs."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnssl_plugin.data.triplets import Triplet
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.files import read_json
 from nnssl_plugin.nnunet.slice_positions import slice_in_case
 
 FOREGROUND_POINTS = 256
@@ -88,7 +88,7 @@ def available_channels(raw_folder: str | Path, identifiers: Sequence[str], chann
     Cases that the file does not name, or all where there is no such file, have every channel.
     """
     path = Path(raw_folder) / "modalities.json"
-    listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    listed = read_json(path, dict) if path.is_file() else {}
     available = {}
     for case in identifiers:
         present = listed.get(case, range(channels))

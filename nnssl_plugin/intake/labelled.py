@@ -8,9 +8,9 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.label_tables import Row, infer_targets, match_cases, match_scans
 from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, read_rows
 from nnssl_plugin.intake.unlabelled import PrepareSummary, find_scans, prepare_dataset
-from nnssl_plugin.io.files import read_json
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.case_labels import BINARY, ClassLabels, Target, parse_labels, read_table, write_class_labels
+from nnssl_plugin.nnunet.dataset_json import read_dataset_file
 from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder, training_files
 
 FOLDS = 5
@@ -89,7 +89,12 @@ def label_dataset(dataset: str | int, *, table: str | Path, targets: Sequence[st
     rows = read_table(table)
     wanted = _checked_targets(rows, targets, table)
     cases = list(training_files(folder))
-    named = match_cases(rows, cases, ending=read_json(folder / "dataset.json")["file_ending"], where=table)
+    named = match_cases(
+        rows,
+        cases,
+        ending=read_dataset_file(folder / "dataset.json", needed=("file_ending",))["file_ending"],
+        where=table,
+    )
     return _write(folder, named, wanted, table, cases=cases)
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that an interruption never leaves half of one behind."""
+"""Reading JSON with one kind of error, and writing files so that an interruption never leaves half of one behind."""
 
 import json
 import os
@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from nnssl_plugin.errors import UserError
+
+_JSON_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", type(None): "null"}
 
 
 @contextmanager
@@ -37,9 +41,39 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def read_json(path: str | Path, kind: type | None = None) -> Any:
+    """The content of a JSON file in UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
+
+    Args:
+        path: the file.
+        kind: ``dict`` or ``list``, what has to stand at the top level; None: anything.
+
+    Raises:
+        UserError: the file cannot be opened, is no such text, is no JSON (with its line), or another kind.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", "Restore it, or check the path.") from error
+    try:
+        content = json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON, line {error.lineno}, column {error.colno}: {error.msg}.",
+            "Correct the line (no comma after the last entry, double quotes, no comments), or restore the file.",
+        ) from error
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is not UTF-8 text, line {line}.", "Save it as UTF-8.") from error
+    except (RecursionError, ValueError) as error:  # of ValueErrors, that of numbers with thousands of digits
+        raise UserError(
+            f"{path} is nested too deeply, or holds too long a number, to be read.", "Restore the file."
+        ) from error
+    if kind is not None and not isinstance(content, kind):
+        found, wanted = (_JSON_NAMES.get(k, k.__name__) for k in (type(content), kind))
+        raise UserError(f"{path} holds {found} at its top level where {wanted} is expected.", "Restore the file.")
+    return content
 
 
 def _umask() -> int:

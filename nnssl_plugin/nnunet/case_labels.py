@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import atomic_path, read_json, write_json
+from nnssl_plugin.io.files import atomic_path, write_json
 from nnssl_plugin.io.text import some
+from nnssl_plugin.nnunet.dataset_json import read_dataset_file
 
 LABELS_FILE = "classification.csv"
 BLOCK = "classification"
@@ -156,7 +157,7 @@ def read_targets(folder: Path) -> tuple[Target, ...]:
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         raise UserError(f"There is no {path}.", "Prepare the dataset first: nnssl_plugin prepare -i DIR -d ID -n NAME")
-    block = read_json(path).get(BLOCK)
+    block = read_dataset_file(path).get(BLOCK)
     if block is None:
         raise UserError(f"{path} has no {BLOCK!r} block: the dataset has no class labels.", _again(folder))
     try:
@@ -201,7 +202,7 @@ def write_class_labels(folder: Path, labels: ClassLabels) -> Path:
             cells = [target.cell(labels.labels[target.name][case]) for target in labels.targets]
             writer.writerow([case, labels.subjects[case], *cells])
     description = folder / "dataset.json"
-    write_json(description, {**read_json(description), BLOCK: targets_block(labels.targets)})
+    write_json(description, {**read_dataset_file(description), BLOCK: targets_block(labels.targets)})
     return path
 
 

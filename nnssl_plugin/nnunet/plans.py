@@ -1,7 +1,6 @@
 """Plan files of a preprocessed dataset: finding, reading and naming them, and the network that a plan describes."""
 
 import inspect
-import json
 import os
 import pydoc
 import re
@@ -15,6 +14,7 @@ from torch import nn
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
 from nnssl_plugin.networks.family import family_of_class
+from nnssl_plugin.nnunet.dataset_json import DATASET_FILE, read_dataset_file
 from nnssl_plugin.nnunet.network_classes import check_architecture
 
 RESERVED = ("dataset", "dataset_fingerprint", "splits_final")
@@ -69,7 +69,11 @@ def read_plan(folder: Path, name: str) -> dict[str, Any]:
             f"There is no plan {path}; here are: {', '.join(present) or 'none'}.",
             f"Name one with -p, or: {_preprocess(folder.name)}",
         )
-    return _read(path)
+    plan = read_json(path, dict)
+    for key, example in (("plans_name", "the plan's name"), ("configurations", "an object of configurations")):
+        if not isinstance(plan.get(key), str if key == "plans_name" else dict):
+            raise UserError(f'{path} is no plan of nnU-Net v2: "{key}" is not {example}.', _preprocess(folder.name))
+    return plan
 
 
 def read_dataset_json(folder: Path) -> dict[str, Any]:
@@ -78,10 +82,10 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: when it is missing or damaged.
     """
-    path = folder / "dataset.json"
+    path = folder / DATASET_FILE
     if not path.is_file():
         raise UserError(f"There is no {path}.", _preprocess(folder.name))
-    return _read(path)
+    return read_dataset_file(path)
 
 
 def resolve_configuration(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
@@ -221,17 +225,10 @@ def _classes(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> int:
     return PlansManager(dict(plans)).get_label_manager(dict(dataset_json)).num_segmentation_heads
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.", "Restore it, or plan the dataset again.") from error
-
-
 def _is_plan(path: Path) -> bool:
     try:
         content = read_json(path)
-    except (json.JSONDecodeError, OSError):
+    except UserError:
         return False
     return isinstance(content, dict) and "plans_name" in content
 

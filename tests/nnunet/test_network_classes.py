@@ -137,7 +137,7 @@ def test_a_description_of_another_form_or_of_absurd_size_is_refused_whoever_vouc
 
 def evil(arguments: dict, marker: Path) -> None:
     """Make a network's non-linearity a process that leaves a trace."""
-    arguments |= {"nonlin": "subprocess.Popen", "nonlin_kwargs": {"args": ["touch", str(marker)]}}
+    arguments |= {"nonlin": "subprocess.check_call", "nonlin_kwargs": {"args": ["touch", str(marker)]}}
 
 
 def in_own(file, marker):
@@ -177,9 +177,9 @@ def test_no_command_runs_what_a_file_names(write, nnunet_environment, tmp_path, 
     write(file, marker)
     assert main(["plan", "-d", "901", "-n", "like", "--like", str(file)]) == 2
     said = capsys.readouterr().err
-    assert "names subprocess.Popen" in said and "--trust" in said
+    assert "names subprocess.check_call" in said and "--trust" in said
     assert main(["inspect", str(file)]) == 0
-    assert "CAUTION: its network names subprocess.Popen" in capsys.readouterr().out
+    assert "CAUTION: its network names subprocess.check_call" in capsys.readouterr().out
     assert main(["adapt", "-d", "901", "-n", "x", "-w", str(file)]) == 0  # builds the target's network alone
     main(["export", "-w", str(file), "-o", str(tmp_path / "out")])
     assert not marker.exists()
@@ -188,7 +188,7 @@ def test_no_command_runs_what_a_file_names(write, nnunet_environment, tmp_path, 
 def test_a_plan_that_names_it_is_not_built_without_trust(tmp_path):
     plan, marker = fake_plan(), tmp_path / "ran"
     evil(plan["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"], marker)
-    with pytest.raises(UserError, match=r"names subprocess\.Popen"):
+    with pytest.raises(UserError, match=r"names subprocess\.check_call"):
         build_network(plan, "3d_fullres", DATASET_JSON)
     assert not marker.exists()
     with pytest.raises(UserError, match="cannot be built"):  # PyTorch takes no process for a layer

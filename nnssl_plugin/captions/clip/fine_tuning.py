@@ -160,7 +160,7 @@ def _finished(folder: Path, key: str) -> dict | None:
         return None
     try:
         record = read_json(path)
-    except ValueError:
+    except UserError:
         return None
     return record if isinstance(record, dict) and record.get("key") == key else None
 

@@ -6,6 +6,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
 
 SERIES = ("feature_std", "effective_rank", "train_losses", "val_losses", "ema_fg_dice")
@@ -36,7 +37,7 @@ def _quality(path: Path) -> dict[str, Any]:
     file = (path if path.is_dir() else path.parent) / "quality.json"
     try:
         content = read_json(file) if file.is_file() else {}
-    except (ValueError, RecursionError, OSError):
+    except UserError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -178,8 +178,10 @@ def read_results(text: str) -> Results:
     """
     name, separator, file = text.rpartition("=")
     path = Path(file)
+    if not path.is_file():
+        raise UserError(f"There is no summary {path}.", "Name a summary.json that nnU-Net wrote.")
+    content = read_json(path)
     try:
-        content = read_json(path)
         mean = content["foreground_mean"]
         per_label = {label: float(values["Dice"]) for label, values in content["mean"].items()}
         return Results(
@@ -188,8 +190,6 @@ def read_results(text: str) -> Results:
             float(mean["IoU"]) if "IoU" in mean else None,
             per_label,
         )
-    except OSError as error:
-        raise UserError(f"There is no summary {path}.", "Name a summary.json that nnU-Net wrote.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a summary of nnU-Net's ({type(error).__name__}: {error}).",

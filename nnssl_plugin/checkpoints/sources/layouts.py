@@ -86,7 +86,8 @@ def nnunet_plan_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, An
     folder = path.resolve().parent.parent
     if not (folder / "plans.json").is_file() or not (folder / "dataset.json").is_file():
         return None
-    return read_beside(folder / "plans.json"), folder.name.rpartition("__")[2], read_beside(folder / "dataset.json")
+    plan, description = (read_json(folder / name, dict) for name in ("plans.json", "dataset.json"))
+    return plan, folder.name.rpartition("__")[2], description
 
 
 def with_nnssl_block(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -101,22 +102,10 @@ def with_nnssl_block(content: dict[str, Any], path: Path) -> dict[str, Any]:
         return content
     place = path.resolve().parent
     for file in (place / ADAPTATION_PLAN, place.parent / ADAPTATION_PLAN):
-        block = read_beside(file) if file.is_file() else None
+        block = read_json(file) if file.is_file() else None
         if isinstance(block, dict) and "architecture_plans" in block:
             return content | {"nnssl_adaptation_plan": block}
     return content
-
-
-def read_beside(file: Path) -> Any:
-    """A JSON file that describes a checkpoint beside it.
-
-    Raises:
-        UserError: when it is not JSON.
-    """
-    try:
-        return read_json(file)
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{file} cannot be read: {error}.", "Restore it, or move it away.") from error
 
 
 def plan_of_adapted(path: Path) -> dict[str, Any] | None:
@@ -124,7 +113,7 @@ def plan_of_adapted(path: Path) -> dict[str, Any] | None:
     for file in sorted(path.parent.glob("*.json")):
         if not path.stem.startswith(f"{file.stem}_"):
             continue
-        plan = read_beside(file)
+        plan = read_json(file)
         if isinstance(plan, dict) and _mapping(plan.get("finetuning")).get("weights") == path.name:
             return plan
     return None

@@ -170,7 +170,7 @@ def test_what_the_file_says_is_shown_as_text(field):
 
 
 def test_the_command_is_one_command_whatever_the_method_is_called():
-    assert "-n rm-rf-x\n" in card(method="$(rm -rf ~); x`")
+    assert "-n rm--rf-x\n" in card(method="$(rm -rf ~); x`")
 
 
 @pytest.mark.parametrize("field", ["method", "steps", "spacing_mm", "citations"])

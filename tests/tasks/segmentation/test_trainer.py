@@ -312,7 +312,7 @@ def test_weights_that_no_longer_fit_the_plan_are_refused(folder):
     write_json(folder / "nnUNetPlans-toy.json", plan)
     subject = trainer(folder)
     subject.initialize()
-    with pytest.raises(UserError, match="of the encoder's parameters come from the checkpoint"):
+    with pytest.raises(UserError, match="were not written for the network of plan"):
         subject.load_pretrained_weights()
 
 
