@@ -1,12 +1,20 @@
 """Writing files so that an interruption never leaves half of one behind."""
 
+import errno
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from nnssl_plugin.errors import UserError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Full disk, quota, size limit, read-only file system, permissions, broken disk."""
 
 
 @contextmanager
@@ -29,6 +37,43 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def remove_temporary_files(path: str | Path) -> None:
+    """Remove what killed processes left of their :func:`atomic_path` for this path; for whoever alone writes there."""
+    path = Path(path)
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(path.suffix)}")
+    for found in path.parent.glob(f".{path.name}.*"):
+        if leftover.fullmatch(found.name):
+            found.unlink(missing_ok=True)
+
+
+def keep_file(path: Path, kept: Path) -> None:
+    """Let ``kept`` be what ``path`` is now, without a moment in which either is missing: a hard link, else a copy."""
+    with atomic_path(kept) as temporary:
+        temporary.unlink()
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+
+
+@contextmanager
+def disk_errors_in_words(folder: str | Path) -> Iterator[None]:
+    """Turn a full disk, a read-only folder and their like into a :class:`UserError` that names the file or folder.
+
+    Raises:
+        UserError: what the system said; everything written before is still there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(
+            f"{error.filename or folder}: {os.strerror(error.errno)}. Everything written before is kept.",
+            "Free space or make the folder writable, then run the same command again (a training: with --c).",
+        ) from error
 
 
 def write_json(path: str | Path, content: Any) -> None:
