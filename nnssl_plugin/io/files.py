@@ -15,6 +15,8 @@ from nnssl_plugin.errors import UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """Full disk, quota, size limit, read-only file system, permissions, broken disk."""
+TEMPORARY = re.compile(r"\..+(\.nii\.gz|\.[^.]+)\.[a-z0-9_]{8}\1")
+"""Names that :func:`atomic_path` gives to files with a suffix: a dot, the name, eight random characters, the suffix."""
 
 
 @contextmanager
@@ -39,12 +41,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         Path(temporary).unlink(missing_ok=True)
 
 
-def remove_temporary_files(path: str | Path) -> None:
-    """Remove what killed processes left of their :func:`atomic_path` for this path; for whoever alone writes there."""
-    path = Path(path)
-    leftover = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(path.suffix)}")
-    for found in path.parent.glob(f".{path.name}.*"):
-        if leftover.fullmatch(found.name):
+def remove_temporary_files(folder: str | Path) -> None:
+    """Remove what killed processes left of their :func:`atomic_path` in a folder; for whoever alone writes there."""
+    for found in Path(folder).glob(".*"):
+        if TEMPORARY.fullmatch(found.name):
             found.unlink(missing_ok=True)
 
 

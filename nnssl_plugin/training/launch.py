@@ -39,10 +39,10 @@ def launch(arguments: list[str], *, search_path: str, time_limit: str | None = N
     Returns:
         the exit code.
     """
-    os.environ["nnUNet_extTrainer"] = search_path
+    arguments, ranks = _without_num_gpus(arguments, ranks)
     if time_limit:
         os.environ[DEADLINE] = str(time.monotonic() + seconds_of(time_limit))
-    arguments, ranks = _without_num_gpus(arguments, ranks)
+    os.environ["nnUNet_extTrainer"] = search_path
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _join_ranks(arguments)
         try:

@@ -28,8 +28,6 @@ from nnssl_plugin.training.planned_network import DEFAULT_DEVICE, PlannedNetwork
 from nnssl_plugin.training.user_errors import end_in_words
 
 FINAL, LATEST, PREVIOUS, BEST = (f"checkpoint_{kind}.pth" for kind in ("final", "latest", "previous", "best"))
-WRITTEN = (FINAL, LATEST, PREVIOUS, BEST, "progress.png", "quality.json")
-"""Files of the output folder that a killed run may have left half-written under a temporary name."""
 LOCK = ".training.lock"
 STEPS_BETWEEN_AGREEMENTS = 10
 """With several ranks, steps between two looks at whether any was asked to stop (each look waits for the device)."""
@@ -133,16 +131,16 @@ class ResumableTrainer(PlannedNetworkTrainer):
                 self._train()
                 return
             with locked(Path(self.output_folder, LOCK)):
-                for name in WRITTEN:
-                    remove_temporary_files(Path(self.output_folder, name))
+                for folder in ("", "figures"):
+                    remove_temporary_files(Path(self.output_folder, folder))
                 self._train()
 
     def _train(self) -> None:
         try:
             super().run_training()
         finally:
-            self.interruption.release()
             self.close_loaders()
+            self.interruption.release()
 
     def on_train_start(self) -> None:
         self.interruption.watch()  # before nnU-Net forks its loader's workers, which a scheduler signals too

@@ -9,23 +9,23 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.io import files
 
 
-def test_only_our_own_leftovers_of_that_file_are_removed(tmp_path):
-    left = [".a.pth.x1y2z3_4.pth", ".a.pth.abcdefgh.pth"]
-    kept = ["a.pth", ".a.pth", ".a.pth.pth", ".b.pth.abcdefgh.pth", ".a.pth.abcdefgh.png", ".a.pth.abcdefghi.pth"]
+def test_only_our_own_leftovers_are_removed(tmp_path):
+    left = [".a.pth.x1y2z3_4.pth", ".a.b.pth.abcdefgh.pth", ".c.nii.gz.abcdefgh.nii.gz", ".d_1.png.abcdefgh.png"]
+    kept = ["a.pth", ".a.pth", ".a.pth.pth", ".a.pth.abcdefgh.png", ".a.pth.abcdefghi.pth", ".training.lock", ".bashrc"]
     for name in (*left, *kept):
         (tmp_path / name).touch()
-    files.remove_temporary_files(tmp_path / "a.pth")
+    files.remove_temporary_files(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_what_atomic_path_leaves_when_killed_is_what_is_removed(tmp_path, monkeypatch):
-    for name in ("a.pth", "b.json", "none"):
+    for name in ("a.pth", "b.json", "c.nii.gz", "progress_1.png"):
         monkeypatch.setattr(files.Path, "unlink", lambda *given, **more: None)  # nothing runs after a SIGKILL
         with pytest.raises(KeyError), files.atomic_path(tmp_path / name) as temporary:
             raise KeyError
         monkeypatch.undo()
         assert temporary.is_file()
-        files.remove_temporary_files(tmp_path / name)
+        files.remove_temporary_files(tmp_path)
         assert not any(tmp_path.iterdir())
 
 
