@@ -321,11 +321,6 @@ class Pretrainer(ResumableTrainer):
             draw_progress(self.log.history(), join(self.output_folder, "progress.png"))
         self.end_epoch()
 
-    def close_loaders(self) -> None:
-        for stream in (self.dataloader_train, self.dataloader_val):
-            if stream is not None:
-                stream.close()
-
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """There are no labels to validate on: write the last epoch's numbers and say what comes next."""
         if self.local_rank == 0:

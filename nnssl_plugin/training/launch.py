@@ -141,12 +141,20 @@ def _first_failure(processes: list[subprocess.Popen]) -> int | None:
 
 def _end(processes: list[subprocess.Popen]) -> None:
     """Let ranks that fail alike say so; then SIGTERM, then SIGKILL for those that wait for the others."""
-    for stop in (None, subprocess.Popen.terminate, subprocess.Popen.kill):
-        deadline = time.monotonic() + (GRACE if stop else 2.0)
-        for process in processes if stop else ():
-            stop(process)
-        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+    _wait(processes, 2.0)
+    for process in processes:
+        process.terminate()
+    _wait(processes, GRACE)
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def _wait(processes: list[subprocess.Popen], seconds: float) -> None:
+    """Until all have ended, at most some seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _free_port() -> int:

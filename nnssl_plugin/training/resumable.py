@@ -69,7 +69,8 @@ class ResumableTrainer(PlannedNetworkTrainer):
             super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:
             self.device = device_of_rank(device)
-            self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
+        if self.device.type != "cuda":  # with several ranks nnU-Net takes CUDA for granted
+            self.grad_scaler = None
         self.log = EpochLog(self.logger)
         self._saved_at = self._drawn_at = time.monotonic()
         self._whole_checkpoint: str | None = None
@@ -180,10 +181,11 @@ class ResumableTrainer(PlannedNetworkTrainer):
             Path(self.output_folder, PREVIOUS).unlink(missing_ok=True)  # as nnU-Net does with the latest one
 
     def close_loaders(self) -> None:
-        """End the workers of nnU-Net's loaders, which outlive an exception else."""
+        """End the workers of the loaders; nnU-Net's outlive an exception else."""
         for loader in (self.dataloader_train, self.dataloader_val):
-            if hasattr(loader, "_finish"):
-                loader._finish()
+            end = getattr(loader, "close", None) or getattr(loader, "_finish", None)
+            if end is not None:
+                end()
 
     # ------------------------------------------------------------------ stopping
 
@@ -253,22 +255,22 @@ class ResumableTrainer(PlannedNetworkTrainer):
         """
         if not self.was_initialized:
             self.initialize()
-        checkpoint = filename_or_checkpoint
-        if not isinstance(checkpoint, dict):
+        if isinstance(filename_or_checkpoint, dict):
+            checkpoint = filename_or_checkpoint
+        else:
             checkpoint = self._read_newest(Path(filename_or_checkpoint))
         self.check_is_resumable(checkpoint)
         self.current_epoch = checkpoint["current_epoch"]
         # checkpoints without an entry of ours (stock nnU-Net's) are of whole epochs
         self.step = self.current_epoch * self.steps_per_epoch
         self.load_own_state(checkpoint)
-        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        self._load_optimizer(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self._best_ema = checkpoint["_best_ema"]
         self.logger.load_checkpoint(checkpoint["logging"])
-        self.inference_allowed_mirroring_axes = checkpoint.get(
-            "inference_allowed_mirroring_axes", self.inference_allowed_mirroring_axes
-        )
+        if "inference_allowed_mirroring_axes" in checkpoint:
+            self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
         if RESUME_STATE in checkpoint:
             self.step = checkpoint[RESUME_STATE]["step"]
             self.epoch_losses = list(checkpoint[RESUME_STATE]["epoch_losses"])
@@ -282,6 +284,15 @@ class ResumableTrainer(PlannedNetworkTrainer):
             raise UserError(
                 f"The checkpoint does not fit the plan: {str(error).splitlines()[1].strip()[:200]}",
                 "Restore the plan's network and settings, or start without --c.",
+            ) from error
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        try:
+            self.optimizer.load_state_dict(state)
+        except ValueError as error:  # other groups
+            raise UserError(
+                f"The checkpoint's optimiser does not fit the plan: {error}.",
+                "Restore the plan's settings, or start without --c.",
             ) from error
 
     def _read_newest(self, path: Path) -> dict[str, Any]:

@@ -261,11 +261,6 @@ class PretrainedClassificationTrainer(ResumableTrainer):
             self.print_to_log_file(f"Best epoch so far: {self.current_epoch}")
             self.save_checkpoint(join(self.output_folder, BEST))
 
-    def close_loaders(self) -> None:
-        for stream in (self.dataloader_train, self.dataloader_val):
-            if stream is not None:
-                stream.close()
-
     @torch.no_grad()
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict the validation cases with the best checkpoint; write predictions, summary and figures."""
@@ -295,10 +290,8 @@ class PretrainedClassificationTrainer(ResumableTrainer):
             BLOCK: {
                 **targets_block(self.targets),
                 "settings": asdict(self.settings),
-                "step": self.step,
-                "epoch_losses": self.epoch_losses,
                 "best": self.best,
-            },
+            }
         }
 
     def check_is_resumable(self, checkpoint: dict[str, Any]) -> None:
@@ -309,7 +302,9 @@ class PretrainedClassificationTrainer(ResumableTrainer):
     def load_own_state(self, checkpoint: dict[str, Any]) -> None:
         super().load_own_state(checkpoint)
         state = checkpoint[BLOCK]
-        self.step, self.best, self.epoch_losses = state["step"], state["best"], list(state["epoch_losses"])
+        self.best = state["best"]
+        if "step" in state:  # of an earlier version
+            self.step, self.epoch_losses = state["step"], list(state["epoch_losses"])
 
     # ------------------------------------------------------------------ logging
 

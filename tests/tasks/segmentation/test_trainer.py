@@ -366,6 +366,13 @@ def test_checkpoints_that_nnunet_wrote_go_on(folder):
     assert_same(copy_of(subject.network), copy_of(resumed.network))
 
 
+def test_going_on_with_another_recipe_is_refused(folder):
+    subject = started(folder)
+    subject.save_checkpoint(str(Path(subject.output_folder, "checkpoint_latest.pth")))
+    with pytest.raises(UserError, match="optimiser does not fit the plan"):
+        started(folder, resume="checkpoint_latest.pth", layer_decay=0.5)
+
+
 def test_a_checkpoint_is_written_after_an_epoch_unless_one_is_fresh(folder):
     for seconds, expected in ((0.0, True), (1000.0, False)):
         subject = started(folder, epochs=2)
