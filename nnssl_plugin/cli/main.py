@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from nnssl_plugin import __version__
-from nnssl_plugin.errors import UserError
+from nnssl_plugin.errors import FAILED, UserError
 from nnssl_plugin.io.text import printable
 
 VERBS = {
@@ -26,9 +26,6 @@ VERBS = {
     "quickstart": "walk the whole road in minutes, on phantoms or your scans, with a report",
 }
 """Verb → one line of help. Each verb is a module of this package with ``add_arguments(parser)`` and ``run(args)``."""
-
-FAILED = 2
-"""Exit code of an error that the user can mend; 1 is left to verbs (``prepare``: something was rejected)."""
 
 
 def main(arguments: list[str] | None = None) -> int:
