@@ -67,16 +67,24 @@ def run(args):
 
 
 def _edited(args):
+    from nnssl_plugin.cli.plan_blocks import check_blocks
     from nnssl_plugin.nnunet.plan_edits import write_edited_plan
 
     return write_edited_plan(
-        args.d, args.n, source=args.p, presets=args.preset, assignments=args.assignments, overwrite=args.overwrite
+        args.d,
+        args.n,
+        source=args.p,
+        presets=args.preset,
+        assignments=args.assignments,
+        overwrite=args.overwrite,
+        check_blocks=check_blocks,
     )
 
 
 def _like(args):
     from nnssl_plugin.checkpoints.adaptation.like import plan_like
     from nnssl_plugin.checkpoints.sources.source import read_source
+    from nnssl_plugin.cli.plan_blocks import check_blocks
 
     source = read_source(args.like, mapping=args.mapping)
     return plan_like(
@@ -90,4 +98,5 @@ def _like(args):
         presets=args.preset,
         assignments=args.assignments,
         overwrite=args.overwrite,
+        check_blocks=check_blocks,
     )

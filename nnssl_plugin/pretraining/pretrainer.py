@@ -28,9 +28,8 @@ from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.pretraining.batches import open_batches
 from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_entry
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms
-from nnssl_plugin.pretraining.settings import TrainingSettings
+from nnssl_plugin.pretraining.settings import TrainingSettings, read_settings
 from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks, encode_in_chunks
-from nnssl_plugin.settings import settings_from
 from nnssl_plugin.training.distributed import any_rank, average_gradients, device_of_rank, gather_samples, wrapping_for
 from nnssl_plugin.training.epoch_log import EpochLog
 from nnssl_plugin.training.epoch_sums import EpochSums
@@ -71,13 +70,11 @@ class Pretrainer(PlannedNetworkTrainer):
         device: torch.device = DEFAULT_DEVICE,
     ):
         self.step = 0
-        block = dict(plans.get("pretraining", {}))
-        self.initial_weights = take_weights_entry(block)
-        self.continued_from: dict[str, Any] | None = None
-        self.method_settings = settings_from(
-            block.pop("method", {}), self.method_defaults, "pretraining.method of the plan"
+        self.training_settings, self.method_settings = read_settings(
+            plans, self.method, self.training_defaults, self.method_defaults
         )
-        self.training_settings = settings_from(block, self.training_defaults, "the plan's pretraining block")
+        self.initial_weights = take_weights_entry(dict(plans.get("pretraining", {})))
+        self.continued_from: dict[str, Any] | None = None
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:
             self.device = device_of_rank(device)

@@ -16,6 +16,7 @@ from nnssl_plugin.checkpoints.sources.source import Source
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.plan_edits import (
     Assignment,
+    BlockCheck,
     EditedPlan,
     asked_for,
     check_new_name,
@@ -57,6 +58,7 @@ def plan_like(
     presets: Sequence[str] = (),
     assignments: Sequence[str] = (),
     overwrite: bool = False,
+    check_blocks: BlockCheck | None = None,
 ) -> EditedPlan:
     """Write a plan for a preprocessed dataset with the network of a checkpoint.
 
@@ -75,6 +77,7 @@ def plan_like(
         presets: fragments of a plan, applied after what the checkpoint gives.
         assignments: ``key=value`` texts that are applied last.
         overwrite: replace an existing plan of this name that says something else.
+        check_blocks: as for ``plan_edits.write_edited_plan``.
 
     Returns:
         what was written; its notes say what was chosen where the checkpoint's values do not fit the dataset.
@@ -99,9 +102,8 @@ def plan_like(
     architecture = _architecture(source)
     patch, notes = _patch(source, architecture, resolved["patch_size"], shape)
     taken += network_assignments(configuration, architecture, patch)
-    written = write_changed_plan(
-        folder, plans, name, [*taken, *asked_for(plans, presets, assignments)], overwrite=overwrite
-    )
+    asked = [*taken, *asked_for(plans, presets, assignments)]
+    written = write_changed_plan(folder, plans, name, asked, overwrite=overwrite, check_blocks=check_blocks)
     return replace(written, notes=notes + _memory(plans, read_plan(folder, name), configuration, dataset_json))
 
 
