@@ -26,9 +26,8 @@ from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.pretraining.batches import open_batches
 from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_entry
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms
-from nnssl_plugin.pretraining.settings import TrainingSettings
+from nnssl_plugin.pretraining.settings import TrainingSettings, read_settings
 from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks, encode_in_chunks
-from nnssl_plugin.settings import settings_from
 from nnssl_plugin.training.distributed import average_gradients, gather_samples
 from nnssl_plugin.training.epoch_sums import EpochSums
 from nnssl_plugin.training.figures import draw_progress
@@ -64,13 +63,11 @@ class Pretrainer(ResumableTrainer):
         dataset_json: dict,
         device: torch.device = DEFAULT_DEVICE,
     ):
-        block = dict(plans.get("pretraining", {}))
-        self.initial_weights = take_weights_entry(block)
-        self.continued_from: dict[str, Any] | None = None
-        self.method_settings = settings_from(
-            block.pop("method", {}), self.method_defaults, "pretraining.method of the plan"
+        self.training_settings, self.method_settings = read_settings(
+            plans, self.method, self.training_defaults, self.method_defaults
         )
-        self.training_settings = settings_from(block, self.training_defaults, "the plan's pretraining block")
+        self.initial_weights = take_weights_entry(dict(plans.get("pretraining", {})))
+        self.continued_from: dict[str, Any] | None = None
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.training_settings.epochs
         self.num_iterations_per_epoch = self.training_settings.iterations_per_epoch
