@@ -10,7 +10,7 @@ import numpy as np
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import atomic_path
 from nnssl_plugin.io.text import some
-from nnssl_plugin.nnunet.case_labels import MULTILABEL, Label, Target, read_table
+from nnssl_plugin.nnunet.case_labels import MULTILABEL, Label, Target, read_table, subject_of
 
 THRESHOLD = 0.5
 """From this probability on a class of a multi-label target counts as predicted."""
@@ -182,8 +182,13 @@ def read_predictions(
 
 
 def _own_labels(rows: Sequence[Mapping[str, str]], target: Target, path: Path) -> list[tuple[str, Label]]:
+    missing = [row["case"] for row in rows if target.is_missing(row["label"])]
+    if missing:
+        raise UserError(
+            f"{path}: no label for {some(missing)}.", "Fill it in, or name the table of labels with -ref FILE.csv."
+        )
     try:
-        return [(row.get("subject") or row["case"], target.parse(row["label"])) for row in rows]
+        return [(subject_of(row), target.parse(row["label"])) for row in rows]
     except ValueError as error:
         raise UserError(
             f"{path}: {str(error)!r} is no class of {target.name} ({', '.join(target.classes)}).",

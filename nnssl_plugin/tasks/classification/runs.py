@@ -1,12 +1,14 @@
 """Where a classifier's predictions lie, and what they predict."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
-from nnssl_plugin.nnunet.case_labels import BLOCK, Label, Target, read_table, targets_from_block
+from nnssl_plugin.io.text import some
+from nnssl_plugin.nnunet.case_labels import BLOCK, Label, Target, read_table, subject_of, targets_from_block
 from nnssl_plugin.tasks.classification.predictions import Predictions, read_predictions
 
 
@@ -96,24 +98,29 @@ def read_tables(
 
 
 def read_references(path: str | Path, targets: Sequence[Target]) -> dict[str, dict[str, tuple[str, Label]]]:
-    """Target → case → (subject, label) of a table ``case,subject,TARGET…``; targets without a column are left out.
+    """Target → case → (subject, label) of a table ``case,subject,TARGET…``; targets without a column and cells
+    without a label are left out.
 
     A test set may hold one class only, which ``classification.csv`` of a training may not.
 
     Raises:
-        UserError: the table is malformed, has no column of a target, or a cell names no class.
+        UserError: the table is malformed, a case occurs twice, it has no column of a target, or a cell names no
+            class.
     """
     path = Path(path)
     rows = read_table(path)
+    twice = sorted(case for case, count in Counter(row["case"] for row in rows).items() if count > 1)
+    if twice:
+        raise UserError(f"{path}: cases occur more than once: {some(twice)}.", "Keep one row per case.")
     found: dict[str, dict[str, tuple[str, Label]]] = {}
     for target in targets:
         if target.name not in rows[0]:
             continue
         try:
             found[target.name] = {
-                row["case"]: (row.get("subject") or row["case"], target.parse(row[target.name]))
+                row["case"]: (subject_of(row), target.parse(row[target.name]))
                 for row in rows
-                if row[target.name]
+                if not target.is_missing(row[target.name])
             }
         except ValueError as error:
             raise UserError(
@@ -131,8 +138,5 @@ def read_references(path: str | Path, targets: Sequence[Target]) -> dict[str, di
 def _block(path: Path) -> Any:
     if path.suffix != ".json" or not path.is_file():
         return None
-    try:
-        content = read_json(path)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.", "Restore it.") from error
+    content = read_json(path)
     return content.get(BLOCK) if isinstance(content, dict) else None
