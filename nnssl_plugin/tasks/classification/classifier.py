@@ -66,7 +66,7 @@ class Classifier(nn.Module):
         """Parameters of what is not the planned network: heads, and the attention over windows."""
         return [*self.windows.parameters(), *self.heads.parameters()]
 
-    def ask(self, x: Tensor) -> dict[str, Tensor]:
+    def logits(self, x: Tensor) -> dict[str, Tensor]:
         """:meth:`forward` of images on any device, in nnU-Net's precision: mixed on CUDA, full elsewhere."""
         device = next(self.parameters()).device
         with torch.autocast("cuda") if device.type == "cuda" else nullcontext():

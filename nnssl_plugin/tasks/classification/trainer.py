@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import asdict, fields, replace
 from functools import partial
-from os.path import isfile, join
+from os.path import join
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from nnssl_plugin.tasks.classification.batches import (
     repeatable,
     sampling_weights,
 )
+from nnssl_plugin.tasks.classification.checkpoints import BEST, FILES, FINAL, VALIDATION
 from nnssl_plugin.tasks.classification.classifier import Classifier
 from nnssl_plugin.tasks.classification.labelled_cases import cases_of_fold, frequencies, loss_weights, read_labels
 from nnssl_plugin.tasks.classification.losses import joint_loss, joint_probabilities
@@ -50,7 +51,6 @@ from nnssl_plugin.training.figures import Panel, draw_progress
 from nnssl_plugin.training.interruption import TO_BE_CONTINUED, Interruption
 from nnssl_plugin.training.planned_network import DEFAULT_DEVICE, PlannedNetworkTrainer
 
-BEST = "checkpoint_best.pth"
 DROPOUT = 2
 """Stream of randomness beside those of the batches."""
 SECONDS_BETWEEN_SAVES = 60
@@ -67,8 +67,8 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
     """The encoder of the plan's network with a head on its pooled stages.
 
     Settings come from the plan's blocks ``classification`` (what is seen and learned) and ``finetuning`` (weights, and
-    what moves when); without the second, training starts from scratch. The best epoch by validation AUROC is kept as
-    ``checkpoint_best.pth`` and predicts the validation cases.
+    what moves when); without the second, training starts from scratch. The validation cases are predicted by the
+    final checkpoint; ``checkpoint_best.pth`` is the epoch of the highest AUROC on them.
 
     Raises:
         UserError: when a block or the class labels cannot be used, for a cascade, or with several ranks.
@@ -102,6 +102,8 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         self.enable_deep_supervision = False
         self.step = 0
         self.epoch_losses: list[float] = []
+        self.loaded = FINAL
+        """Kind of checkpoint whose weights the network has once it is not trained further."""
         self.best: tuple[float, float] | None = None
         self.interruption = Interruption()
         self.log = EpochLog(self.logger)
@@ -216,6 +218,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
             report = load_planned_weights(self.network.backbone.network, path, plans_name=self.plans_manager.plans_name)
             self.print_to_log_file(f"Loaded pretrained weights from {path}\n{report.table()}", add_timestamp=False)
         super().on_train_start()
+        self.loaded = FINAL
         self.interruption.watch()
 
     def on_epoch_start(self) -> None:
@@ -248,7 +251,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         self.validation = ClassValidation(self.targets, self.labels.subjects)
 
     def validation_step(self, batch: dict) -> dict:
-        logits = self.network.ask(batch["data"])
+        logits = self.network.logits(batch["data"])
         labels = [label.to(self.device) for label in batch["target"]]
         self.validation.add(
             batch["case"], joint_probabilities(logits, self.targets), batch["target"], loss=self.loss(logits, labels)
@@ -256,7 +259,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         return {}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        for name, value in self.validation.measures().items():
+        for name, value in self.validation.metrics().items():
             self._log_value(name, value)
 
     def on_epoch_end(self) -> None:
@@ -283,7 +286,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         if self.best is None or score > self.best:
             self.best = score
             self.print_to_log_file(f"Best epoch so far: {self.current_epoch}")
-            self.save_checkpoint(join(self.output_folder, BEST))
+            self.save_checkpoint(join(self.output_folder, FILES[BEST]))
 
     def on_train_end(self) -> None:
         self.interruption.release()
@@ -303,11 +306,12 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
 
     @torch.no_grad()
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Predict the validation cases with the best checkpoint; write predictions, summary and figures."""
-        best = join(self.output_folder, BEST)
-        if isfile(best) and not self.disable_checkpointing:
-            self._load_weights(read_checkpoint(best, device=self.device)["network_weights"])
-            self.print_to_log_file(f"Validating {best}")
+        """Predict the validation cases with the weights that are loaded; write predictions, summary and figures.
+
+        These are the final ones; with nnU-Net's ``--val_best`` those of the best epoch, which these cases chose: they
+        get a folder of their own, whose every table says so.
+        """
+        self.print_to_log_file(f"Validating with the {self.loaded} checkpoint")
         cases = ClassCases(
             self.preprocessed_dataset_folder, self.do_split()[1], labels=self.labels, targets=self.targets
         )
@@ -315,7 +319,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         batches = ValidationBatches(cases, self._inputs(), batch_size=1)
         for number in range(len(batches)):
             self.validation_step(batches[number])
-        for line in self.validation.write(Path(self.output_folder, "validation")):
+        for line in self.validation.write(Path(self.output_folder, VALIDATION[self.loaded]), checkpoint=self.loaded):
             self.print_to_log_file(line)
 
     # ------------------------------------------------------------------ checkpoints
@@ -356,6 +360,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
             checkpoint = read_checkpoint(filename_or_checkpoint, device=self.device)
         if BLOCK not in checkpoint:
             raise UserError("The checkpoint holds no classifier to continue.", "Start without --c.")
+        self.loaded = BEST if str(filename_or_checkpoint).endswith(FILES[BEST]) else FINAL
         state = checkpoint[BLOCK]
         self._load_weights(checkpoint["network_weights"])
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
