@@ -73,7 +73,7 @@ def read_triplets(raw_folder: Path) -> dict[str, Triplet]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: no slices have been chosen and described.", _remedy(raw_folder))
     triplets: dict[str, Triplet] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         triplet = _parse_line(line, where=f"{path}, line {number}")
@@ -159,6 +159,15 @@ def write_embeddings(raw_folder: Path, embeddings: Embeddings) -> Path:
             **place,
         )
     return path
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file; ``str.splitlines`` would also end one at U+2028 or U+0085, which a text may hold."""
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            return list(stream)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).", "Save it as UTF-8.") from error
 
 
 def _parse_line(line: str, *, where: str) -> Triplet:

@@ -150,3 +150,19 @@ def test_reading_needs_neither_open_clip_nor_torch():
     heavy = "{'open_clip', 'torch', 'SimpleITK'}"
     code = f"import sys, nnssl_plugin.data.triplets; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r\n", "\n"])
+def test_a_text_with_any_character_is_read_again(folder, inside):
+    triplet = replace(ONE, text=f"left{inside}right")
+    write_triplets(folder, [triplet, TWO])
+    assert list(read_triplets(folder).values()) == [triplet, TWO]
+
+
+def test_a_byte_order_mark_is_skipped_and_latin_1_is_told(folder):
+    path = write_triplets(folder, [ONE])
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert read_triplets(folder) == {"a": ONE}
+    path.write_bytes(path.read_text(encoding="utf-8-sig").encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_triplets(folder)

@@ -7,7 +7,7 @@ and go on with the same weights, bit for bit on a CPU.
 import time
 from dataclasses import asdict, fields, replace
 from functools import partial
-from os.path import isfile, join
+from os.path import join
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch.distributed as dist
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor
 
-from nnssl_plugin.checkpoints.format.files import read_checkpoint
 from nnssl_plugin.data.batches import BatchStream
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.finetuning.parameter_groups import rest_at_test_mode
@@ -32,6 +31,7 @@ from nnssl_plugin.tasks.classification.batches import (
     repeatable,
     sampling_weights,
 )
+from nnssl_plugin.tasks.classification.checkpoints import BEST, FILES, FINAL, VALIDATION
 from nnssl_plugin.tasks.classification.classifier import Classifier
 from nnssl_plugin.tasks.classification.labelled_cases import cases_of_fold, frequencies, loss_weights, read_labels
 from nnssl_plugin.tasks.classification.losses import joint_loss, joint_probabilities
@@ -47,7 +47,7 @@ from nnssl_plugin.tasks.classification.settings import (
 from nnssl_plugin.tasks.classification.validation import ClassValidation
 from nnssl_plugin.training.figures import Panel, draw_progress
 from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
-from nnssl_plugin.training.resumable import BEST, ResumableTrainer
+from nnssl_plugin.training.resumable import ResumableTrainer
 
 DROPOUT = 2
 """Stream of randomness beside those of the batches."""
@@ -63,8 +63,8 @@ class PretrainedClassificationTrainer(ResumableTrainer):
     """The encoder of the plan's network with a head on its pooled stages.
 
     Settings come from the plan's blocks ``classification`` (what is seen and learned) and ``finetuning`` (weights, and
-    what moves when); without the second, training starts from scratch. The best epoch by validation AUROC is kept as
-    ``checkpoint_best.pth`` and predicts the validation cases.
+    what moves when); without the second, training starts from scratch. The validation cases are predicted by the
+    final checkpoint; ``checkpoint_best.pth`` is the epoch of the highest AUROC on them.
 
     Raises:
         UserError: when a block or the class labels cannot be used, for a cascade, or with several ranks.
@@ -96,6 +96,8 @@ class PretrainedClassificationTrainer(ResumableTrainer):
         self.seed = SEED if finetuning.seed is None else finetuning.seed
         self.num_epochs = self.settings.epochs or finetuning.epochs or EPOCHS
         self.enable_deep_supervision = False
+        self.loaded = FINAL
+        """Kind of checkpoint whose weights the network has once it is not trained further."""
         self.best: tuple[float, float] | None = None
 
     # ------------------------------------------------------------------ building
@@ -209,6 +211,7 @@ class PretrainedClassificationTrainer(ResumableTrainer):
             report = load_planned_weights(self.network.backbone.network, path, plans_name=self.plans_manager.plans_name)
             self.print_to_log_file(f"Loaded pretrained weights from {path}\n{report.table()}", add_timestamp=False)
         super().on_train_start()
+        self.loaded = FINAL
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -230,7 +233,7 @@ class PretrainedClassificationTrainer(ResumableTrainer):
         self.validation = ClassValidation(self.targets, self.labels.subjects)
 
     def validation_step(self, batch: dict) -> dict:
-        logits = self.network.ask(batch["data"])
+        logits = self.network.logits(batch["data"])
         labels = [label.to(self.device) for label in batch["target"]]
         self.validation.add(
             batch["case"], joint_probabilities(logits, self.targets), batch["target"], loss=self.loss(logits, labels)
@@ -238,7 +241,7 @@ class PretrainedClassificationTrainer(ResumableTrainer):
         return {}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        for name, value in self.validation.measures().items():
+        for name, value in self.validation.metrics().items():
             self._log_value(name, value)
 
     def on_epoch_end(self) -> None:
@@ -261,15 +264,16 @@ class PretrainedClassificationTrainer(ResumableTrainer):
         if self.best is None or score > self.best:
             self.best = score
             self.print_to_log_file(f"Best epoch so far: {self.current_epoch}")
-            self.save_checkpoint(join(self.output_folder, BEST))
+            self.save_checkpoint(join(self.output_folder, FILES[BEST]))
 
     @torch.no_grad()
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Predict the validation cases with the best checkpoint; write predictions, summary and figures."""
-        best = join(self.output_folder, BEST)
-        if isfile(best) and not self.disable_checkpointing:
-            self.load_weights(self.network, read_checkpoint(best, device=self.device)["network_weights"])
-            self.print_to_log_file(f"Validating {best}")
+        """Predict the validation cases with the weights that are loaded; write predictions, summary and figures.
+
+        These are the final ones; with nnU-Net's ``--val_best`` those of the best epoch, which these cases chose: they
+        get a folder of their own, whose every table says so.
+        """
+        self.print_to_log_file(f"Validating with the {self.loaded} checkpoint")
         cases = ClassCases(
             self.preprocessed_dataset_folder, self.do_split()[1], labels=self.labels, targets=self.targets
         )
@@ -277,7 +281,7 @@ class PretrainedClassificationTrainer(ResumableTrainer):
         batches = ValidationBatches(cases, self._inputs(), batch_size=1)
         for number in range(len(batches)):
             self.validation_step(batches[number])
-        for line in self.validation.write(Path(self.output_folder, "validation")):
+        for line in self.validation.write(Path(self.output_folder, VALIDATION[self.loaded]), checkpoint=self.loaded):
             self.print_to_log_file(line)
 
     # ------------------------------------------------------------------ checkpoints
@@ -295,6 +299,10 @@ class PretrainedClassificationTrainer(ResumableTrainer):
                 "best": self.best,
             }
         }
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        self.loaded = BEST if str(filename_or_checkpoint).endswith(FILES[BEST]) else FINAL
 
     def check_is_resumable(self, checkpoint: dict[str, Any]) -> None:
         if BLOCK not in checkpoint:
