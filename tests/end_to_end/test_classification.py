@@ -5,23 +5,21 @@ both datasets; tests append to it what comes after.
 """
 
 import csv
-import subprocess
 from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from in_process import command
 from nnunetv2.run.run_training import run_training
 from skimage import io
 
 from nnssl_plugin.checkpoints.format.files import save_checkpoint
-from nnssl_plugin.cli.env import search_path
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.nnunet.case_labels import ClassLabels, Target, write_class_labels
 from nnssl_plugin.nnunet.plans import build_network
-from nnssl_plugin.quickstart.commands import environment_for
 from nnssl_plugin.tasks.classification.folds import check_splits, make_class_splits
 from nnssl_plugin.tasks.classification.loading import load_classifier
 
@@ -99,18 +97,6 @@ def solid_labels():
             "signs": {case: tuple(k for k, has in enumerate((bright[case], dark[case])) if has) for case in bright},
         },
     )
-
-
-def command(root, *words):
-    """One of nnU-Net's commands on these folders; what it printed."""
-    environment = environment_for(root, search_path())
-    if words[0] == "nnUNetv2_train":
-        environment["nnUNet_n_proc_DA"] = "0"  # planning fails on it
-    finished = subprocess.run(
-        words, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    return finished.stdout
 
 
 def dataset(root, number, name, labels, blobs_of, *, configuration, shape, ending, settings):

@@ -4,7 +4,6 @@ One channel is pretrained; two channels with one more class are fine-tuned.
 """
 
 import re
-import subprocess
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -13,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from fake_dataset import NAME, write_fake_dataset
+from in_process import command
 from small_swin import ARGUMENTS
 
-from nnssl_plugin.cli.env import search_path
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.methods.med3dinsight.trainer import Med3DInsightPretrainer
-from nnssl_plugin.quickstart.commands import environment_for
 
 pytestmark = pytest.mark.slow
 
@@ -87,9 +85,9 @@ def walked(tmp_path_factory):
         "1",
         "--disable_tta",
         "-npp",
-        "1",
+        "0",
         "-nps",
-        "1",
+        "0",
     )
     return SimpleNamespace(source=source, target=target, checkpoint=checkpoint, printed=printed)
 
@@ -160,16 +158,6 @@ def write_target(root):
 def write_image(path, values_zyx):
     path.parent.mkdir(exist_ok=True)
     nibabel.save(nibabel.Nifti1Image(values_zyx.T, np.eye(4)), path)
-
-
-def command(root, *words):
-    """One of nnU-Net's commands on these folders; what it printed."""
-    environment = environment_for(root, search_path()) | {"nnUNet_n_proc_DA": "0"}
-    finished = subprocess.run(
-        words, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    return finished.stdout
 
 
 def weights_of(path):
