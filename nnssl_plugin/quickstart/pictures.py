@@ -1,4 +1,4 @@
-"""The report's pictures: curves, slices with captions, contours, Dice per case, seconds per step."""
+"""Draws the report's pictures: curves, slices with captions, contours, Dice per case, seconds per step."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -139,7 +139,7 @@ def draw_captions(slices: Sequence[tuple[str, Path, int, int]], path: Path) -> N
 
 
 def draw_times(seconds: Mapping[str, float], path: Path) -> None:
-    """Seconds per step as bars, in the order of the road from top to bottom."""
+    """Seconds per step as bars, in the order of the pipeline from top to bottom."""
     figure, (axis,) = _axes(1, 1, width=8, height=0.6 + 0.26 * len(seconds))
     places = range(len(seconds))
     bars = axis.barh(places, list(seconds.values()), color="#56B4E9")
