@@ -1,5 +1,6 @@
-"""Pictures of volumes: titled images beside each other, grey, coloured, or with values and a mark over them."""
+"""Draws volumes as titled images beside each other: grey, coloured, or with values and a mark over them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,32 +34,85 @@ HEAT = "PuOr"
 """Colours of values in [-1, 1]: purple and orange, which colour-blind readers tell apart."""
 
 
-def draw_pictures(images: list[tuple[str, Tensor | Overlay | Colours]], path: str | Path) -> None:
+INCHES = 3.0
+"""Longest side of a slice; all slices of a file have one scale."""
+SMALLEST = 0.5
+"""Inches that a thin slice is given at least."""
+
+
+def draw_pictures(
+    images: list[tuple[str, Tensor | Overlay | Colours]],
+    path: str | Path,
+    *,
+    spacing: Sequence[float] | None = None,
+    letters: Sequence[str] | None = None,
+) -> None:
     """Titled images beside each other: the three central slices of a volume (D, H, W), or the image (H, W) itself.
 
     All show the same slices: those through the first mark, where an image has one. Grey values share the intensity
-    range of the first, so that they can be compared.
+    range of the first, so that they can be compared. The patient's right is on the left, as radiologists see it.
+
+    Args:
+        images: title and picture.
+        path: the PNG to write.
+        spacing: mm per voxel along each axis; ``None`` for cubic voxels.
+        letters: where each axis begins and ends, such as ``("IS", "PA", "LR")``; ``None`` where it is not known.
     """
     plt = pyplot()
     shown = [(title, _Shown(image)) for title, image in images]
-    low, high = np.nanpercentile(shown[0][1].image, (0.5, 99.5))
-    grey = {"cmap": "gray", "vmin": low, "vmax": high if high > low else None}
     size = shown[0][1].size
+    spacing = [1.0] * len(size) if spacing is None else list(spacing)
     mark = next((each.mark for _, each in shown if each.mark is not None), None)
     point = [extent // 2 for extent in size] if mark is None else [round(place) for place in mark]
     cuts = [{axis: point[axis]} for axis in range(3)] if len(size) == 3 else [{}]
-    bar = 0.9 if any(each.values is not None for _, each in shown) else 0.03  # inches on the right
-    width, height = 3 * len(shown) + bar, 3 * len(cuts) + 0.3
-    figure, axes = plt.subplots(len(cuts), len(shown), figsize=(width, height), squeeze=False)
-    figure.subplots_adjust(0.01, 0.01, 1 - bar / width, 1 - 0.3 / height, hspace=0.03, wspace=0.03)
-    for column, (title, each) in enumerate(shown):
-        axes[0, column].set_title(title)
-        for row, cut in enumerate(cuts):
-            drawn = each.draw(axes[row, column], cut, grey)
-            axes[row, column].axis("off")
-        if each.values is not None:
-            figure.colorbar(drawn, cax=figure.add_axes((1 - 0.75 / width, 0.15, 0.15 / width, 0.7)))
+    axes_of_cuts = [[axis for axis in range(len(size)) if axis not in cut] for cut in cuts]
+    sides = [[size[axis] * spacing[axis] for axis in axes] for axes in axes_of_cuts]  # mm: up, across
+    scale = INCHES / max(max(pair) for pair in sides)
+    heights = [max(SMALLEST, up * scale) for up, _ in sides]
+    column = max(SMALLEST, max(across for _, across in sides) * scale)
+    left, below, above, gap = (0.3, 0.28, 0.3, 0.08) if letters else (0.03, 0.03, 0.3, 0.08)
+    bar = 0.9 if any(each.values is not None for _, each in shown) else 0.05  # inches on the right
+    width = left + len(shown) * column + (len(shown) - 1) * gap + bar
+    height = above + sum(heights) + len(heights) * below
+    grey = _grey(shown[0][1].image)
+    figure = plt.figure(figsize=(width, height))
+    bottom = height - above
+    for row, (cut, axes) in enumerate(zip(cuts, axes_of_cuts, strict=True)):
+        bottom -= heights[row]
+        for number, (title, each) in enumerate(shown):
+            start = left + number * (column + gap)
+            panel = figure.add_axes((start / width, bottom / height, column / width, heights[row] / height))
+            drawn = each.draw(panel, cut, grey, aspect=spacing[axes[0]] / spacing[axes[1]])
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+            if row == 0:
+                panel.set_title(title, fontsize="medium")
+            if letters:
+                _orient(panel, letters[axes[0]], letters[axes[1]], labelled=number == 0)
+            if row == 0 and each.values is not None:
+                figure.colorbar(drawn, cax=figure.add_axes((1 - 0.75 / width, 0.15, 0.15 / width, 0.7)))
+        bottom -= below
     save_figure(figure, path)
+
+
+def _grey(image: np.ndarray) -> dict:
+    """How grey values are drawn: the intensity range of an image, outliers and what is not finite left out."""
+    finite = image[np.isfinite(image)]
+    low, high = np.percentile(finite, (0.5, 99.5)) if finite.size else (0.0, 1.0)
+    return {"cmap": "gray", "vmin": low, "vmax": high if high > low else low + 1}
+
+
+def _orient(panel, up: str, across: str, *, labelled: bool) -> None:
+    """Right on the left, head at the top, face at the top or on the right; and letters that say so."""
+    if across == "LR":
+        panel.invert_xaxis()
+        across = "RL"
+    if up in ("SI", "AP"):
+        panel.invert_yaxis()
+        up = up[::-1]
+    if labelled:
+        panel.set_xlabel(" – ".join(across), fontsize="small", labelpad=3)
+        panel.set_ylabel(" – ".join(up), fontsize="small", labelpad=3)
 
 
 class _Shown:
@@ -73,11 +127,12 @@ class _Shown:
         self.values = None if values is None else _array(values)
         self.mark = None if self.coloured else picture.mark
 
-    def draw(self, axis, cut: dict[int, int], grey: dict):
+    def draw(self, axis, cut: dict[int, int], grey: dict, *, aspect: float):
         """Draw the slice ``cut`` (axis → index) of this picture, and return what was drawn last."""
-        drawn = axis.imshow(_cut(self.image, cut), origin="lower", **({} if self.coloured else grey))
+        look = {"origin": "lower", "aspect": aspect, "interpolation": "nearest"}
+        drawn = axis.imshow(_cut(self.image, cut), **look, **({} if self.coloured else grey))
         if self.values is not None:
-            drawn = axis.imshow(_cut(self.values, cut), origin="lower", cmap=HEAT, vmin=-1, vmax=1, alpha=0.6)
+            drawn = axis.imshow(_cut(self.values, cut), **look, cmap=HEAT, vmin=-1, vmax=1, alpha=0.6)
         if self.mark is not None:
             y, x = (place for number, place in enumerate(self.mark) if number not in cut)
             axis.plot(x, y, "o", markersize=8, markerfacecolor="none", markeredgecolor="black", markeredgewidth=4)
