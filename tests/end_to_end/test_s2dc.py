@@ -24,7 +24,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """nnU-Net's folders after the whole road."""
+    """nnU-Net's folders after all commands."""
     root = tmp_path_factory.mktemp("s2dc")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
