@@ -1,7 +1,7 @@
 """Classification through nnU-Net's commands: plan, preprocess, train folds, validate; 2D and 3D, every kind of target.
 
-The images are generated: a body in which bright and dark blobs say what the classes are. ``trained`` trains both folds of
-both datasets; tests append to it what comes after.
+The images are generated: a body in which bright and dark blobs say what the classes are. ``trained`` trains both
+folds of both datasets; tests append to it what comes after.
 """
 
 import csv
