@@ -56,12 +56,14 @@ def draw_pictures(
         images: title and picture.
         path: the PNG to write.
         spacing: mm per voxel along each axis; ``None`` for cubic voxels.
-        letters: where each axis begins and ends, such as ``("IS", "PA", "LR")``; ``None`` where it is not known.
+        letters: where each axis begins and ends, such as ``("IS", "PA", "LR")``; ``None`` where it is not known. An
+            image (H, W) takes the last two, as nnU-Net's 2D slices do.
     """
     plt = pyplot()
     shown = [(title, _Shown(image)) for title, image in images]
     size = shown[0][1].size
-    spacing = [1.0] * len(size) if spacing is None else list(spacing)
+    spacing = [1.0] * len(size) if spacing is None else list(spacing)[-len(size) :]
+    letters = None if letters is None else list(letters)[-len(size) :]
     mark = next((each.mark for _, each in shown if each.mark is not None), None)
     point = [extent // 2 for extent in size] if mark is None else [round(place) for place in mark]
     cuts = [{axis: point[axis]} for axis in range(3)] if len(size) == 3 else [{}]

@@ -80,8 +80,9 @@ def test_voxels_keep_their_aspect_and_slices_have_one_scale(tmp_path, spacing, l
 def test_an_image_keeps_its_aspect(tmp_path):
     red = torch.zeros(10, 10, 3)
     red[..., 0] = 1
-    ((height, width),) = red_boxes(drawn([("a", Colours(red))], tmp_path, spacing=(1, 2)))
-    assert height == pytest.approx(width / 2, abs=2)
+    for how in ({}, {"letters": ("IS", "PA", "LR")}):
+        ((height, width),) = red_boxes(drawn([("a", Colours(red))], tmp_path, spacing=(1, 2), **how))
+        assert height == pytest.approx(width / 2, abs=2)
 
 
 @pytest.mark.parametrize(
