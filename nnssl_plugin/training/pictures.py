@@ -59,42 +59,71 @@ def draw_pictures(
         letters: where each axis begins and ends, such as ``("IS", "PA", "LR")``; ``None`` where it is not known. An
             image (H, W) takes the last two, as nnU-Net's 2D slices do.
     """
-    plt = pyplot()
     shown = [(title, _Shown(image)) for title, image in images]
     size = shown[0][1].size
     spacing = [1.0] * len(size) if spacing is None else list(spacing)[-len(size) :]
-    letters = None if letters is None else list(letters)[-len(size) :]
     mark = next((each.mark for _, each in shown if each.mark is not None), None)
     point = [extent // 2 for extent in size] if mark is None else [round(place) for place in mark]
     cuts = [{axis: point[axis]} for axis in range(3)] if len(size) == 3 else [{}]
-    axes_of_cuts = [[axis for axis in range(len(size)) if axis not in cut] for cut in cuts]
-    sides = [[size[axis] * spacing[axis] for axis in axes] for axes in axes_of_cuts]  # mm: up, across
-    scale = INCHES / max(max(pair) for pair in sides)
-    heights = [max(SMALLEST, up * scale) for up, _ in sides]
-    column = max(SMALLEST, max(across for _, across in sides) * scale)
-    left, below, above, gap = (0.3, 0.28, 0.3, 0.08) if letters else (0.03, 0.03, 0.3, 0.08)
-    bar = 0.9 if any(each.values is not None for _, each in shown) else 0.05  # inches on the right
-    width = left + len(shown) * column + (len(shown) - 1) * gap + bar
-    height = above + sum(heights) + len(heights) * below
+    axes = [[axis for axis in range(len(size)) if axis not in cut] for cut in cuts]  # up, across
+    page = _Page(
+        [[size[axis] * spacing[axis] for axis in pair] for pair in axes],
+        columns=len(shown),
+        letters=letters is not None,
+        bar=any(each.values is not None for _, each in shown),
+    )
     grey = _grey(shown[0][1].image)
-    figure = plt.figure(figsize=(width, height))
-    bottom = height - above
-    for row, (cut, axes) in enumerate(zip(cuts, axes_of_cuts, strict=True)):
-        bottom -= heights[row]
-        for number, (title, each) in enumerate(shown):
-            start = left + number * (column + gap)
-            panel = figure.add_axes((start / width, bottom / height, column / width, heights[row] / height))
-            drawn = each.draw(panel, cut, grey, aspect=spacing[axes[0]] / spacing[axes[1]])
-            panel.set(xticks=[], yticks=[])
-            panel.spines[:].set_visible(False)
+    for row, (cut, (up, across)) in enumerate(zip(cuts, axes, strict=True)):
+        for column, (title, each) in enumerate(shown):
+            panel = page.panel(row, column)
+            drawn = each.draw(panel, cut, grey, aspect=spacing[up] / spacing[across])
             if row == 0:
                 panel.set_title(title, fontsize="medium")
-            if letters:
-                _orient(panel, letters[axes[0]], letters[axes[1]], labelled=number == 0)
+            if letters is not None:
+                ends = letters[-len(size) :]
+                _orient(panel, ends[up], ends[across], labelled=column == 0)
             if row == 0 and each.values is not None:
-                figure.colorbar(drawn, cax=figure.add_axes((1 - 0.75 / width, 0.15, 0.15 / width, 0.7)))
-        bottom -= below
-    save_figure(figure, path)
+                page.figure.colorbar(drawn, cax=page.bar())
+    save_figure(page.figure, path)
+
+
+class _Page:
+    """A figure on which all slices have one scale. Lengths are in inches.
+
+    Args:
+        sides: height and width in mm of the slices of each row.
+        columns: slices in a row.
+        letters: whether there is room for letters on the left and below.
+        bar: whether there is room for a colour bar on the right.
+    """
+
+    GAP, TITLE, BAR = 0.08, 0.3, 0.9
+
+    def __init__(self, sides: Sequence[Sequence[float]], *, columns: int, letters: bool, bar: bool):
+        scale = INCHES / max(max(pair) for pair in sides)
+        self.heights = [max(SMALLEST, up * scale) for up, _ in sides]
+        self.column = max(SMALLEST, max(across for _, across in sides) * scale)
+        self.left, self.below = (0.3, 0.28) if letters else (0.03, 0.03)
+        right = self.BAR if bar else 0.05
+        self.width = self.left + columns * self.column + (columns - 1) * self.GAP + right
+        self.height = self.TITLE + sum(self.heights) + len(sides) * self.below
+        self.figure = pyplot().figure(figsize=(self.width, self.height))
+
+    def panel(self, row: int, column: int):
+        """The axes of a slice."""
+        start = self.left + column * (self.column + self.GAP)
+        bottom = self.height - self.TITLE - sum(self.heights[: row + 1]) - row * self.below
+        panel = self._axes(start, bottom, self.column, self.heights[row])
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+        return panel
+
+    def bar(self):
+        """The axes of a colour bar."""
+        return self._axes(self.width - 0.75, 0.15 * self.height, 0.15, 0.7 * self.height)
+
+    def _axes(self, left: float, bottom: float, width: float, height: float):
+        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
 
 
 def _grey(image: np.ndarray) -> dict:
