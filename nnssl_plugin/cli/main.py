@@ -23,7 +23,7 @@ VERBS = {
     "evaluate": "score segmentations or classifiers, compare runs case by case, and probe features",
     "classify": "classify images with a trained model, and show where it looked",
     "split": "folds by class and subject, and folds with fewer labels",
-    "quickstart": "walk the whole road in minutes, on phantoms or your scans, with a report",
+    "quickstart": "run the whole pipeline in minutes, on phantoms or your scans, with a report",
 }
 """Verb → one line of help. Each verb is a module of this package with ``add_arguments(parser)`` and ``run(args)``."""
 

@@ -23,6 +23,7 @@ from nnssl_plugin.data.batches import BatchStream, StepBatches
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.nnunet.planes import axis_letters
 from nnssl_plugin.pretraining.batches import open_batches
 from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_entry
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms
@@ -304,8 +305,10 @@ class Pretrainer(ResumableTrainer):
         return self.local_rank == 0 and (done % self.training_settings.figure_every == 0 or done == self.num_epochs)
 
     def _draw(self, views: dict[str, Tensor]) -> None:
+        letters = axis_letters(self.plans_manager.plans)
         for name, images in self.task.pictures(views).items():
-            draw_pictures(images, join(self.output_folder, "figures", f"{name}_epoch_{self.current_epoch:04d}.png"))
+            path = join(self.output_folder, "figures", f"{name}_epoch_{self.current_epoch:04d}.png")
+            draw_pictures(images, path, spacing=self.configuration_manager.spacing, letters=letters)
 
     # ------------------------------------------------------------------ ends
 

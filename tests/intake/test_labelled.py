@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import command
 from PIL import Image
 
 from nnssl_plugin.cli.main import main
@@ -216,27 +217,14 @@ def test_flags_that_do_not_make_a_whole_are_refused(raw, arguments, capsys):
 
 @pytest.mark.slow
 def test_2d_images_pass_planning_and_preprocessing(nnunet_environment, raw, source, table):
-    import subprocess
-
     rng = np.random.default_rng(0)
     rows = []
     for number in range(6):
         Image.fromarray(rng.integers(0, 255, (40, 48), dtype=np.uint8)).save(source / f"{number}.png")
         rows.append(f"{number}.png,{'ab'[number % 2]}")
     prepare(source, table("case,x", *rows))
-    command = [
-        "nnUNetv2_plan_and_preprocess",
-        "-d",
-        "501",
-        "-c",
-        "2d",
-        "--verify_dataset_integrity",
-        "-np",
-        "1",
-        "-npfp",
-        "1",
-    ]
-    subprocess.run(command, env=nnunet_environment, check=True, capture_output=True, timeout=300)
+    flags = ("-d", "501", "-c", "2d", "--verify_dataset_integrity", "-np", "1", "-npfp", "1")
+    command(raw.parent, "nnUNetv2_plan_and_preprocess", *flags)
     preprocessed = Path(nnunet_environment["nnUNet_preprocessed"]) / "Dataset501_Classes"
     assert len(list((preprocessed / "nnUNetPlans_2d").glob("*.pkl"))) == 6
     assert "classification" in read_json(preprocessed / "dataset.json")
