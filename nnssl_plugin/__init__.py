@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__", "adapt", "caption", "evaluate_segmentation", "inspect", "load_backbone", "prepare"]
 
-_FUNCTIONS = {
+FUNCTIONS = {
     "prepare": "nnssl_plugin.api.prepare",
     "caption": "nnssl_plugin.api.caption",
     "adapt": "nnssl_plugin.checkpoints.adaptation.finetuning_plan.adapt_checkpoint",
@@ -26,9 +26,9 @@ _FUNCTIONS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FUNCTIONS:
+    if name not in FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, function = _FUNCTIONS[name].rpartition(".")
+    module, _, function = FUNCTIONS[name].rpartition(".")
     globals()[name] = found = getattr(import_module(module), function)
     return found
 

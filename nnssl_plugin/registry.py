@@ -154,15 +154,15 @@ TASKS = {
 }
 """Name (also that of the task's folder) → task with a trainer."""
 
-RELATED_PAPERS = (
-    Paper(
+RELATED_PAPERS = {
+    "nnU-Net": Paper(
         title="nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation",
         authors=("Fabian Isensee", "Paul F. Jaeger", "Simon A. A. Kohl", "Jens Petersen", "Klaus H. Maier-Hein"),
         venue="Nature Methods",
         year=2021,
         doi="10.1038/s41592-020-01008-z",
     ),
-    Paper(
+    "BrainMVP": Paper(
         title="Multi-modal Vision Pre-training for Medical Image Analysis",
         authors=(
             "Shaohao Rui",
@@ -175,7 +175,7 @@ RELATED_PAPERS = (
         ),
         url="https://arxiv.org/abs/2410.10604",
     ),
-    Paper(
+    "M³Ret": Paper(
         title="M³Ret: Unleashing Zero-shot Multimodal Medical Image Retrieval via Self-Supervision",
         authors=(
             "Che Liu",
@@ -189,7 +189,7 @@ RELATED_PAPERS = (
         ),
         year=2025,
     ),
-    Paper(
+    "LVM-Med": Paper(
         title="LVM-Med: Learning Large-Scale Self-Supervised Vision Models for Medical Imaging via Second-order Graph "
         "Matching",
         authors=(
@@ -207,5 +207,5 @@ RELATED_PAPERS = (
             "Mathias Niepert",
         ),
     ),
-)
-"""Papers that ``CITATION.cff`` names beside those of the methods."""
+}
+"""What a paper is known by → a paper that ``CITATION.cff`` names beside those of the methods."""

@@ -37,7 +37,7 @@ def scans(save, source):
 def test_importing_the_package_imports_neither_torch_nor_nnunet():
     said = "import sys, nnssl_plugin; print(sorted({'torch', 'nnunetv2', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stdout == "[]\n"
-    assert {name for name in nnssl.__all__ if callable(getattr(nnssl, name))} == set(nnssl._FUNCTIONS)
+    assert {name for name in nnssl.__all__ if callable(getattr(nnssl, name))} == set(nnssl.FUNCTIONS)
     assert set(nnssl.__all__) <= set(dir(nnssl))
     with pytest.raises(AttributeError, match="no attribute 'pretrain'"):
         _ = nnssl.pretrain
