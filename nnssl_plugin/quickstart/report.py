@@ -182,7 +182,7 @@ def _reconstructions(folder: Path, drawn: Path) -> str:
 
 def _captions(folder: Path, drawn: Path) -> str:
     raw = folder / "nnUNet_raw" / PRETRAINING
-    triplets = list(read_triplets(raw).values())[:CAPTIONS_SHOWN]
+    triplets = read_triplets(raw)[:CAPTIONS_SHOWN]
     slices = []
     for number, triplet in enumerate(triplets, 1):
         image = raw / "imagesTr" / f"{triplet.case}_0000.nii.gz"

@@ -11,7 +11,8 @@ from nnssl_plugin.io.figures import pyplot, save_figure
 Panel = tuple[str, Callable[[str], bool]]
 """Title, and which logged series it shows."""
 SEPARATION = ("diagnostics/silhouette", "diagnostics/cosine_gap")
-ELSEWHERE = (*SEPARATION, "diagnostics/token_std")
+RETRIEVAL = "diagnostics/retrieval_"
+ELSEWHERE = (*SEPARATION, RETRIEVAL, "diagnostics/token_std")
 """Diagnostics with a panel of another kind."""
 PANELS: tuple[Panel, ...] = (
     ("Loss (solid: training, dashed: validation)", lambda k: k in ("train_losses", "val_losses")),
@@ -21,6 +22,7 @@ PANELS: tuple[Panel, ...] = (
     ("Effective rank of the features", lambda k: k == "effective_rank"),
     ("Seconds per epoch", lambda k: k in ("seconds_waiting", "seconds_computing")),
     ("Diagnostics", lambda k: k.startswith("diagnostics/") and not k.startswith(ELSEWHERE)),
+    ("Retrieval; with another case or an empty volume it must stay at chance", lambda k: k.startswith(RETRIEVAL)),
     ("Structures told apart (by labels)", lambda k: k.startswith(SEPARATION)),
     ("Skipped steps", lambda k: k == "skipped_steps"),
     ("Peak memory (GiB)", lambda k: k == "peak_memory_gib"),

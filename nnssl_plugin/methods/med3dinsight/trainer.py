@@ -1,10 +1,11 @@
 """``nnUNetv2_train ID 3d_fullres all -tr Med3DInsightPretrainer``."""
 
+from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.methods.med3dinsight.objective import Med3DInsight
 from nnssl_plugin.methods.med3dinsight.settings import TRAINING, Settings
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.pretraining.batches import embedding_size
-from nnssl_plugin.pretraining.pretrainer import Pretrainer
+from nnssl_plugin.pretraining.batches import embedding_size, matching_notes
+from nnssl_plugin.pretraining.pretrainer import TRAIN, Pretrainer
 
 
 class Med3DInsightPretrainer(Pretrainer):
@@ -17,6 +18,14 @@ class Med3DInsightPretrainer(Pretrainer):
         "Chen, Q., Yao, X., Ye, H., Hong, Y.: Enhancing 3D Medical Image Understanding with Pretraining Aided by 2D "
         "Multimodal Large Language Models (Med3DInsight).",
     )
+
+    def _batches(self, cases: list[str], purpose: int) -> StepBatches:
+        batches = super()._batches(cases, purpose)
+        if purpose == TRAIN:
+            together = batches.batch_size * batches.ranks
+            for note in matching_notes(batches, self.plans_manager.dataset_name, batch_size=together):
+                self.print_to_log_file(note)
+        return batches
 
     def build_task(self, backbone: Backbone) -> Med3DInsight:
         return Med3DInsight(backbone, self.method_settings, embedding_size(self.plans_manager.dataset_name))
