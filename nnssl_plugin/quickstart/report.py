@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from nnssl_plugin.data.triplets import read_triplets
+from nnssl_plugin.data.triplets import by_case, read_triplets
 from nnssl_plugin.io.files import atomic_path
 from nnssl_plugin.nnunet.planes import stored_axis
 from nnssl_plugin.quickstart import pages, pictures
@@ -182,7 +182,7 @@ def _reconstructions(folder: Path, drawn: Path) -> str:
 
 def _captions(folder: Path, drawn: Path) -> str:
     raw = folder / "nnUNet_raw" / PRETRAINING
-    triplets = read_triplets(raw)[:CAPTIONS_SHOWN]
+    triplets = [slices[0] for slices in by_case(read_triplets(raw)).values()][:CAPTIONS_SHOWN]
     slices = []
     for number, triplet in enumerate(triplets, 1):
         image = raw / "imagesTr" / f"{triplet.case}_0000.nii.gz"

@@ -30,12 +30,13 @@ class Med3DInsight(PretextTask):
         backbone: the planned network; encoder and decoder are trained.
         settings: :class:`Settings`.
         embedding_dim: E of the image and text embeddings.
+        common: (2, E) mean of the dataset's image and of its text embeddings, for ``settings.centre``; None is 0.
     """
 
     needs = Needs(window="slice", placement="free", triplets=True, dimensions=(3,))
     trained_parts = ("encoder", "decoder")
 
-    def __init__(self, backbone: Backbone, settings: Settings, embedding_dim: int):
+    def __init__(self, backbone: Backbone, settings: Settings, embedding_dim: int, *, common: Tensor | None = None):
         super().__init__(backbone, settings)
         if settings.field_of_view == "resize":
             self.needs = replace(self.needs, window="whole")
@@ -48,7 +49,10 @@ class Med3DInsight(PretextTask):
             heads=settings.heads,
             mlp_ratio=settings.mlp_ratio,
             slice_bins=settings.slice_bins,
+            output=settings.output,
         )
+        common = common if settings.centre and common is not None else torch.zeros(2, embedding_dim)
+        self.register_buffer("common", common, persistent=False)  # a fact of the dataset, not of the training
         # M of the Mahalanobis distance, shared by images and texts; the identity starts at the Euclidean distance
         self.metric = nn.Parameter(torch.eye(embedding_dim))
 
@@ -61,8 +65,8 @@ class Med3DInsight(PretextTask):
             "available": batch["available"],
             "plane": batch["plane"],
             "position": batch["slice_position"],
-            "image_embedding": F.normalize(batch["image_embedding"].float(), dim=1),
-            "text_embedding": F.normalize(batch["text_embedding"].float(), dim=1),
+            "image_embedding": F.normalize(batch["image_embedding"].float() - self.common[0], dim=1),
+            "text_embedding": F.normalize(batch["text_embedding"].float() - self.common[1], dim=1),
         }
 
     def encode(self, views: Views) -> tuple[Views, Terms]:

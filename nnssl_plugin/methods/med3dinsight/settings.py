@@ -7,6 +7,7 @@ from nnssl_plugin.pretraining.settings import TrainingSettings
 
 FIELDS_OF_VIEW = ("window", "resize")
 CORRUPTIONS = ("mask", "none")
+OUTPUTS = ("residual", "attended")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Settings:
     """Hidden width of the MLP over ``dim``."""
     slice_bins: int = 128
     """Slice positions J of the plane-slice embedding; the relative position of a slice falls into one of them."""
+    output: str = "residual"
+    """``residual``: queries with all they have read; ``attended``: what they find in the volume alone, so that the
+    place, which they know, decides where is looked and is no part of what comes out."""
     mass: float = 0.9
     """Mass s that is transported, in (0, 1]; what is left unmatched is tolerance for wrong descriptions."""
     epsilon: float = 0.05
@@ -38,6 +42,10 @@ class Settings:
     field_of_view: str = "window"
     """``window``: crops at the plan's spacing that contain the slice, as nnU-Net's fine-tuning sees voxels (95.23 Dice
     in table VI(g)); ``resize``: the whole case resized to the patch, the paper's main setting (94.75)."""
+    centre: bool = True
+    """Take off what all slices have in common, and what all texts have, before volumes are matched with them: it tells
+    nothing apart and makes all distances alike (two slices of one random pair of encoders have a cosine of 0.7). False
+    is the paper's reading, which leaves it to the metric."""
     corruption: str = "mask"
     """``mask``: the encoder sees the volume with blocks set to 0; ``none``: the clean volume, the literal Eq. 3, and no
     skip connections in the reconstruction, which would copy it."""
@@ -62,6 +70,7 @@ class Settings:
         counts = ("queries", "layers", "heads", "mlp_ratio", "slice_bins", "iterations", "mask_block")
         return {name: getattr(self, name) >= 1 for name in counts} | {
             "dim": self.dim >= 6 and self.dim % 2 == 0 and self.dim % max(self.heads, 1) == 0,
+            "output": self.output in OUTPUTS,
             "mass": 0 < self.mass <= 1,
             "epsilon": self.epsilon > 0,
             "field_of_view": self.field_of_view in FIELDS_OF_VIEW,
