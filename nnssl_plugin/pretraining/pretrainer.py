@@ -242,8 +242,22 @@ class Pretrainer(ResumableTrainer):
         self._log_value("skipped_steps", float(self.sums.skipped))
         self._log_value("seconds_waiting", self.dataloader_train.waited)
         self._log_value("seconds_computing", seconds - self.dataloader_train.waited)
+        self._name_skipped_cases()
         self._stop_if_broken()
         self.sums.reset()
+
+    def _name_skipped_cases(self) -> None:
+        """Say which cases the first skipped step of the epoch had; reads its batch again."""
+        first = int(self.sums.first_skipped)
+        if first < 0:
+            return
+        step = self.current_epoch * self.training_settings.iterations_per_epoch + first
+        batches = self.dataloader_train.batches
+        finite = batches[step]["image"].flatten(1).isfinite().all(1).tolist()
+        broken = [case for case, fine in zip(batches.cases_of_step(step), finite, strict=True) if not fine]
+        cause = f"not finite in the image: {', '.join(broken)}" if broken else "their images are finite"
+        names = ", ".join(batches.cases_of_all_ranks(step))
+        self.print_to_log_file(f"WARNING: step {step} was the first to be skipped. Its cases: {names}; {cause}.")
 
     def _stop_if_broken(self) -> None:
         streak, limit = int(self.sums.longest_streak), self.training_settings.max_skipped_in_a_row

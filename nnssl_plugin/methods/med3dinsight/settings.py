@@ -28,6 +28,9 @@ class Settings:
     """Hidden width of the MLP over ``dim``."""
     slice_bins: Count = 128
     """Slice positions J of the plane-slice embedding; the relative position of a slice falls into one of them."""
+    output: Literal["residual", "attended"] = "residual"
+    """``residual``: queries with all they have read; ``attended``: what they find in the volume alone, so that the
+    place, which they know, decides where is looked and is no part of what comes out."""
     mass: Annotated[float, Range(gt=0, le=1)] = 0.9
     """Mass s that is transported, in (0, 1]; what is left unmatched is tolerance for wrong descriptions."""
     epsilon: Positive = 0.05
@@ -37,6 +40,10 @@ class Settings:
     field_of_view: Literal["window", "resize"] = "window"
     """``window``: crops at the plan's spacing that contain the slice, as nnU-Net's fine-tuning sees voxels (95.23 Dice
     in table VI(g)); ``resize``: the whole case resized to the patch, the paper's main setting (94.75)."""
+    centre: bool = True
+    """Take off what all slices have in common, and what all texts have, before volumes are matched with them: it tells
+    nothing apart and makes all distances alike (two slices of one random pair of encoders have a cosine of 0.7). False
+    is the paper's reading, which leaves it to the metric."""
     corruption: Literal["mask", "none"] = "mask"
     """``mask``: the encoder sees the volume with blocks set to 0; ``none``: the clean volume, the literal Eq. 3, and no
     skip connections in the reconstruction, which would copy it."""
