@@ -10,7 +10,7 @@ import pytest
 from nnssl_plugin.io.files import read_json
 from nnssl_plugin.pretraining.settings import TrainingSettings
 from nnssl_plugin.registry import METHODS
-from nnssl_plugin.settings import settings_from
+from nnssl_plugin.settings import assignment, settings_from
 
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
@@ -79,3 +79,27 @@ def test_the_paper_is_cited(name, repository):
 def test_the_page_is_in_the_index(name, repository):
     page = METHODS[name].docs.removeprefix("docs/")
     assert f"({page})" in (repository / "docs" / "README.md").read_text()
+
+
+ROW = re.compile(r"^\| `([a-z0-9-]+)` \| `([a-z0-9]+)` \| (.*?) ?\| .+ \|$", re.MULTILINE)
+
+
+def test_the_table_of_presets_says_what_each_sets(name, repository):
+    method, page = METHODS[name], (repository / "plans" / "README.md").read_text()
+    rows = {preset: sets for preset, of, sets in ROW.findall(page) if of == name}
+    assert rows == {preset: differences(preset, method, repository) for preset in method.presets}
+
+
+def differences(preset, method, repository):
+    """What a preset sets other than the method's defaults, as ``--set`` takes it."""
+    block = dict(read_json(repository / "plans" / f"{preset}.json")["pretraining"])
+    own = as_in_json(dataclasses.asdict(located(method.settings)()))
+    common = as_in_json(dataclasses.asdict(located(method.training)))
+    changed = {f"method.{key}": value for key, value in block.pop("method").items() if value != own[key]}
+    del block["method_name"]
+    changed = {key: value for key, value in block.items() if value != common[key]} | changed
+    return (
+        "`" + " ".join(assignment(key, value).replace("'", "") for key, value in changed.items()) + "`"
+        if changed
+        else ""
+    )

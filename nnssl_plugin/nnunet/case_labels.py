@@ -66,7 +66,7 @@ class Target:
 
     @property
     def outputs(self) -> int:
-        """Logits: K for multi-class (binary: 2) and multi-label, K − 1 cumulative ones for ordinal."""
+        """Logits: K for multi-class (binary: 2) and multi-label, K − 1 conditional ones for ordinal."""
         return len(self.classes) - (self.kind == ORDINAL)
 
     def parse(self, cell: str) -> Label:
