@@ -148,7 +148,7 @@ def build_network(
 
 def takes_deep_supervision(network_class: str) -> bool:
     """Whether a network class (dotted name) takes ``deep_supervision``: U-Nets do, Primus and SwinUNETR do not."""
-    located = pydoc.locate(network_class)
+    located: Any = pydoc.locate(network_class)
     return located is None or "deep_supervision" in inspect.signature(located).parameters
 
 
