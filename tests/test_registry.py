@@ -76,6 +76,11 @@ def test_the_paper_is_cited(name, repository):
     assert all(author.split()[-1] in citation for author in method.paper.authors)
 
 
+def test_the_trainer_is_in_the_reference_of_commands(name, repository):
+    page = (repository / "docs" / "reference" / "commands.md").read_text()
+    assert f"| `{METHODS[name].trainer.rpartition('.')[2]}` |" in page
+
+
 def test_the_page_is_in_the_index(name, repository):
     page = METHODS[name].docs.removeprefix("docs/")
     assert f"({page})" in (repository / "docs" / "README.md").read_text()
