@@ -259,6 +259,34 @@ def test_state_dict_holds_everything_that_is_learned():
     assert {"metric", "psat.queries", "psat.plane_slice"} <= set(task.state_dict())
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_embedding_of_the_batch_is_compared_under_its_own_name(seed):
+    """Images and texts differ in the batch, so that one in the place of the other changes its term."""
+    task = build()
+    batch = make_batch(seed=seed)
+    for name in ("image", "text"):
+        batch[f"{name}_embedding"] = 3 * batch[f"{name}_embedding"]  # the task normalises
+    views = views_of(task, batch)
+    outputs, _ = task.encode(views)
+    terms = task(views, 0.0)
+    for name in ("image", "text"):
+        own = batch[f"{name}_embedding"] / batch[f"{name}_embedding"].norm(dim=1, keepdim=True)
+        torch.testing.assert_close(views[f"{name}_embedding"], own)
+        torch.testing.assert_close(outputs[name], own)
+        expected = mpot_loss(outputs["volume"], own, task.metric, mass=0.9, epsilon=0.05, iterations=100)
+        torch.testing.assert_close(terms[f"mpot_{name}"], expected)
+    assert (terms["mpot_image"] - terms["mpot_text"]).abs() > 1e-3
+
+
+def test_retrieval_looks_for_the_target_of_each_volume_not_for_the_volume_of_each_target():
+    volume, target = torch.zeros(2, 3, EMBEDDING_DIM).unbind()
+    volume[:, 0] = torch.tensor([0.6, 0.2, 1.0])  # the nearest targets are 0, 0, 0
+    target[:, 0] = torch.tensor([0.7, 2.0, 1.4])  # the nearest volumes are 0, 2, 2
+    task = build()
+    assert task._retrieval(volume, target).item() == pytest.approx(1 / 3)
+    assert task._retrieval(target, volume).item() == pytest.approx(2 / 3)
+
+
 class Oracle(nn.Module):
     """In the transformer's place: gives each sample the embedding that is written into its tokens, or one by place."""
 
