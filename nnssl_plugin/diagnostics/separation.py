@@ -1,4 +1,4 @@
-"""How well the features of tokens tell structures apart: same-label tokens alike, different-label tokens apart.
+"""Separation of token features by label: the label of each token, cosine gap, and silhouette.
 
 Pan et al., "Structure-aware Semantic Discrepancy and Consistency for 3D Medical Image Self-supervised Learning",
 section 4.3 and figure 5. Measures for diagnostics and evaluation, not losses: tokens with a label below 0, or with

@@ -1,4 +1,4 @@
-"""Reading features, tokens and reconstructions out of the network that nnU-Net built from a plan."""
+"""The interface to planned networks: features, tokens and where they lie, reconstructions, trained parts."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from nnssl_plugin.networks.token_grid import TokenGrid
 
 
 class Backbone(nn.Module):
-    """One way to ask any planned network for features; methods never look inside a network.
+    """Features of any planned network by one interface; methods never look inside a network.
 
     Serves the networks of every family in ``networks/families``. Feature maps are ordered fine to coarse; the tokens of
     Primus are one map, at the stride of its patches. In SwinUNETR the stage of stride 1 is the image itself, which its

@@ -1,4 +1,4 @@
-"""Which patches of two views correspond, and the losses on them: Eqs. 2 to 8 of S2DC.
+"""Correspondence of the patches of two views, and the losses on it: Eqs. 2 to 8 of S2DC.
 
 Pan et al., "Structure-aware Semantic Discrepancy and Consistency for 3D Medical Image Self-supervised Learning".
 """

@@ -1,4 +1,4 @@
-"""What S2DC shows while it trains: which tokens resemble one of them, and what tells them apart (figures 1 and 6)."""
+"""Pictures of S2DC: similarity of all tokens with one of them, and their principal components (figures 1 and 6)."""
 
 import torch
 from torch import Tensor

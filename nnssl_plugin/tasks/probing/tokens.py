@@ -1,4 +1,4 @@
-"""Does pretraining tell structures apart? Tokens of labelled cases, from pretrained weights and from random ones.
+"""Separation of tokens by the labels of structures, with pretrained weights and with random ones.
 
 After figure 5 of Pan et al. (S2DC): the silhouette of token features by the label under each token. The weights are
 compared with the random initialisation of the same network on the same windows: before and after pretraining.
