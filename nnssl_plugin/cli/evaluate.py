@@ -104,6 +104,12 @@ def add_arguments(parser):
     kind.add_argument("-c", nargs="+", default=["3d_fullres"], metavar="CONFIG", help="default: 3d_fullres")
     kind.add_argument("-f", nargs="+", type=int, metavar="FOLD", help="folds to pool (default: all that are trained)")
     kind.add_argument("-o", metavar="DIR", help="folder of the results (not needed to pool the folds of one training)")
+    kind.add_argument(
+        "--checkpoint",
+        choices=("final", "best"),
+        default="final",
+        help="whose validations are pooled; the best epoch was chosen on the same cases (default: final)",
+    )
     kind.add_argument("-ref", metavar="FILE", help="table of true labels: case,subject,TARGET… (default: theirs)")
     kind.add_argument("-djfile", metavar="FILE", help="dataset.json with the targets (default: beside the runs)")
 
@@ -166,7 +172,9 @@ def _classification(args):
     from nnssl_plugin.tasks.classification.evaluation import class_table, evaluate_classification, model_folders
 
     places = _named_places(args.i) if args.i else model_folders(args.d, args.tr, args.p, args.c)
-    evaluation = evaluate_classification(places, args.o, folds=args.f, references=args.ref, dataset_json=args.djfile)
+    evaluation = evaluate_classification(
+        places, args.o, folds=args.f, references=args.ref, dataset_json=args.djfile, checkpoint=args.checkpoint
+    )
     print(class_table(evaluation))
     print(
         "\nWritten to", *(found.folder for found in evaluation.runs.values()), *([args.o] if args.o else []), sep="\n  "

@@ -74,6 +74,7 @@ def run(args):
 
 
 def _edited(args):
+    from nnssl_plugin.cli.plan_blocks import check_blocks
     from nnssl_plugin.nnunet.plan_edits import write_edited_plan
 
     return write_edited_plan(
@@ -84,12 +85,14 @@ def _edited(args):
         assignments=args.assignments,
         overwrite=args.overwrite,
         trust=args.trust,
+        check_blocks=check_blocks,
     )
 
 
 def _like(args):
     from nnssl_plugin.checkpoints.adaptation.like import plan_like
     from nnssl_plugin.checkpoints.sources.source import read_source
+    from nnssl_plugin.cli.plan_blocks import check_blocks
 
     source = read_source(args.like, mapping=args.mapping)
     return plan_like(
@@ -105,4 +108,5 @@ def _like(args):
         assignments=args.assignments,
         overwrite=args.overwrite,
         trust=args.trust,
+        check_blocks=check_blocks,
     )

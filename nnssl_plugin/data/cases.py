@@ -22,8 +22,8 @@ class CaseFacts:
 
     foreground: np.ndarray
     """(n, 3) voxels of any label, n may be 0."""
-    slice_axis: int = -1
-    slice_coordinate: float = float("nan")
+    slices: tuple[tuple[int, float], ...] = ()
+    """Axis and coordinate of the slice of each triplet (``slice_positions.slice_in_case``), in the triplets' order."""
 
 
 class Cases:
@@ -33,7 +33,7 @@ class Cases:
         folder: nnU-Net's folder of preprocessed cases (``…/nnUNetPlans_3d_fullres``).
         identifiers: names of the cases to use.
         transpose_forward: of the plan.
-        triplets: case → triplet, where the method needs them.
+        triplets: case → its triplets, where the method needs them.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Cases:
         identifiers: Sequence[str],
         *,
         transpose_forward: Sequence[int],
-        triplets: dict[str, Triplet] | None = None,
+        triplets: dict[str, list[Triplet]] | None = None,
     ):
         self.identifiers = sorted(identifiers)
         self._dataset = infer_dataset_class(str(folder))(str(folder), list(self.identifiers))
@@ -71,15 +71,17 @@ class Cases:
         foreground = points[:: max(1, len(points) // FOREGROUND_POINTS)][:FOREGROUND_POINTS]
         if self._triplets is None:
             return CaseFacts(foreground)
-        triplet = self._triplets[case]
-        axis, coordinate = slice_in_case(
-            triplet.slice,
-            triplet.plane,
-            properties=properties,
-            transpose_forward=self._transpose_forward,
-            case_shape=case_shape,
+        slices = (
+            slice_in_case(
+                triplet.slice,
+                triplet.plane,
+                properties=properties,
+                transpose_forward=self._transpose_forward,
+                case_shape=case_shape,
+            )
+            for triplet in self._triplets[case]
         )
-        return CaseFacts(foreground, axis, coordinate)
+        return CaseFacts(foreground, tuple(slices))
 
 
 def available_channels(raw_folder: str | Path, identifiers: Sequence[str], channels: int) -> dict[str, np.ndarray]:

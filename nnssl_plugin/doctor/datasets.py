@@ -218,7 +218,8 @@ def _triplets(raw: Path, cases: list[tuple[str, Path]]) -> list[Finding]:
         return [Finding("triplets", WARNING, f"no {triplets.TRIPLETS_FILE}: Med3DInsightPretrainer needs it", caption)]
     try:
         found = triplets.read_triplets(raw)
-        without = [case for case, _ in cases if case not in found]
+        described = {triplet.case for triplet in found}
+        without = [case for case, _ in cases if case not in described]
         if without:
             return [
                 Finding(

@@ -1,5 +1,7 @@
 """Class labels for a raw dataset: one made from scans and a table, or one that is there already."""
 
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,6 +121,21 @@ def warn_of_rare_classes(labels: ClassLabels, *, folds: int = FOLDS) -> list[str
         for index, name in enumerate(target.classes)
         if (count := _subjects(labels, labels.cases_of_class(target, index))) < folds
     ]
+
+
+def warn_of_similar_classes(labels: ClassLabels) -> list[str]:
+    """A sentence for classes whose names differ in case, blanks or signs alone: they are likely one class."""
+    found = []
+    for target in labels.targets:
+        alike = defaultdict(list)
+        for name in target.classes:
+            alike[re.sub(r"[\W_]+", "", name.casefold()) or name].append(name)
+        found += [
+            f"{target.name}: {' and '.join(names)} are taken for different classes; write them alike if they are one."
+            for names in alike.values()
+            if len(names) > 1
+        ]
+    return found
 
 
 def _checked_targets(rows: list[Row], specs: Sequence[str], table: Path) -> tuple[Target, ...]:

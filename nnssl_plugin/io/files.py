@@ -1,7 +1,10 @@
 """Reading JSON with one kind of error, and writing files so that an interruption never leaves half of one behind."""
 
+import errno
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +14,10 @@ from typing import Any
 from nnssl_plugin.errors import UserError
 
 _JSON_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", type(None): "null"}
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Full disk, quota, size limit, read-only file system, permissions, broken disk."""
+TEMPORARY = re.compile(r"\..+(\.nii\.gz|\.[^.]+)\.[a-z0-9_]{8}\1")
+"""Names that :func:`atomic_path` gives to files with a suffix: a dot, the name, eight random characters, the suffix."""
 
 
 @contextmanager
@@ -33,6 +40,41 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def remove_temporary_files(folder: str | Path) -> None:
+    """Remove what killed processes left of their :func:`atomic_path` in a folder; for whoever alone writes there."""
+    for found in Path(folder).glob(".*"):
+        if TEMPORARY.fullmatch(found.name):
+            found.unlink(missing_ok=True)
+
+
+def keep_file(path: Path, kept: Path) -> None:
+    """Let ``kept`` be what ``path`` is now, without a moment in which either is missing: a hard link, else a copy."""
+    with atomic_path(kept) as temporary:
+        temporary.unlink()
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+
+
+@contextmanager
+def disk_errors_in_words(folder: str | Path) -> Iterator[None]:
+    """Turn a full disk, a read-only folder and their like into a :class:`UserError` that names the file or folder.
+
+    Raises:
+        UserError: what the system said; everything written before is still there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(
+            f"{error.filename or folder}: {os.strerror(error.errno)}. Everything written before is kept.",
+            "Free space or make the folder writable, then run the same command again (a training: with --c).",
+        ) from error
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -3,10 +3,10 @@
 Only the functions that begin with ``write`` touch the files of a dataset; everything else works on dictionaries.
 """
 
-import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import resources
@@ -25,6 +25,7 @@ from nnssl_plugin.nnunet.plans import (
     read_plan,
     resolve_configuration,
 )
+from nnssl_plugin.settings import Count, Positive, assignment, closest, converted, described, with_brackets
 
 ABSOLUTE = ("configurations", "pretraining", "finetuning", "classification")
 """First parts of keys that start at the top of the plan; every other key goes under ``pretraining``."""
@@ -39,9 +40,29 @@ PREPROCESSING = (
     "resampling_fn_seg_kwargs",
 )
 """Fields of a configuration that its preprocessed cases were made with."""
+PER_AXIS = {"patch_size": Count, "spacing": Positive, "median_image_size_in_voxels": Positive}
+"""Fields of a configuration with one number per axis."""
+FIELDS = {
+    "data_identifier": str,
+    "preprocessor_name": str,
+    "batch_size": Count,
+    "batch_dice": bool,
+    "normalization_schemes": tuple[str, ...],
+    "use_mask_for_norm": tuple[bool, ...],
+    "resampling_fn_data": str,
+    "resampling_fn_seg": str,
+    "resampling_fn_probabilities": str,
+    "resampling_fn_data_kwargs": dict,
+    "resampling_fn_seg_kwargs": dict,
+    "resampling_fn_probabilities_kwargs": dict,
+    "architecture": dict,
+}
+"""Further fields of a configuration, and what they take."""
 ABSENT = "not set"
 Assignment = tuple[tuple[str, ...], Any]
 """Path from the top of the plan, and value."""
+BlockCheck = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
+"""Refuses a plan (first) whose blocks, where they differ from those of its source (second), no trainer would read."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,7 @@ def write_edited_plan(
     assignments: Sequence[str] = (),
     overwrite: bool = False,
     trust: bool = False,
+    check_blocks: BlockCheck | None = None,
 ) -> EditedPlan:
     """Write the plan ``name`` of a preprocessed dataset: ``source`` with presets and assignments.
 
@@ -88,6 +110,7 @@ def write_edited_plan(
         assignments: ``key=value`` texts, see :func:`parse_assignment`.
         overwrite: replace an existing plan of this name that says something else.
         trust: build networks of classes that are not known, too, to check them.
+        check_blocks: checks the blocks that trainers read, which this package does not know.
 
     Raises:
         UserError: for a bad name, an unknown key, a plan that does not hold together, or an existing plan.
@@ -95,14 +118,19 @@ def write_edited_plan(
     check_new_name(name, source)
     folder = dataset_folder(dataset)
     plans = read_plan(folder, source)
-    return write_changed_plan(
-        folder, plans, name, asked_for(plans, presets, assignments), overwrite=overwrite, trust=trust
-    )
+    asked = asked_for(plans, presets, assignments)
+    return write_changed_plan(folder, plans, name, asked, overwrite=overwrite, trust=trust, check_blocks=check_blocks)
 
 
 def asked_for(plans: Mapping[str, Any], presets: Sequence[str], assignments: Sequence[str]) -> list[Assignment]:
-    """Presets in their order, then ``key=value`` texts, as assignments to a plan."""
-    values = [value for preset in presets for value in preset_assignments(read_preset(preset), plans)]
+    """Presets in their order, then ``key=value`` texts, as assignments to a plan.
+
+    Raises:
+        UserError: for an unknown preset, presets of different methods, or a text that is no assignment.
+    """
+    fragments = {preset: read_preset(preset) for preset in presets}
+    _check_one_method(plans, fragments)
+    values = [value for fragment in fragments.values() for value in preset_assignments(fragment, plans)]
     return [*values, *map(parse_assignment, assignments)]
 
 
@@ -128,6 +156,7 @@ def write_changed_plan(
     *,
     overwrite: bool = False,
     trust: bool = False,
+    check_blocks: BlockCheck | None = None,
 ) -> EditedPlan:
     """Write ``plans`` with assignments as the plan ``name`` into the folder of its preprocessed dataset.
 
@@ -135,6 +164,8 @@ def write_changed_plan(
         UserError: for an unknown key, a plan that does not hold together, or an existing plan that says something else.
     """
     edited, changes = edit_plan(plans, name, assignments)
+    if check_blocks is not None:
+        check_blocks(edited, plans)
     to_preprocess = check_plan(edited, plans, read_dataset_json(folder), trust=trust)
     path = folder / f"{name}.json"
     if path.exists() and not overwrite and read_plan(folder, name) != edited:
@@ -261,12 +292,12 @@ def edit_plan(
         the new plan, and every value that differs from ``plans``, except the name.
 
     Raises:
-        UserError: for a path inside ``configurations`` that the plan does not have.
+        UserError: for a path inside ``configurations`` that the plan does not have, or a value that cannot stand there.
     """
     edited = {**deepcopy(dict(plans)), "plans_name": name}
     for path, value in assignments:
         if path[0] == "configurations":
-            _check_path(edited, path)
+            _check_value(path, value, _planned_value(edited, path))
             _own(edited, path)
         _assign(edited, path, deepcopy(value))
     return edited, [change for change in _compare(plans, edited) if change.path != ("plans_name",)]
@@ -306,7 +337,26 @@ def check_plan(
     return to_preprocess
 
 
-def _check_path(plans: Mapping[str, Any], path: tuple[str, ...]) -> None:
+def _check_one_method(plans: Mapping[str, Any], fragments: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse presets of different methods, or of another than that of the plan they are merged into."""
+    named = {f"preset {preset}": _method_of(fragment) for preset, fragment in fragments.items()}
+    named = {f"plan {plans.get('plans_name')}": _method_of(plans)} | named
+    named = {name: method for name, method in named.items() if method is not None}
+    if len(set(named.values())) > 1:
+        raise UserError(
+            "A pretraining block is for one method, and these are for several: "
+            f"{', '.join(f'{name} ({method})' for name, method in named.items())}.",
+            "Keep the presets of one method, and start from a plan without another one's: -p nnUNetPlans",
+        )
+
+
+def _method_of(fragment: Mapping[str, Any]) -> str | None:
+    block = fragment.get("pretraining")
+    return block.get("method_name") if isinstance(block, Mapping) else None
+
+
+def _planned_value(plans: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """What the plan holds at a path inside ``configurations``."""
     if len(path) < 3:
         raise UserError(
             f"'{'.'.join(path)}' is not a value of a configuration.",
@@ -316,12 +366,36 @@ def _check_path(plans: Mapping[str, Any], path: tuple[str, ...]) -> None:
     for depth, part in enumerate(path[2:], 2):
         if not isinstance(known, Mapping) or part not in known:
             options = list(known) if isinstance(known, Mapping) else []
-            close = difflib.get_close_matches(part, options, 1)
+            close = closest(part, options)
             raise UserError(
                 f"The plan has no '{'.'.join(path[: depth + 1])}'.",
-                f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(options) or 'none'}.",
+                f"Did you mean '{close}'?" if close else f"There are: {', '.join(options) or 'none'}.",
             )
         known = known[part]
+    return known
+
+
+def _check_value(path: tuple[str, ...], value: Any, planned: Any) -> None:
+    """Refuse a value that cannot stand where ``planned`` does; building the network checks the rest of its own."""
+    axis, field = PER_AXIS.get(path[2]), FIELDS.get(path[2])
+    if len(path) == 3 and (axis is not None or field is not None):
+        annotation: Any = field if axis is None else tuple[(axis,) * len(planned)]  # type: ignore[misc]
+        with suppress(ValueError):
+            converted(value, annotation)
+            return
+        expected = described(annotation)
+    elif planned is None or value is None or isinstance(value, str) == isinstance(planned, str):
+        return
+    else:
+        annotation, expected = tuple[Any, ...], f"a value like {_compact(planned)}"
+    example = planned
+    if isinstance(planned, list):
+        with suppress(ValueError):
+            example = with_brackets(value, annotation)
+    raise UserError(
+        f"'{'.'.join(path)}' cannot be {_compact(value)}; expected {expected}.",
+        f"For example: --set {assignment('.'.join(path), example)}",
+    )
 
 
 def _own(plans: dict[str, Any], path: tuple[str, ...]) -> None:

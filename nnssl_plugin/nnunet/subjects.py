@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.text import some
-from nnssl_plugin.nnunet.case_labels import LABELS_FILE, read_table
+from nnssl_plugin.nnunet.case_labels import LABELS_FILE, read_table, subject_of
 
 
 def read_subjects(path: str | Path) -> dict[str, str]:
@@ -20,7 +20,7 @@ def read_subjects(path: str | Path) -> dict[str, str]:
         raise UserError(f"{path} has no column 'subject'.", "Its header reads case,subject.")
     subjects: dict[str, str] = {}
     for row in rows:
-        subject = row["subject"] or row["case"]
+        subject = subject_of(row)
         if subjects.setdefault(row["case"], subject) != subject:
             raise UserError(
                 f"{path} gives case {row['case']!r} the subjects {subjects[row['case']]!r} and {subject!r}.",

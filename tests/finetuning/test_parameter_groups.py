@@ -195,8 +195,8 @@ def test_teeth_that_do_not_fit_are_refused():
         ({"frozen_encoder_epochs": 1, "decoder_warmup_epochs": 1}, "both say how long"),
         ({"trains": "encoder"}, "one of all, decoder, head"),
         ({"optimiser": "lion"}, "sgd, adamw or null"),
-        ({"weight_decay": -1}, "positive number"),
-        ({"decoder_warmup_epochs": -1}, "number of epochs"),
+        ({"weight_decay": -1}, "a number from 0 or null"),
+        ({"decoder_warmup_epochs": -1}, "a whole number from 0"),
     ],
 )
 def test_contradictions_and_unknown_values_are_refused(block, said):

@@ -79,7 +79,7 @@ def adapt_checkpoint(
         weights: anything that ``read_source`` reads; not needed for a plan from scratch.
         configuration: the configuration that will be fine-tuned.
         plans_name: the target's plan; settings in its ``finetuning`` block, if it has one, are kept.
-        from_scratch: write the twin, which trains on the same schedule from random weights.
+        from_scratch: write a plan that trains on the same schedule from random weights.
         min_coverage: smallest accepted fraction of the encoder's parameters, in [0, 1].
         mapping: table by which the keys of foreign weights are renamed (``read_source``).
         options: changes of shape that are asked for.

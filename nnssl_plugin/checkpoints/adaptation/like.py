@@ -21,6 +21,7 @@ from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.network_classes import check_architecture
 from nnssl_plugin.nnunet.plan_edits import (
     Assignment,
+    BlockCheck,
     EditedPlan,
     asked_for,
     check_new_name,
@@ -63,6 +64,7 @@ def plan_like(
     assignments: Sequence[str] = (),
     overwrite: bool = False,
     trust: bool = False,
+    check_blocks: BlockCheck | None = None,
 ) -> EditedPlan:
     """Write a plan for a preprocessed dataset with the network of a checkpoint.
 
@@ -83,6 +85,7 @@ def plan_like(
         assignments: ``key=value`` texts that are applied last.
         overwrite: replace an existing plan of this name that says something else.
         trust: build the network whatever class the checkpoint names.
+        check_blocks: as for ``plan_edits.write_edited_plan``.
 
     Returns:
         what was written; its notes say what was chosen where the checkpoint's values do not fit the dataset.
@@ -112,8 +115,9 @@ def plan_like(
     check_architecture(architecture, str(source.path), trust=trust)
     patch, changed = _patch(source, architecture, resolved["patch_size"], shape)
     taken += network_assignments(configuration, architecture, patch)
+    asked = [*taken, *asked_for(plans, presets, assignments)]
     written = write_changed_plan(
-        folder, plans, name, [*taken, *asked_for(plans, presets, assignments)], overwrite=overwrite, trust=trust
+        folder, plans, name, asked, overwrite=overwrite, trust=trust, check_blocks=check_blocks
     )
     memory = _memory(plans, read_plan(folder, name), configuration, dataset_json, trust=trust)
     return replace(written, notes=[*changed, *notes, *memory])

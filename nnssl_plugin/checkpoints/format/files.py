@@ -15,7 +15,7 @@ from torch import Tensor
 from nnssl_plugin.checkpoints.format.content import check_content
 from nnssl_plugin.checkpoints.format.pickled import UNKNOWN, check_size, numpy_globals, unsafe_globals
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import atomic_path
+from nnssl_plugin.io.files import atomic_path, disk_errors_in_words, keep_file
 
 logger = logging.getLogger(__name__)
 PLAIN = (bool, int, float, complex, str, bytes)
@@ -40,18 +40,26 @@ DAMAGED = (
 """What PyTorch raises for a file that it cannot read; which of them depends on where the damage is."""
 
 
-def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+def save_checkpoint(content: Mapping[str, Any], path: str | Path, *, keep_as: Path | None = None) -> None:
     """Write ``content`` with ``torch.save`` so that ``torch.load(path, weights_only=True)`` reads it back.
 
     The file appears whole or not at all. Tensors are stored on the CPU, so a file written on a GPU opens anywhere;
     tensors that share their memory are stored once.
 
+    Args:
+        content: plain types (:func:`to_plain`).
+        path: the file to write.
+        keep_as: where the file that ``path`` names until now is kept.
+
     Raises:
         TypeError: for a value that only unpickling code could read back; the message names its place.
+        UserError: the disk is full or may not be written; the file that ``path`` names until now is still there.
     """
     plain = to_plain(dict(content))
-    with atomic_path(path) as temporary:
-        torch.save(plain, temporary)
+    with disk_errors_in_words(path), atomic_path(path) as temporary:
+        _write(plain, temporary)
+        if keep_as is not None:
+            keep_file(Path(path), keep_as)
 
 
 def to_plain(value: Any) -> Any:
@@ -162,6 +170,17 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     if not tensors:
         raise UserError(f"{path} holds no tensors.", "Download it again.")
     return tensors, metadata
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    """``torch.save``; its own writer hides the system's error, which one through a Python file has as its context."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def _existing(path: str | Path) -> Path:

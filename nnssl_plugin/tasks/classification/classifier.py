@@ -69,7 +69,7 @@ class Classifier(nn.Module):
         head = [*self.windows.parameters(), *self.heads.parameters()]
         return replace(self.backbone.parts(), head=head, rest_name="head")
 
-    def ask(self, x: Tensor) -> dict[str, Tensor]:
+    def logits(self, x: Tensor) -> dict[str, Tensor]:
         """:meth:`forward` of images on any device, in nnU-Net's precision: mixed on CUDA, full elsewhere."""
         device = next(self.parameters()).device
         with torch.autocast("cuda") if device.type == "cuda" else nullcontext():

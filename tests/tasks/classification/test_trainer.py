@@ -222,7 +222,7 @@ def test_all_cases_train_in_fold_all_and_cases_without_label_never():
         ({"windows": 0}, "whole number"),
         ({"stages": True}, "expected"),
         ({"label_smoothing": 1.0}, r"\[0, 1\)"),
-        ({"lr": -1}, "positive"),
+        ({"lr": -1}, "above 0"),
         ({"balance": "both"}, "sampling"),
         ({"dropout": "much"}, "expected"),
         ({"learning_rate": 1}, "Unknown setting"),
@@ -230,7 +230,7 @@ def test_all_cases_train_in_fold_all_and_cases_without_label_never():
         ({"targets": ["grade"]}, "the dataset has: diagnosis"),
         ({"batch_size": 2.5}, "whole number"),
         ({"crop_margin": -0.1}, "from 0"),
-        ({"targets": [1]}, "names"),
+        ({"targets": [1]}, "each entry a text"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(settings, said):
