@@ -430,7 +430,6 @@ def test_learning_rate_and_schedule_come_from_the_plan(folder):
     ("block", "said"),
     [
         (None, "no finetuning block"),
-        ({"epochs": 3}, "no finetuning block"),
         ({"weights": None, "epoch": 3}, "Unknown setting 'epoch'"),
         ({"weights": None, "layer_decay": "0.5"}, "expected float"),
         ({"weights": None, "layer_decay": 1.5}, r"expected a number in \(0, 1\]"),
