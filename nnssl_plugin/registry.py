@@ -1,45 +1,91 @@
-"""The one table of methods: what each is called, where it lives, whom to cite.
+"""The one table of methods and trainers: what each is called, where it lives, what it needs, whom to cite.
 
-Adding a method means adding an entry here; ``tests/test_registry.py`` then asks for everything that the entry names.
+Adding a method means adding an entry here. ``docs/generate.py`` writes the tables of the pages and the citations from
+it, and ``tests/test_registry.py`` asks for everything that an entry names.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "Primus", "SwinUNETR")
+"""Families of networks whose features, tokens and reconstructions can be read, by the names of their classes."""
 
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper as it names itself. ``venue`` and ``year`` stay empty where its text does not say."""
+    """A paper as it names itself. What its text does not say stays empty."""
 
     title: str
     authors: tuple[str, ...]
+    """Given names first; the last word is the family name."""
     venue: str = ""
     year: int | None = None
+    doi: str = ""
+    url: str = ""
 
 
 @dataclass(frozen=True)
 class Method:
     """One pretraining method."""
 
+    title: str
+    """How the paper calls it."""
+    summary: str
+    """What is learned, in one line of a table."""
     trainer: str
     """Dotted path of the nnU-Net trainer; its last part is what ``-tr`` takes."""
     settings: str
     """Dotted path of the dataclass behind the ``method`` part of a plan's ``pretraining`` block."""
     training: str
     """Dotted path of the method's default :class:`~nnssl_plugin.pretraining.settings.TrainingSettings`."""
+    trains: tuple[str, ...]
+    """Parts of the planned network that are pretrained, as the task's ``trained_parts``."""
+    needs: str
+    """What it needs beside unlabelled scans; empty where that is all."""
+    dimensions: tuple[int, ...]
+    """Of the configurations that it takes: 2, 3, or both."""
     paper: Paper
     licence: str
     """SPDX identifier of our implementation (not of the paper's own code or weights)."""
     docs: str
     """Page, relative to the repository."""
-    presets: tuple[str, ...]
-    """Names for ``nnssl_plugin plan --preset``; the first is the recommendation."""
+    presets: dict[str, str] = field(default_factory=dict)
+    """Name for ``nnssl_plugin plan --preset`` → what it is; the first is the recommendation."""
+    networks: tuple[str, ...] = NETWORKS
+    """Families of networks that it pretrains."""
+
+    @property
+    def trainer_name(self) -> str:
+        """What ``nnUNetv2_train -tr`` takes."""
+        return self.trainer.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One way to use pretrained weights, through a trainer of its own."""
+
+    summary: str
+    trainer: str
+    """Dotted path of the nnU-Net trainer."""
+    dimensions: tuple[int, ...]
+    docs: str
+    """Page, relative to the repository."""
+
+    @property
+    def trainer_name(self) -> str:
+        """What ``nnUNetv2_train -tr`` takes."""
+        return self.trainer.rpartition(".")[2]
 
 
 METHODS = {
     "med3dinsight": Method(
+        title="Med3DInsight",
+        summary="volumes aligned with the frozen embeddings of a slice and its description, and masked reconstruction",
         trainer="nnssl_plugin.methods.med3dinsight.trainer.Med3DInsightPretrainer",
         settings="nnssl_plugin.methods.med3dinsight.settings.Settings",
         training="nnssl_plugin.methods.med3dinsight.settings.TRAINING",
+        trains=("encoder", "decoder"),
+        needs="slices with texts (`nnssl_plugin caption`)",
+        dimensions=(3,),
         paper=Paper(
             title="Enhancing 3D Medical Image Understanding with Pretraining Aided by 2D Multimodal Large Language"
             " Models",
@@ -47,12 +93,22 @@ METHODS = {
         ),
         licence="Apache-2.0",
         docs="docs/methods/med3dinsight.md",
-        presets=("med3dinsight", "med3dinsight-paper"),
+        presets={
+            "med3dinsight": "Med3DInsight as recommended here: every default, written out",
+            "med3dinsight-paper": "the numbers that the paper states: whole volumes resized, no corruption before the "
+            "reconstruction. Where the paper is silent (transported mass, entropy, depth of the transformer …) the "
+            "defaults stand, and so do the formulas",
+        },
     ),
     "s2dc": Method(
+        title="S2DC",
+        summary="patches matched between two views of a volume, softened within structures",
         trainer="nnssl_plugin.methods.s2dc.trainer.S2DCPretrainer",
         settings="nnssl_plugin.methods.s2dc.settings.Settings",
         training="nnssl_plugin.methods.s2dc.settings.TRAINING",
+        trains=("encoder",),
+        needs="",
+        dimensions=(2, 3),
         paper=Paper(
             title="Structure-aware Semantic Discrepancy and Consistency for 3D Medical Image Self-supervised Learning",
             authors=(
@@ -69,7 +125,87 @@ METHODS = {
         ),
         licence="Apache-2.0",
         docs="docs/methods/s2dc.md",
-        presets=("s2dc", "s2dc-paper", "s2dc-reference"),
+        presets={
+            "s2dc": "S2DC as recommended here: every default, written out",
+            "s2dc-paper": "the numbers that the paper states: 100,000 steps, weights of 1, dual softmax, no "
+            "temperature before it. Several sub-volumes per window; their number, 4 × 4 in a plane, is the public "
+            "code's. The paper's network and crop: `--preset swinunetr-b s2dc-paper --set "
+            "configurations.3d_fullres.patch_size=[96,96,96]`. Where the paper is silent the defaults stand",
+            "s2dc-reference": "the numbers of the paper's public code: bottleneck tokens, Sinkhorn, weights of 0.5, a "
+            "queue of 90, rotations in the plane",
+        },
     ),
 }
 """Name (also that of the method's folder) → method."""
+
+TASKS = {
+    "segmentation": Task(
+        summary="fine-tuning with a plan that `adapt` wrote, or from scratch on the same schedule",
+        trainer="nnssl_plugin.tasks.segmentation.trainer.PretrainedSegmentationTrainer",
+        dimensions=(2, 3),
+        docs="docs/how-to/fine-tune.md",
+    ),
+    "classification": Task(
+        summary="classification, from scratch or with a plan that `adapt` wrote",
+        trainer="nnssl_plugin.tasks.classification.trainer.PretrainedClassificationTrainer",
+        dimensions=(2, 3),
+        docs="docs/how-to/classify.md",
+    ),
+}
+"""Name (also that of the task's folder) → task with a trainer."""
+
+RELATED_PAPERS = {
+    "nnU-Net": Paper(
+        title="nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation",
+        authors=("Fabian Isensee", "Paul F. Jaeger", "Simon A. A. Kohl", "Jens Petersen", "Klaus H. Maier-Hein"),
+        venue="Nature Methods",
+        year=2021,
+        doi="10.1038/s41592-020-01008-z",
+    ),
+    "BrainMVP": Paper(
+        title="Multi-modal Vision Pre-training for Medical Image Analysis",
+        authors=(
+            "Shaohao Rui",
+            "Lingzhi Chen",
+            "Zhenyu Tang",
+            "Lilong Wang",
+            "Mianxin Liu",
+            "Shaoting Zhang",
+            "Xiaosong Wang",
+        ),
+        url="https://arxiv.org/abs/2410.10604",
+    ),
+    "M³Ret": Paper(
+        title="M³Ret: Unleashing Zero-shot Multimodal Medical Image Retrieval via Self-Supervision",
+        authors=(
+            "Che Liu",
+            "Zheng Jiang",
+            "Chengyu Fang",
+            "Heng Guo",
+            "Yan-Jie Zhou",
+            "Jiaqi Qu",
+            "Le Lu",
+            "Minfeng Xu",
+        ),
+        year=2025,
+    ),
+    "LVM-Med": Paper(
+        title="LVM-Med: Learning Large-Scale Self-Supervised Vision Models for Medical Imaging via Second-order Graph "
+        "Matching",
+        authors=(
+            "Duy M. H. Nguyen",
+            "Hoang Nguyen",
+            "Nghiem T. Diep",
+            "Tan N. Pham",
+            "Tri Cao",
+            "Binh T. Nguyen",
+            "Paul Swoboda",
+            "Nhat Ho",
+            "Shadi Albarqouni",
+            "Pengtao Xie",
+            "Daniel Sonntag",
+            "Mathias Niepert",
+        ),
+    ),
+}
+"""What a paper is known by → a paper that ``CITATION.cff`` names beside those of the methods."""

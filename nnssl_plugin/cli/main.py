@@ -5,9 +5,11 @@ import importlib
 import sys
 
 from nnssl_plugin import __version__
-from nnssl_plugin.errors import UserError
+from nnssl_plugin.errors import FAILED, UserError
+from nnssl_plugin.io.text import printable
 
 VERBS = {
+    "methods": "list the pretraining methods",
     "doctor": "is everything in order, and what will nnU-Net find?",
     "env": "print the line that lets nnU-Net find the trainers of this package",
     "prepare": "make an nnU-Net dataset from a folder of scans, with class labels or without",
@@ -26,32 +28,39 @@ VERBS = {
 }
 """Verb → one line of help. Each verb is a module of this package with ``add_arguments(parser)`` and ``run(args)``."""
 
-FAILED = 2
-"""Exit code of an error that the user can mend; 1 is left to verbs (``prepare``: something was rejected)."""
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return the process's exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="nnssl_plugin", description="Self-supervised pretraining for nnU-Net v2.")
-    parser.add_argument("--version", action="version", version=f"nnssl_plugin {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, summary in VERBS.items():
-        sub = verbs.add_parser(verb, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if verb in arguments[:1]:  # only the module of the chosen verb is imported: nnU-Net takes seconds to import
-            module = importlib.import_module(f"nnssl_plugin.cli.{verb}")
-            sub.description = module.__doc__
-            module.add_arguments(sub)
+    parser = build_parser(arguments[0] if arguments else "")
     args, args.passed_on = parser.parse_known_args(arguments)
+    module = importlib.import_module(f"nnssl_plugin.cli.{args.verb}")
     if args.passed_on and not getattr(module, "PASSES_ON", False):
         parser.error(f"unrecognised arguments: {' '.join(args.passed_on)}")
     try:
         return module.run(args) or 0
     except UserError as error:
-        print(f"nnssl_plugin {args.verb}: {error.problem}", file=sys.stderr)
+        print(printable(f"nnssl_plugin {args.verb}: {error.problem}"), file=sys.stderr)
         if error.remedy:
-            print(error.remedy, file=sys.stderr)
+            print(printable(error.remedy), file=sys.stderr)
         return FAILED
+
+
+def build_parser(chosen: str) -> argparse.ArgumentParser:
+    """The parser of the command, with the flags of the verb ``chosen``.
+
+    Only its module is imported: others may take seconds.
+    """
+    parser = argparse.ArgumentParser(prog="nnssl_plugin", description="Self-supervised pretraining for nnU-Net v2.")
+    parser.add_argument("--version", action="version", version=f"nnssl_plugin {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, summary in VERBS.items():
+        sub = verbs.add_parser(verb, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if verb == chosen:
+            module = importlib.import_module(f"nnssl_plugin.cli.{verb}")
+            sub.description = module.__doc__
+            module.add_arguments(sub)
+    return parser
 
 
 if __name__ == "__main__":

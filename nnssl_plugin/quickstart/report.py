@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nnssl_plugin.data.triplets import read_triplets
+from nnssl_plugin.data.triplets import by_case, read_triplets
 from nnssl_plugin.io.files import atomic_path
 from nnssl_plugin.nnunet.planes import stored_axis
 from nnssl_plugin.quickstart import pictures
@@ -209,7 +209,7 @@ def _reconstructions(folder: Path, drawn: Path) -> list[Picture]:
 
 def _captions(folder: Path, drawn: Path) -> dict[str, Any]:
     raw = folder / "nnUNet_raw" / PRETRAINING
-    triplets = list(read_triplets(raw).values())[:CAPTIONS_SHOWN]
+    triplets = [slices[0] for slices in by_case(read_triplets(raw)).values()][:CAPTIONS_SHOWN]
     slices = []
     for number, triplet in enumerate(triplets, 1):
         image = raw / "imagesTr" / f"{triplet.case}_0000.nii.gz"

@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = read_json(path)
         Setting(**content["setting"])
         known = content["format"] == FORMAT
-    except (ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}.", "Choose another folder with -o.") from error
     if not known:
         raise UserError(f"{path} was written by another version of this package.", "Choose another folder with -o.")

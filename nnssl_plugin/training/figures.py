@@ -23,7 +23,8 @@ class Panel(NamedTuple):
 
 FEW = "needs 4 validation samples or more"
 SEPARATION = ("diagnostics/silhouette", "diagnostics/cosine_gap")
-ELSEWHERE = (*SEPARATION, "diagnostics/token_std")
+RETRIEVAL = "diagnostics/retrieval_"
+ELSEWHERE = (*SEPARATION, RETRIEVAL, "diagnostics/token_std")
 """Diagnostics with a panel of another kind."""
 PANELS = (
     Panel("Loss (solid: training, dashed: validation)", lambda k: k in ("train_losses", "val_losses")),
@@ -36,6 +37,11 @@ PANELS = (
         "Diagnostics",
         lambda k: k.startswith("diagnostics/") and not k.startswith(ELSEWHERE),
         "this method measures nothing else",
+    ),
+    Panel(
+        "Retrieval; with another case or an empty volume it must stay at chance",
+        lambda k: k.startswith(RETRIEVAL),
+        "measured by methods that align volumes with slices",
     ),
     Panel(
         "Structures told apart (by labels)",

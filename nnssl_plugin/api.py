@@ -1,0 +1,88 @@
+"""What the verbs ``prepare`` and ``caption`` do, as functions; the package's other functions are those of their verbs.
+
+``nnssl_plugin`` itself offers them all: ``import nnssl_plugin as nnssl; nnssl.prepare(…)``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnssl_plugin.captions.captioners import CAPTIONERS
+from nnssl_plugin.captions.embeddings import EmbeddingSummary, store_embeddings
+from nnssl_plugin.captions.triplets import caption_dataset
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.intake.labelled import prepare_class_dataset
+from nnssl_plugin.intake.unlabelled import PrepareSummary, prepare_dataset
+from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder
+
+
+def prepare(
+    images: str | Path,
+    dataset_id: int,
+    name: str,
+    *,
+    modality: str | None = None,
+    class_labels: str | Path | None = None,
+    targets: Sequence[str] = (),
+    processes: int = 2,
+) -> PrepareSummary:
+    """Make or extend an nnU-Net raw dataset from a folder of scans or 2D images, as ``nnssl_plugin prepare`` does.
+
+    Scans that cannot be used are listed, with the reason, in ``rejected.csv`` of the dataset.
+
+    Args:
+        images: folder of the scans, searched with its subfolders.
+        dataset_id: 1 to 999.
+        name: the part after ``DatasetXXX_``.
+        modality: ``MR``, ``PET`` or ``CT``, or for 2D images ``grey`` or ``RGB``; also ``noNorm``, ``rescale_to_0_1``.
+            None: ``MR``, and ``grey`` for 2D images.
+        class_labels: table of class labels for classification; scans without a row are left out.
+        targets: columns of the table to predict: ``NAME``, ``NAME:KIND`` or ``NAME:KIND:CLASS,CLASS``.
+        processes: worker processes; 1 works in this one.
+
+    Returns:
+        the ``folder`` of the dataset in ``nnUNet_raw``, and which scans were ``added``, ``known`` and ``rejected``.
+
+    Raises:
+        UserError: no scan can be used, or the table does not fit.
+    """
+    if class_labels is None:
+        if targets:
+            raise UserError("Targets describe columns of a table.", "Give the table too: class_labels=FILE.csv")
+        return prepare_dataset(images, dataset_id, name, modality=modality, processes=processes)
+    summary, _ = prepare_class_dataset(
+        images, dataset_id, name, table=class_labels, targets=targets, modality=modality, processes=processes
+    )
+    return summary
+
+
+def caption(
+    dataset: str | int,
+    *,
+    captioner: str = "template",
+    seed: int = 0,
+    body_part: str | None = None,
+    weights: str | None = None,
+    model: str | None = None,
+) -> EmbeddingSummary:
+    """Choose slices, describe them and store their frozen embeddings, as ``nnssl_plugin caption`` does.
+
+    Args:
+        dataset: ID or full name of a raw dataset.
+        captioner: who writes the texts.
+        seed: draws the slices.
+        body_part: goes into the texts.
+        weights: file, folder or open_clip tag of the frozen encoders; None: small random ones, which only tell slices
+            apart.
+        model: open_clip's architecture of a file or tag, such as ``ViT-B-32``.
+
+    Returns:
+        the ``path`` of the embeddings, how many were ``computed`` and ``reused``, and by which ``weights``.
+
+    Raises:
+        UserError: for a dataset, captioner or weights that are not there.
+    """
+    folder = raw_dataset_folder(dataset)
+    if captioner not in CAPTIONERS:
+        raise UserError(f"There is no captioner '{captioner}'.", f"Known captioners: {', '.join(CAPTIONERS)}.")
+    caption_dataset(folder, CAPTIONERS[captioner](), seed=seed, body_part=body_part)
+    return store_embeddings(folder, model=model, weights=weights)

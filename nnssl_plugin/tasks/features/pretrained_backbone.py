@@ -1,0 +1,212 @@
+"""A pretrained network out of its checkpoint, with the preprocessing of its plan: features of any image."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+
+from nnssl_plugin.checkpoints.sources.source import Source, read_source
+from nnssl_plugin.data.images import UnusableCase, read_image
+from nnssl_plugin.data.windows import read_window
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.files import read_json
+from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.nnunet.plans import build_network, input_channels, resolve_configuration
+
+NETWORK = re.compile(
+    r"dynamic_network_architectures\.architectures\.(unet|primus)\.\w+|monai\.networks\.nets\.swin_unetr\.SwinUNETR"
+    r"|nnssl_plugin\.networks\.swin_unetr\.\w+"
+)
+"""Network classes that a file may name."""
+LAYER = re.compile(r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*")
+"""Layers that a file may name: classes of torch.nn."""
+STEP = 1.0
+"""Step between two windows of an image over their size: they overlap only where the image is no multiple of it."""
+
+ImageLike = str | Path | Sequence[str | Path] | np.ndarray
+"""An image file, one file per channel, or an array (C, z, y, x)."""
+
+
+class PretrainedBackbone(Backbone):
+    """The network of a checkpoint, and the way from an image to what it reads.
+
+    Called with a tensor (B, C, *spatial) of preprocessed intensities it returns the encoder's maps, fine to coarse
+    (:meth:`Backbone.features`); ``channels`` and ``strides`` describe them.
+
+    Args:
+        network: the bare network with its weights.
+        plans: nnU-Net's plan of the network.
+        configuration: the configuration that was trained.
+        dataset_json: nnU-Net's, for the channels.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+    ):
+        super().__init__(network, input_channels(plans, configuration, dataset_json))
+        self._plans = PlansManager(dict(plans))
+        self._planned = self._plans.get_configuration(configuration)
+        self._dataset_json = dict(dataset_json)
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Size of the windows in voxels, in the order of the plan's axes."""
+        return tuple(self._planned.patch_size)
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Spacing of preprocessed images in mm, in the order of the plan's axes."""
+        return tuple(float(size) for size in self._planned.spacing)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Encoder maps of ``x`` (B, C, *spatial), fine to coarse: (B, channels[s], *spatial / strides[s])."""
+        return self.features(x)
+
+    def preprocess(self, image: ImageLike, *, spacing: Sequence[float] | None = None) -> np.ndarray:
+        """An image as the network was trained on: cropped, normalised and resampled by nnU-Net, as the plan says.
+
+        Args:
+            image: a file, one file per channel, or an array (C, z, y, x) in the orientation of the plan's reader.
+            spacing: of an array, (z, y, x) in mm; a file says its own.
+
+        Returns:
+            (C, *spatial) float32.
+
+        Raises:
+            UserError: for a file that cannot be read, other channels than the plan's, and values that are not finite.
+        """
+        if isinstance(image, np.ndarray):
+            return self._preprocess_array(image, spacing)
+        files = [image] if isinstance(image, (str, Path)) else list(image)
+        try:
+            read = read_image(
+                tuple(Path(file) for file in files),
+                plans=self._plans,
+                configuration=self._planned,
+                dataset_json=self._dataset_json,
+            )
+        except UnusableCase as error:
+            raise UserError(
+                f"{files[0]}: {error}.", "Give one readable file per channel, in the plan's order."
+            ) from error
+        return np.asarray(read.data, dtype=np.float32)
+
+    def windows(self, image: ImageLike, *, spacing: Sequence[float] | None = None) -> Tensor:
+        """The preprocessed image in windows of the plan's patch size that cover it: (W, C, *patch_size).
+
+        What lies outside the image is 0. In 2D every slice gives windows of its own.
+
+        Args:
+            image: see :meth:`preprocess`.
+            spacing: see :meth:`preprocess`.
+        """
+        data = self.preprocess(image, spacing=spacing)
+        window = (1,) * (data.ndim - 1 - len(self.patch_size)) + self.patch_size
+        covered = [max(size, wanted) for size, wanted in zip(data.shape[1:], window, strict=True)]
+        centred = [-((whole - size) // 2) for whole, size in zip(covered, data.shape[1:], strict=True)]
+        starts = compute_steps_for_sliding_window(tuple(covered), window, STEP)
+        places = np.stack(np.meshgrid(*starts, indexing="ij"), axis=-1).reshape(-1, len(window)) + centred
+        cut = torch.from_numpy(np.stack([read_window(data, place, window) for place in places]))
+        return cut.reshape(*cut.shape[:2], *self.patch_size)
+
+    @torch.no_grad()
+    def embed(self, image: ImageLike, *, spacing: Sequence[float] | None = None) -> Tensor:
+        """One vector (channels[-1],) for an image, on the CPU: the mean of the coarsest map over all its windows.
+
+        Args:
+            image: see :meth:`preprocess`.
+            spacing: see :meth:`preprocess`.
+        """
+        windows = self.windows(image, spacing=spacing)
+        return torch.cat([self.pooled(self.features(window[None].to(self.device))) for window in windows]).mean(0).cpu()
+
+    def _preprocess_array(self, image: np.ndarray, spacing: Sequence[float] | None) -> np.ndarray:
+        if spacing is None or len(spacing) != 3:
+            raise UserError("The spacing of the array is not known.", "Give it in mm: spacing=(z, y, x)")
+        if image.ndim != 4 or len(image) != self.input_channels:
+            raise UserError(
+                f"An array of the shape {image.shape} was given.",
+                f"Give (C, z, y, x) with {self.input_channels} channels.",
+            )
+        if not np.isfinite(image).all():
+            raise UserError("The array holds values that are NaN or infinite.", "Replace them.")
+        properties = {"spacing": [float(size) for size in spacing]}
+        preprocessor = self._planned.preprocessor_class(verbose=False)
+        data, _, _ = preprocessor.run_case_npy(
+            image.astype(np.float32), None, properties, self._plans, self._planned, self._dataset_json
+        )
+        return np.asarray(data, dtype=np.float32)
+
+
+def load_backbone(
+    checkpoint: str | Path, *, trainable: bool = False, device: str | torch.device = "cpu"
+) -> PretrainedBackbone:
+    """The network of a checkpoint as a frozen or trainable encoder, with the preprocessing of its plan.
+
+    Args:
+        checkpoint: of a pretraining or a segmentation training of this package or of nnU-Net, a folder that ``export``
+            wrote, or weights that ``adapt`` wrote. The file says its plan itself; nothing in it is run.
+        trainable: False: no gradients, in test mode. True: the encoder takes gradients, in training mode; the decoder
+            stays frozen.
+        device: where the weights go.
+
+    Raises:
+        UserError: for a file without a plan or whose weights are not those of its plan, and what ``read_source``
+            raises.
+    """
+    source = read_source(checkpoint)
+    plans, configuration, dataset_json = _plan_of(source)
+    architecture = resolve_configuration(plans, configuration)["architecture"]
+    _check_classes(architecture, source.path)
+    network = build_network(plans, configuration, dataset_json)
+    try:
+        network.load_state_dict(source.weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"The weights of {source.path} are not those of the network that its plan names.",
+            f"See what it holds: nnssl_plugin inspect {source.path}",
+        ) from error
+    backbone = PretrainedBackbone(network, plans=plans, configuration=configuration, dataset_json=dataset_json)
+    backbone.train_only(("encoder",) if trainable else ())
+    return backbone.train(trainable).to(device)
+
+
+def _plan_of(source: Source) -> tuple[Mapping[str, Any], str, Mapping[str, Any]]:
+    """Plan, configuration and dataset.json; for weights that ``adapt`` wrote the last one lies beside them."""
+    beside = source.path.parent / "dataset.json"
+    dataset_json = source.dataset_json or (read_json(beside) if source.plans and beside.is_file() else None)
+    if not source.plans or not source.configuration or not dataset_json:
+        raise UserError(
+            f"{source.path} does not say which plan its weights were trained with.",
+            f"Fit them to a dataset, and load what that writes: nnssl_plugin adapt -d ID -w {source.path} -n NAME",
+        )
+    return source.plans, source.configuration, dataset_json
+
+
+def _check_classes(architecture: Mapping[str, Any], path: Path) -> None:
+    """Refuse classes that a foreign file may not have built.
+
+    Raises:
+        UserError: with the first name that is neither a known network nor a layer of torch.nn.
+    """
+    arguments = architecture["arch_kwargs"]
+    named = [arguments.get(key) for key in architecture["_kw_requires_import"]]
+    wrong = [name for name in named if name is not None and not LAYER.fullmatch(str(name))]
+    if not NETWORK.fullmatch(str(architecture["network_class_name"])):
+        wrong.insert(0, architecture["network_class_name"])
+    if wrong:
+        raise UserError(
+            f"{path} asks for {str(wrong[0])[:100]!r}, which is no network or layer that is known here.",
+            "Do not use this file unless you know its author.",
+        )
