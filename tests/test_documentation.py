@@ -176,9 +176,9 @@ def test_a_wrong_command_would_be_noticed(refusing):
 def paths_named(text, tops):
     """Paths in code spans that begin with a folder of the repository or of the package."""
     for code in CODE.findall(FENCE.sub("", text)):
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", code) and code.split("/")[0] in tops and "NAME" not in code:
-            if not code.startswith(OTHER_REPOSITORIES):
-                yield code
+        is_path = re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", code) and "NAME" not in code
+        if is_path and code.split("/")[0] in tops and not code.startswith(OTHER_REPOSITORIES):
+            yield code
 
 
 def test_files_that_pages_name_exist(repository):
