@@ -47,7 +47,7 @@ def test_nothing_but_the_package_lands_at_the_top_level(setup_cfg):
     assert {name.split(".")[0] for name in options["packages"].split()} == {"nnssl_plugin"}
     assert "py_modules" not in options
     mapped = dict(line.split(" = ") for line in options["package_dir"].strip().splitlines())
-    assert mapped == {f"nnssl_plugin.{folder}": shelf for folder in MAPPED}
+    assert mapped == {f"nnssl_plugin.{folder}": folder for folder in MAPPED}
 
 
 @pytest.mark.parametrize("name", module_names())
