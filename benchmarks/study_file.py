@@ -15,7 +15,7 @@ from nnssl_plugin.nnunet.label_fractions import nested_subsets
 ENDING = ".nii.gz"
 CASE = "{case}"
 """Stands for the name of a case in a pattern of files."""
-CAPTION_FLAGS = ("captioner", "body-part", "seed", "weights", "model")
+CAPTION_FLAGS = ("captioner", "slices", "body-part", "seed", "weights", "model")
 """Flags of ``nnssl_plugin caption`` that a study may set."""
 
 

@@ -1,5 +1,8 @@
 """Errors that a user meets: what happened, with which file or value, and the command that mends it."""
 
+FAILED = 2
+"""Exit code of a process that ends with such an error."""
+
 
 class UserError(Exception):
     """A mistake or a missing piece that the user can mend.

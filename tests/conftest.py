@@ -24,6 +24,26 @@ for _name in NNUNET_FOLDERS:
     Path(os.environ[_name]).mkdir()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--nightly", action="store_true", help="also run the tests marked nightly, minutes each")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two to four processes for the whole suite; none where files or tests are named, for which imports would be paid
+    twice."""
+    return 0 if config.option.file_or_dir else min(os.cpu_count() or 1, 4)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave nightly tests out, and start the files that take longest first: a process runs whole files."""
+    if not config.option.nightly:
+        left_out = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.parent.name != "end_to_end", item.path not in slow))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The folder that holds setup.cfg."""

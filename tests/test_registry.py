@@ -66,6 +66,7 @@ def test_presets_hold_settings_that_the_method_takes(name, repository):
         assert set(content) == {"pretraining"}, preset
         block = dict(content["pretraining"])
         method = block.pop("method")
+        assert block.pop("method_name") == name
         read = settings_from(method, settings(), where=preset)
         assert as_in_json({key: getattr(read, key) for key in method}) == method
         read = settings_from(block, training, where=preset)
@@ -76,6 +77,7 @@ def test_presets_hold_settings_that_the_method_takes(name, repository):
 def test_the_recommended_preset_states_the_defaults(name, repository):
     method = METHODS[name]
     block = read_json(repository / "plans" / f"{next(iter(method.presets))}.json")["pretraining"]
+    assert block.pop("method_name") == name
     assert block.pop("method") == as_in_json(dataclasses.asdict(located(method.settings)()))
     assert block == {key: value for key, value in dataclasses.asdict(located(method.training)).items() if key in block}
 

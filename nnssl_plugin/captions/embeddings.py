@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nnssl_plugin.captions.clip.pairs import PAIR_FOLDER, RANDOM_PAIR, ClipPair, load_pair
+from nnssl_plugin.captions.clip.pairs import ClipPair, load_pair
 from nnssl_plugin.captions.triplets import triplet_pictures
 from nnssl_plugin.data.triplets import (
     EMBEDDINGS_FILE,
+    PAIR_FOLDER,
+    RANDOM_PAIR,
     Embeddings,
     Triplet,
     load_embeddings,
@@ -73,7 +75,13 @@ def store_embeddings(
     pair.model.to(device)
     known = _known_rows(present)
     pictures = tqdm(triplet_pictures(raw_folder, triplets), total=len(triplets), desc="embed", unit="slice")
-    rows = [row for batch in _batches(pictures) for row in _embed(batch, pair, known)]
+    rows: list[_Row] = []
+    try:
+        for batch in _batches(pictures):
+            rows += _embed(batch, pair, known)
+    except BaseException:
+        _keep_done(raw_folder, rows, present, pair.weights)
+        raise
     if not rows:
         raise UserError(f"{raw_folder} has no triplet of a case that it holds.", "Run nnssl_plugin caption again.")
     path = write_embeddings(raw_folder, _table(rows, pair.weights))
@@ -87,6 +95,12 @@ def embedding_key(weights: str, picture: np.ndarray, text: str) -> str:
     for part in (weights.encode(), repr(picture.shape).encode(), picture.tobytes(), text.encode()):
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()
+
+
+def _keep_done(raw_folder: Path, rows: list[_Row], present: Embeddings | None, weights: str) -> None:
+    """Write the rows of a run that was cut off, unless they would replace rows of before that they do not include."""
+    if rows and (present is None or (present.weights == weights and len(rows) >= len(present.case))):
+        write_embeddings(raw_folder, _table(rows, weights))
 
 
 def _known_rows(present: Embeddings | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -47,10 +47,17 @@ def add_arguments(parser):
         metavar="N",
         help="tokens per axis of the checkpoint's positional embedding, where the file does not tell",
     )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="build the plan's network whatever its class; only for a plan whose author you know and trust",
+    )
 
 
 def run(args):
-    from nnssl_plugin.checkpoints.adaptation.finetuning_plan import Changes, adapt_checkpoint
+    from nnssl_plugin.checkpoints.adaptation.finetuning_plan import adapt_checkpoint
+    from nnssl_plugin.checkpoints.adaptation.options import AdaptationOptions
+    from nnssl_plugin.io.text import printable
 
     adapted = adapt_checkpoint(
         args.d,
@@ -61,14 +68,15 @@ def run(args):
         from_scratch=args.from_scratch,
         min_coverage=args.min_coverage,
         mapping=args.mapping,
-        changes=Changes(
+        trust=args.trust,
+        options=AdaptationOptions(
             inflate=args.inflate,
             resize_width=args.resize_width,
             source_grid=tuple(args.token_grid) if args.token_grid else None,
         ),
     )
     if adapted.report is not None:
-        print(adapted.report.table())
+        print(printable(adapted.report.table()))
     for written in (adapted.plan, adapted.weights, adapted.report_file):
         if written is not None:
             print(f"wrote {written}")

@@ -28,6 +28,7 @@ def run(args):
 
     from nnssl_plugin.captions.clip.fine_tuning import fine_tune_pair
     from nnssl_plugin.captions.embeddings import store_embeddings
+    from nnssl_plugin.data.triplets import describe_encoders
     from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder
     from nnssl_plugin.statistics.ranking import retrieval_table
 
@@ -42,4 +43,5 @@ def run(args):
     done = "was trained before with these settings" if tuned.was_there else "trained"
     print(f"{tuned.folder}: {done} on {tuned.pairs - tuned.held_out} pairs, {tuned.held_out} held out; kept: {kept}.")
     embeddings = store_embeddings(folder, weights=str(tuned.folder), device=args.device)
-    print(f"{embeddings.path}: {embeddings.computed} embedded, {embeddings.reused} reused, by {embeddings.weights}.")
+    print(f"{embeddings.path}: {embeddings.computed} embedded, {embeddings.reused} reused.")
+    print(f"Made by {describe_encoders(folder, embeddings.weights)}.")

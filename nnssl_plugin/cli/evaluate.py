@@ -14,7 +14,7 @@ SEGMENTATION = """Score segmentations, and compare runs case by case.
 
 A run is a folder of predictions, a fold_X/validation folder, or a trainer's result folder, whose folds are pooled.
 Writes scores.csv, NAME/summary.json per run, and with two or more runs comparison.json and comparison.png: every run
-against the first, paired by case. Distances are in mm.
+against the first, paired by case, with intervals over subjects. Distances are in mm.
 """
 
 TOKENS = """Do pretrained features tell the labels of a dataset apart?
@@ -59,6 +59,9 @@ def add_arguments(parser):
         metavar="MM",
         help="surface distance that counts as no error in NSD (default: 1.0)",
     )
+    kind.add_argument(
+        "--subjects", metavar="FILE", help="table case,subject (default: the dataset's classification.csv, if any)"
+    )
     kind.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
     kind = kinds.add_parser(
         "tokens",
@@ -101,6 +104,12 @@ def add_arguments(parser):
     kind.add_argument("-c", nargs="+", default=["3d_fullres"], metavar="CONFIG", help="default: 3d_fullres")
     kind.add_argument("-f", nargs="+", type=int, metavar="FOLD", help="folds to pool (default: all that are trained)")
     kind.add_argument("-o", metavar="DIR", help="folder of the results (not needed to pool the folds of one training)")
+    kind.add_argument(
+        "--checkpoint",
+        choices=("final", "best"),
+        default="final",
+        help="whose validations are pooled; the best epoch was chosen on the same cases (default: final)",
+    )
     kind.add_argument("-ref", metavar="FILE", help="table of true labels: case,subject,TARGET… (default: theirs)")
     kind.add_argument("-djfile", metavar="FILE", help="dataset.json with the targets (default: beside the runs)")
 
@@ -129,7 +138,9 @@ def _tokens(args):
 
 
 def _segmentation(args):
+    from nnssl_plugin.io.text import some
     from nnssl_plugin.tasks.segmentation.evaluation import evaluate_segmentation
+    from nnssl_plugin.tasks.segmentation.metrics import METRICS, WITHOUT_MONAI
     from nnssl_plugin.tasks.segmentation.summaries import table
 
     evaluation = evaluate_segmentation(
@@ -140,8 +151,14 @@ def _segmentation(args):
         folds=args.f,
         tolerance_mm=args.tolerance_mm,
         processes=args.np,
+        subjects=args.subjects,
     )
-    print(table(evaluation.summaries, evaluation.comparison))
+    print(table(evaluation.summaries, evaluation.comparison, evaluation.metrics))
+    if len(evaluation.metrics) < len(METRICS):
+        print(f"\n{WITHOUT_MONAI}")
+    for name, odd in evaluation.odd.items():
+        for text, cases in odd.items():
+            print(f"\nWarning: {name}: {text} ({some(cases)})")
     for found in evaluation.runs:
         if found.missing:
             print(
@@ -155,7 +172,9 @@ def _classification(args):
     from nnssl_plugin.tasks.classification.evaluation import class_table, evaluate_classification, model_folders
 
     places = _named_places(args.i) if args.i else model_folders(args.d, args.tr, args.p, args.c)
-    evaluation = evaluate_classification(places, args.o, folds=args.f, references=args.ref, dataset_json=args.djfile)
+    evaluation = evaluate_classification(
+        places, args.o, folds=args.f, references=args.ref, dataset_json=args.djfile, checkpoint=args.checkpoint
+    )
     print(class_table(evaluation))
     print(
         "\nWritten to", *(found.folder for found in evaluation.runs.values()), *([args.o] if args.o else []), sep="\n  "

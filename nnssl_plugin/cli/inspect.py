@@ -15,6 +15,11 @@ def add_arguments(parser):
         metavar="TABLE",
         help="how the keys of foreign weights are renamed: the name of a table of this package, or a JSON file",
     )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="name commands that build a network of any class; only for a file whose author you know and trust",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
 
 
@@ -22,7 +27,7 @@ def run(args):
     from nnssl_plugin.checkpoints.sources.inspection import inspect_file, screen
     from nnssl_plugin.io.files import write_json
 
-    report = inspect_file(args.file, mapping=args.mapping)
+    report = inspect_file(args.file, mapping=args.mapping, trust=args.trust)
     print(screen(report))
     if args.json:
         write_json(args.json, report)

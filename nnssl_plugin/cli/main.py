@@ -5,7 +5,8 @@ import importlib
 import sys
 
 from nnssl_plugin import __version__
-from nnssl_plugin.errors import UserError
+from nnssl_plugin.errors import FAILED, UserError
+from nnssl_plugin.io.text import printable
 
 VERBS = {
     "methods": "list the pretraining methods",
@@ -23,12 +24,9 @@ VERBS = {
     "evaluate": "score segmentations or classifiers, compare runs case by case, and probe features",
     "classify": "classify images with a trained model, and show where it looked",
     "split": "folds by class and subject, and folds with fewer labels",
-    "quickstart": "the whole pipeline in minutes, on phantoms or your scans, with a report",
+    "quickstart": "run the whole pipeline in minutes, on phantoms or your scans, with a report",
 }
 """Verb → one line of help. Each verb is a module of this package with ``add_arguments(parser)`` and ``run(args)``."""
-
-FAILED = 2
-"""Exit code of an error that the user can mend; 1 is left to verbs (``prepare``: something was rejected)."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return module.run(args) or 0
     except UserError as error:
-        print(f"nnssl_plugin {args.verb}: {error.problem}", file=sys.stderr)
+        print(printable(f"nnssl_plugin {args.verb}: {error.problem}"), file=sys.stderr)
         if error.remedy:
-            print(error.remedy, file=sys.stderr)
+            print(printable(error.remedy), file=sys.stderr)
         return FAILED
 
 

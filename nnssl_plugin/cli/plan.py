@@ -11,7 +11,7 @@ classification counts from the top of the plan; any other key goes under pretrai
 read their settings.
 
 --like writes a plan with the network of a checkpoint (and its spacing and normalisation, where asked for), so that
-adapt can load the whole encoder.
+adapt can load the whole encoder. A network of a class that this package does not know is not built without --trust.
 """
 
 
@@ -32,6 +32,11 @@ def add_arguments(parser):
         help="values to change",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a plan of this name")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="build a network of any class; only for a plan or file whose author you know and trust",
+    )
     like = parser.add_argument_group("with the network of a checkpoint")
     like.add_argument("--like", metavar="CHECKPOINT", help="pretrained weights of any kind that adapt reads")
     like.add_argument(
@@ -42,15 +47,17 @@ def add_arguments(parser):
     )
     like.add_argument("--spacing", action="store_true", help="take over the checkpoint's voxel spacing")
     like.add_argument("--normalisation", action="store_true", help="take over the checkpoint's normalisation")
+    like.add_argument("--orientation", action="store_true", help="take over the checkpoint's reader of images")
     like.add_argument("--mapping", metavar="TABLE", help="names the keys of foreign weights, as for adapt")
 
 
 def run(args):
     from nnssl_plugin.errors import UserError
+    from nnssl_plugin.io.text import printable
 
-    if args.like is None and (args.spacing or args.normalisation or args.mapping):
+    if args.like is None and (args.spacing or args.normalisation or args.orientation or args.mapping):
         raise UserError(
-            "--spacing, --normalisation and --mapping say what to take from a checkpoint; none is named.",
+            "--spacing, --normalisation, --orientation and --mapping say what to take of a checkpoint; none is named.",
             "Add --like CHECKPOINT.",
         )
     written = _edited(args) if args.like is None else _like(args)
@@ -58,7 +65,7 @@ def run(args):
         print(change)
     print(f"wrote {written.path}" if written.changes else f"wrote {written.path}, equal to {args.p} but for its name")
     for note in written.notes:
-        print(note)
+        print(printable(note))
     for configuration in written.to_preprocess:
         print(f"next: nnUNetv2_preprocess -d {args.d} -plans_name {args.n} -c {configuration}")
     if args.like is not None:
@@ -67,16 +74,25 @@ def run(args):
 
 
 def _edited(args):
+    from nnssl_plugin.cli.plan_blocks import check_blocks
     from nnssl_plugin.nnunet.plan_edits import write_edited_plan
 
     return write_edited_plan(
-        args.d, args.n, source=args.p, presets=args.preset, assignments=args.assignments, overwrite=args.overwrite
+        args.d,
+        args.n,
+        source=args.p,
+        presets=args.preset,
+        assignments=args.assignments,
+        overwrite=args.overwrite,
+        trust=args.trust,
+        check_blocks=check_blocks,
     )
 
 
 def _like(args):
     from nnssl_plugin.checkpoints.adaptation.like import plan_like
     from nnssl_plugin.checkpoints.sources.source import read_source
+    from nnssl_plugin.cli.plan_blocks import check_blocks
 
     source = read_source(args.like, mapping=args.mapping)
     return plan_like(
@@ -87,7 +103,10 @@ def _like(args):
         configuration=args.c,
         spacing=args.spacing,
         normalisation=args.normalisation,
+        orientation=args.orientation,
         presets=args.preset,
         assignments=args.assignments,
         overwrite=args.overwrite,
+        trust=args.trust,
+        check_blocks=check_blocks,
     )

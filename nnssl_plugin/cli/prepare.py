@@ -118,12 +118,12 @@ def _report(summary):
 
 
 def _report_labels(labelled):
-    from nnssl_plugin.intake.labelled import describe, warn_of_rare_classes
+    from nnssl_plugin.intake.labelled import describe, warn_of_rare_classes, warn_of_similar_classes
     from nnssl_plugin.io.text import some
 
     print(f"{labelled.path}: {len(labelled.labels.cases)} cases with class labels.")
     print("\n".join(describe(labelled.labels)))
-    for warning in warn_of_rare_classes(labelled.labels):
+    for warning in [*warn_of_similar_classes(labelled.labels), *warn_of_rare_classes(labelled.labels)]:
         print(f"Warning: {warning}")
     if labelled.dropped:
         print(f"Warning: {len(labelled.dropped)} rows are left out with their rejected scans: {some(labelled.dropped)}")

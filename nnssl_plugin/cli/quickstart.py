@@ -1,4 +1,4 @@
-"""Walk the whole road in about ten minutes: pretrain, fine-tune beside a twin from scratch, predict, report.
+"""Run the whole pipeline in about ten minutes: pretrain, fine-tune beside training from scratch, predict, report.
 
     nnssl_plugin quickstart                                                # generated phantoms: no data, no network
     nnssl_plugin quickstart --images my_scans -o first_run                 # ends with pretraining
@@ -39,13 +39,13 @@ def add_arguments(parser):
 
 def run(args):
     from nnssl_plugin.quickstart.commands import Stopped
-    from nnssl_plugin.quickstart.run import walk
+    from nnssl_plugin.quickstart.run import run_quickstart
     from nnssl_plugin.quickstart.scans import Setting
     from nnssl_plugin.training.interruption import TO_BE_CONTINUED
 
     images, labels = (str(path.resolve()) if path else None for path in (args.images, args.labels))
     try:
-        report = walk(
+        report = run_quickstart(
             args.o, Setting(images, labels, args.modality), device=args.device, trainers=search_path(), say=_say
         )
     except Stopped:

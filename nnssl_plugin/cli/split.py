@@ -8,7 +8,8 @@ or checks those that are there, and shows them.
 
 With --fractions: appends one fold per percentage, nested subsets of the training cases of fold 0 with the same
 validation cases. Folds that are there stay as they are, and asking again adds nothing. Any trainer, nnU-Net's own
-included, then takes the printed fold numbers. Cases are what is drawn, not subjects.
+included, then takes the printed fold numbers. Subjects are drawn with all of their cases: those of the dataset's
+classification.csv, or of --subjects.
 """
 
 
@@ -22,7 +23,10 @@ def add_arguments(parser):
         metavar="PERCENT",
         help="of the fold's training cases, for example 20 40 60 80 100",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the cases (default: 0)")
+    parser.add_argument(
+        "--subjects", metavar="FILE", help="table case,subject (default: the dataset's classification.csv, if any)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the subjects (default: 0)")
 
 
 def run(args):
@@ -39,7 +43,7 @@ def run(args):
 
 def _show_class_folds(dataset, splits, labels):
     from nnssl_plugin.nnunet.plans import dataset_folder
-    from nnssl_plugin.tasks.classification.folds import SPLITS_FILE
+    from nnssl_plugin.nnunet.splits import SPLITS_FILE
 
     print(f"{dataset_folder(dataset) / SPLITS_FILE}:\n\nfold  training  validation  validation cases per class")
     for number, fold in enumerate(splits):
@@ -53,10 +57,17 @@ def _show_class_folds(dataset, splits, labels):
 
 
 def _append_fractions(args):
-    from nnssl_plugin.nnunet.label_fractions import SPLITS_FILE, read_fraction_folds, write_fraction_folds
+    from nnssl_plugin.nnunet.label_fractions import read_fraction_folds, write_fraction_folds
     from nnssl_plugin.nnunet.plans import dataset_folder
+    from nnssl_plugin.nnunet.splits import SPLITS_FILE
 
-    folds = write_fraction_folds(args.d, fold=args.f, fractions=[p / 100 for p in args.fractions], seed=args.seed)
+    folds = write_fraction_folds(
+        args.d,
+        fold=args.f,
+        fractions=[p / 100 for p in args.fractions],
+        seed=args.seed,
+        subjects=args.subjects,
+    )
     folder = dataset_folder(args.d)
     entries = {entry.fold: entry for entry in read_fraction_folds(folder)}
     print(f"{folder / SPLITS_FILE}, from fold {args.f}:\n\nfold  labels  training  validation")

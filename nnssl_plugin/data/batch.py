@@ -24,11 +24,16 @@ class Needs:
 
     window: Literal["crop", "whole", "slice"] = "crop"
     """``crop``: a random window (a third of them around foreground); ``whole``: the whole case resized to the
-    window; ``slice``: a random window that contains the slice of the case's triplet."""
+    window; ``slice``: a random window that contains the slice of one of the case's triplets."""
+    placement: Literal["inside", "free"] = "inside"
+    """``inside``: windows stay inside the case, and a case that is smaller lies in the middle. ``free``: a smaller case
+    lies anywhere in the window, and the slice of a triplet anywhere in the window's middle half, whichever slice it is,
+    padded where the case ends; so ``slice_position`` says nothing about the place of the slice in the case."""
     margin: float | tuple[float, ...] = 1.0
     """Size of the window over the plan's patch size, for methods that move inside it; one number, or one per axis."""
     triplets: bool = False
-    """The batch brings a slice, its place, and the frozen embeddings of slice and text."""
+    """The batch brings one of each case's slices, its place, and the frozen embeddings of slice and text. All slices of
+    a step are of one plane where every case has slices of a common one."""
     modalities: int = 1
     """Channels that a case must really have to be used."""
     dimensions: tuple[int, ...] = (2, 3)

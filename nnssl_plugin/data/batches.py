@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Collection, Iterator, Sequence
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -11,11 +12,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from nnssl_plugin.data.batch import Batch, Needs
 from nnssl_plugin.data.cases import CaseFacts, Cases
-from nnssl_plugin.data.windows import random_origin, read_labels, read_window, resize, resize_labels
+from nnssl_plugin.data.triplets import SliceKey, Triplet
+from nnssl_plugin.data.windows import random_origin, random_place, read_labels, read_window, resize, resize_labels
 from nnssl_plugin.nnunet.planes import PLANES
 
 FOREGROUND_SHARE = 1 / 3
 """Share of random windows placed around a foreground voxel (nnU-Net's oversampling of 33 %)."""
+SLICES = 7
+"""Stream of randomness that draws slices, beside those of cases and windows."""
 
 
 class StepBatches(Dataset):
@@ -27,8 +31,8 @@ class StepBatches(Dataset):
         patch_size: of the plan, in voxels; two numbers for a 2D configuration.
         batch_size: samples per rank and step.
         available: case → (C,) bool, the channels it really has.
-        embeddings: case → (image (E,), text (E,)), with ``needs.triplets``.
-        triplets: case → triplet, with ``needs.triplets``.
+        embeddings: key of a triplet → (image (E,), text (E,)), with ``needs.triplets``.
+        triplets: case → its triplets, with ``needs.triplets``.
         stream: numbers that choose the stream of randomness: seed and purpose.
         structures: values of the segmentation that name structures; with any, and with ``needs.labels``, batches
             bring ``labels``, in which every value but these and 0 (background) becomes -1.
@@ -44,8 +48,8 @@ class StepBatches(Dataset):
         batch_size: int,
         available: dict[str, np.ndarray],
         stream: tuple[int, int],
-        embeddings: dict | None = None,
-        triplets: dict | None = None,
+        embeddings: dict[SliceKey, tuple[np.ndarray, np.ndarray]] | None = None,
+        triplets: dict[str, list[Triplet]] | None = None,
         structures: Collection[int] = (),
         rank: int = 0,
         ranks: int = 1,
@@ -67,67 +71,116 @@ class StepBatches(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([*self.stream, self.rank, step])
-        samples = [self._sample(case, rng) for case in self.cases_of_step(step)]
-        batch = {key: _collate([s[key] for s in samples]) for key in samples[0]}
-        return batch
+        cases = self.cases_of_step(step)
+        slices = self.slices_of_step(step) if self.needs.triplets else [None] * len(cases)
+        samples = [self._sample(case, number, rng) for case, number in zip(cases, slices, strict=True)]
+        return {key: _collate([s[key] for s in samples]) for key in samples[0]}
 
     def cases_of_step(self, step: int) -> list[str]:
         """Names of this rank's cases: passes over random permutations, so that no case comes twice in one step."""
+        first = self.rank * self.batch_size
+        return self.cases_of_all_ranks(step)[first : first + self.batch_size]
+
+    def cases_of_all_ranks(self, step: int) -> list[str]:
+        """Names of the cases of a step, rank after rank."""
         number, together = len(self.cases), self.batch_size * self.ranks
         steps_per_pass = max(1, number // together)
         order = np.random.default_rng([*self.stream, step // steps_per_pass]).permutation(number)
-        first = (step % steps_per_pass) * together + self.rank * self.batch_size
-        return [self.cases.identifiers[order[i % number]] for i in range(first, first + self.batch_size)]
+        first = (step % steps_per_pass) * together
+        return [self.cases.identifiers[order[i % number]] for i in range(first, first + together)]
 
-    def _sample(self, case: str, rng: np.random.Generator) -> dict:
+    def slices_of_step(self, step: int) -> list[int]:
+        """Which of its triplets each of this rank's cases shows."""
+        first = self.rank * self.batch_size
+        return self.slices_of_all_ranks(step)[first : first + self.batch_size]
+
+    def slices_of_all_ranks(self, step: int) -> list[int]:
+        """Which of its triplets each case of a step shows, rank after rank; different ones where a case comes twice.
+
+        All are of one plane, drawn for the step, where the cases have slices of a common one: otherwise the plane,
+        which the method is told, would alone tell most slices of a step apart.
+        """
+        cases = self.cases_of_all_ranks(step)
+        rng = np.random.default_rng([*self.stream, SLICES, step, SLICES])
+        planes = [{triplet.plane for triplet in self.triplets[case]} for case in set(cases)]
+        common = [plane for plane in PLANES if all(plane in found for found in planes)]
+        wanted = {common[rng.integers(len(common))]} if common else set(PLANES)
+        orders = {case: self._order(case, wanted, rng) for case in dict.fromkeys(cases)}
+        return [next(orders[case]) for case in cases]
+
+    def _order(self, case: str, planes: set[str], rng: np.random.Generator) -> Iterator[int]:
+        """The case's triplets of some planes in random order, over and over."""
+        fitting = [number for number, triplet in enumerate(self.triplets[case]) if triplet.plane in planes]
+        return cycle(rng.permutation(fitting).tolist())
+
+    def _sample(self, case: str, number: int | None, rng: np.random.Generator) -> dict:
         data, segmentation, facts = self.cases.load_labelled(case)
-        shape = np.array(data.shape[1:])
+        slice_ = None if number is None else facts.slices[number]
+        origin, extent, position = self._box(data.shape[1:], facts, slice_, rng)
+        image = read_window(data, origin, extent)
         if self.needs.window == "whole":
-            origin, extent = np.zeros(3), shape.astype(float)
-            image = resize(np.asarray(data[:]), self.window)
-        else:
-            origin = random_origin(shape, self.window, rng, self._anchor(facts, rng))
-            extent = np.array(self.window, dtype=float)
-            image = read_window(data, origin, self.window)
+            image = resize(image, self.window)
         dims = slice(1, None) if self.flat else slice(None)
         sample = {
             "image": image[:, 0] if self.flat else image,
             "available": self.available[case],
             "cases": case,
             "origin": np.asarray(origin, dtype=np.float32)[dims],
-            "extent": extent.astype(np.float32)[dims],
+            "extent": np.asarray(extent, dtype=np.float32)[dims],
         }
         if self.known_labels is not None:
-            labels = self._labels(segmentation, origin)
+            labels = self._labels(segmentation, origin, extent)
             sample["labels"] = labels[0] if self.flat else labels
-        return sample | (self._triplet(case, facts, origin, extent) if self.needs.triplets else {})
+        return sample | ({} if number is None else self._triplet(self.triplets[case][number], slice_[0], position))
 
-    def _labels(self, segmentation, origin: np.ndarray) -> np.ndarray:
-        """The segmentation (*window) int16 in the window of the image."""
-        if self.needs.window == "whole":
-            labels = resize_labels(np.asarray(segmentation[:]), self.window)
+    def _box(
+        self, shape: Sequence[int], facts: CaseFacts, slice_: tuple[int, float] | None, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """First voxel and size of the piece of the case that is shown, and the relative position of the slice in it."""
+        whole, free = self.needs.window == "whole", self.needs.placement == "free"
+        if whole:
+            origin, extent = np.zeros(3, dtype=int), np.array(shape)
         else:
-            labels = read_labels(segmentation, origin, self.window)
+            anchor = self._anchor(facts, slice_, rng)
+            origin = random_origin(shape, self.window, rng, anchor, placement=self.needs.placement)
+            extent = np.array(self.window)
+        if slice_ is None:
+            return origin, extent, math.nan
+        axis, coordinate = slice_
+        if free:
+            # a voxel's centre, for every slice alike: the fraction of a voxel would tell slices apart
+            position = (random_place(self.window[axis], rng) + 0.5) / self.window[axis]
+            inside = np.clip(coordinate, 0, shape[axis] - 1)
+            origin[axis] = math.floor(inside + 0.5 - position * extent[axis] + 0.5)
+        else:
+            position = float(np.clip((coordinate + 0.5 - origin[axis]) / extent[axis], 0, 1))
+        return origin, extent, position
+
+    def _labels(self, segmentation, origin: np.ndarray, extent: np.ndarray) -> np.ndarray:
+        """The segmentation (*window) int16 in the window of the image."""
+        labels = read_labels(segmentation, origin, extent)
+        if self.needs.window == "whole":
+            labels = resize_labels(labels[None], self.window)
         return np.where(np.isin(labels, self.known_labels), labels, np.int16(-1))
 
-    def _anchor(self, facts: CaseFacts, rng: np.random.Generator) -> list[float | None] | None:
+    def _anchor(
+        self, facts: CaseFacts, slice_: tuple[int, float] | None, rng: np.random.Generator
+    ) -> list[float | None]:
         """What a window must contain: the slice and some body for ``slice``, now and then a foreground voxel else."""
         wants_foreground = self.needs.window == "slice" or rng.random() < FOREGROUND_SHARE
         anchor: list[float | None] = [None, None, None]
         if wants_foreground and len(facts.foreground):
             anchor = [float(v) for v in facts.foreground[rng.integers(len(facts.foreground))]]
         if self.needs.window == "slice":
-            anchor[facts.slice_axis] = facts.slice_coordinate
+            anchor[slice_[0]] = slice_[1]
         return anchor
 
-    def _triplet(self, case: str, facts: CaseFacts, origin: np.ndarray, extent: np.ndarray) -> dict:
-        axis = facts.slice_axis
-        position = (facts.slice_coordinate + 0.5 - origin[axis]) / extent[axis]
-        image, text = self.embeddings[case]
+    def _triplet(self, triplet: Triplet, axis: int, position: float) -> dict:
+        image, text = self.embeddings[triplet.key]
         return {
-            "plane": PLANES.index(self.triplets[case].plane),
+            "plane": PLANES.index(triplet.plane),
             "slice_axis": axis,
-            "slice_position": np.float32(np.clip(position, 0, 1)),
+            "slice_position": np.float32(position),
             "image_embedding": np.asarray(image, dtype=np.float32),
             "text_embedding": np.asarray(text, dtype=np.float32),
         }
@@ -147,6 +200,7 @@ class BatchStream:
 
     def __init__(self, batches: StepBatches, steps: Sequence[int], *, workers: int, pin_memory: bool = False):
         self.waited = 0.0
+        self.batches = batches
         self._loader = DataLoader(
             batches,
             batch_size=None,

@@ -1,6 +1,5 @@
 """nnU-Net's preprocessed cases, with the few facts per case that sampling needs."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnssl_plugin.data.triplets import Triplet
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.files import read_json
 from nnssl_plugin.nnunet.slice_positions import slice_in_case
 
 FOREGROUND_POINTS = 256
@@ -22,8 +22,8 @@ class CaseFacts:
 
     foreground: np.ndarray
     """(n, 3) voxels of any label, n may be 0."""
-    slice_axis: int = -1
-    slice_coordinate: float = float("nan")
+    slices: tuple[tuple[int, float], ...] = ()
+    """Axis and coordinate of the slice of each triplet (``slice_positions.slice_in_case``), in the triplets' order."""
 
 
 class Cases:
@@ -33,7 +33,7 @@ class Cases:
         folder: nnU-Net's folder of preprocessed cases (``…/nnUNetPlans_3d_fullres``).
         identifiers: names of the cases to use.
         transpose_forward: of the plan.
-        triplets: case → triplet, where the method needs them.
+        triplets: case → its triplets, where the method needs them.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Cases:
         identifiers: Sequence[str],
         *,
         transpose_forward: Sequence[int],
-        triplets: dict[str, Triplet] | None = None,
+        triplets: dict[str, list[Triplet]] | None = None,
     ):
         self.identifiers = sorted(identifiers)
         self._dataset = infer_dataset_class(str(folder))(str(folder), list(self.identifiers))
@@ -71,15 +71,17 @@ class Cases:
         foreground = points[:: max(1, len(points) // FOREGROUND_POINTS)][:FOREGROUND_POINTS]
         if self._triplets is None:
             return CaseFacts(foreground)
-        triplet = self._triplets[case]
-        axis, coordinate = slice_in_case(
-            triplet.slice,
-            triplet.plane,
-            properties=properties,
-            transpose_forward=self._transpose_forward,
-            case_shape=case_shape,
+        slices = (
+            slice_in_case(
+                triplet.slice,
+                triplet.plane,
+                properties=properties,
+                transpose_forward=self._transpose_forward,
+                case_shape=case_shape,
+            )
+            for triplet in self._triplets[case]
         )
-        return CaseFacts(foreground, axis, coordinate)
+        return CaseFacts(foreground, tuple(slices))
 
 
 def available_channels(raw_folder: str | Path, identifiers: Sequence[str], channels: int) -> dict[str, np.ndarray]:
@@ -88,7 +90,7 @@ def available_channels(raw_folder: str | Path, identifiers: Sequence[str], chann
     Cases that the file does not name, or all where there is no such file, have every channel.
     """
     path = Path(raw_folder) / "modalities.json"
-    listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    listed = read_json(path, dict) if path.is_file() else {}
     available = {}
     for case in identifiers:
         present = listed.get(case, range(channels))

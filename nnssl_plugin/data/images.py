@@ -7,14 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.scans import nifti_unit_mm
+from nnssl_plugin.nnunet.geometry import affine_of, largest_shift, orientation_of
 
-UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, AssertionError, LookupError, zlib.error, ImageFileError)
+UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    LookupError,
+    zlib.error,
+    ImageFileError,
+)
 """What nnU-Net's readers and preprocessing raise for damaged or unusual files."""
+SHIFT = 0.1
+"""Of the smallest voxel edge: a segmentation with corners farther away than this lies in another place."""
 ODD_SPACING = 2.0
 """A voxel that is so many times larger or smaller than the median of the training is told."""
 
@@ -90,17 +107,21 @@ def read_image(
         segmentation: file of labels that goes through the same preprocessing.
 
     Raises:
-        UnusableCase: a file cannot be read, the channels are not the model's, or voxels are NaN, infinite or all equal.
+        UnusableCase: a file cannot be read, is not in mm where nnU-Net takes it for such, has not the model's channels,
+            its voxels are NaN, infinite or all equal, or the segmentation lies in another place.
     """
     reader = plans.image_reader_writer_class()
     try:
+        _check_units(files, reader)
         data, properties = reader.read_images([str(path) for path in files])
-        labels = reader.read_seg(str(segmentation))[0] if segmentation else None
+        labels, of_labels = reader.read_seg(str(segmentation)) if segmentation else (None, {})
     except UNREADABLE as error:
         raise UnusableCase(f"it cannot be read: {_one_line(error)}") from error
     _check_voxels(data, dataset_json)
     if labels is not None and labels.shape[1:] != data.shape[1:]:
         raise UnusableCase(f"image {data.shape[1:]} and segmentation {labels.shape[1:]} differ in size")
+    if labels is not None:
+        _check_place(properties, of_labels, data.shape[1:])
     order = plans.transpose_forward
     original = [float(properties["spacing"][axis]) for axis in order]
     warnings = _odd_spacing(original, plans.plans.get("original_median_spacing_after_transp"))
@@ -114,6 +135,28 @@ def read_image(
     return Image(
         data, None if labels is None else labels_out, properties, tuple(original[: 3 - len(target)] + target), warnings
     )
+
+
+def _check_units(files: tuple[Path, ...], reader: BaseReaderWriter) -> None:
+    """nnU-Net's readers through nibabel take every length for mm, whatever the header states."""
+    if not isinstance(reader, NibabelIO | NibabelIOWithReorient):
+        return
+    for path in files:
+        unit = nifti_unit_mm(nibabel.load(path).header)
+        if unit != 1:
+            raise UnusableCase(f"its header states a unit of length of {unit:g} mm, which nnU-Net reads as mm")
+
+
+def _check_place(of_image: dict[str, Any], of_labels: dict[str, Any], shape: tuple[int, ...]) -> None:
+    image, labels = affine_of(of_image), affine_of(of_labels)
+    if image is None or labels is None:
+        return
+    shift = largest_shift(labels, image, shape)
+    if shift > SHIFT * np.linalg.norm(image[:3, :3], axis=0).min():
+        raise UnusableCase(
+            f"its segmentation does not lie on it: a corner is {shift:.4g} mm away (orientations "
+            f"{orientation_of(labels)} and {orientation_of(image)})"
+        )
 
 
 def _check_voxels(data: np.ndarray, dataset_json: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Triplets of volume, slice and text, and their frozen embeddings: the files that lie in a raw dataset.
 
-``triplets.jsonl`` holds one JSON object per case, ``clip_embeddings.npz`` one row per case. ``nnssl_plugin caption``
-writes both; training reads them here, without open_clip.
+``triplets.jsonl`` holds one JSON object per slice, ``clip_embeddings.npz`` one row per slice; a case has one slice or
+several. ``nnssl_plugin caption`` writes both; training reads them here, without open_clip.
 """
 
 import hashlib
@@ -13,11 +13,21 @@ from pathlib import Path
 import numpy as np
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import atomic_path
+from nnssl_plugin.io.files import atomic_path, read_json
 from nnssl_plugin.nnunet.planes import PLANES
 
 TRIPLETS_FILE = "triplets.jsonl"
 EMBEDDINGS_FILE = "clip_embeddings.npz"
+
+PAIR_FOLDER = "clip_pair"
+"""Folder in a raw dataset that holds the pair of encoders which was fine-tuned on its slices and texts."""
+PAIR_RECORD = "clip_pair.json"
+"""File in it that says what the pair was made of."""
+RANDOM_PAIR = "random-small"
+"""Beginning of the weights' name where no weights were given."""
+
+SliceKey = tuple[str, str, int]
+"""Case, plane and slice."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,11 @@ class Triplet:
     captioner: str  # who wrote the text
     seed: int | None = None  # seed by which the slice was drawn; None: chosen by hand
     body_part: str = ""  # what the user said about the case when the text was written
+
+    @property
+    def key(self) -> SliceKey:
+        """What tells this slice from every other one of the dataset."""
+        return self.case, self.plane, self.slice
 
 
 @dataclass(frozen=True)
@@ -57,30 +72,39 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def read_triplets(raw_folder: Path) -> dict[str, Triplet]:
+def read_triplets(raw_folder: Path) -> list[Triplet]:
     """Read ``triplets.jsonl`` of a raw dataset.
 
     Args:
         raw_folder: ``nnUNet_raw/DatasetXXX_NAME``.
 
     Returns:
-        case name to triplet, in the order of the file. Keys that are not fields of :class:`Triplet` are ignored.
+        in the order of the file. Keys that are not fields of :class:`Triplet` are ignored.
 
     Raises:
-        UserError: the file is absent, a line is malformed, or a case occurs twice.
+        UserError: the file is absent, a line is malformed, or a slice of a case occurs twice.
     """
     path = Path(raw_folder) / TRIPLETS_FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist: no slices have been chosen and described.", _remedy(raw_folder))
-    triplets: dict[str, Triplet] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    triplets: dict[SliceKey, Triplet] = {}
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         triplet = _parse_line(line, where=f"{path}, line {number}")
-        if triplet.case in triplets:
-            raise UserError(f"{path}, line {number}: case {triplet.case!r} occurs twice.", "Keep one line per case.")
-        triplets[triplet.case] = triplet
-    return triplets
+        if triplet.key in triplets:
+            problem = f"{path}, line {number}: {place_of(triplet)} of case {triplet.case!r} occurs twice."
+            raise UserError(problem, "Keep one line per slice.")
+        triplets[triplet.key] = triplet
+    return list(triplets.values())
+
+
+def by_case(triplets: Iterable[Triplet]) -> dict[str, list[Triplet]]:
+    """Case name to its triplets, both in the order given."""
+    cases: dict[str, list[Triplet]] = {}
+    for triplet in triplets:
+        cases.setdefault(triplet.case, []).append(triplet)
+    return cases
 
 
 def write_triplets(raw_folder: Path, triplets: Iterable[Triplet]) -> Path:
@@ -92,7 +116,7 @@ def write_triplets(raw_folder: Path, triplets: Iterable[Triplet]) -> Path:
     return path
 
 
-def read_embeddings(raw_folder: Path, triplets: dict[str, Triplet]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_embeddings(raw_folder: Path, triplets: Iterable[Triplet]) -> dict[SliceKey, tuple[np.ndarray, np.ndarray]]:
     """The frozen embeddings of the given triplets.
 
     Args:
@@ -100,27 +124,36 @@ def read_embeddings(raw_folder: Path, triplets: dict[str, Triplet]) -> dict[str,
         triplets: what :func:`read_triplets` gave (or some of it).
 
     Returns:
-        case name to (image (E,), text (E,)), float32, each of length 1.
+        :attr:`Triplet.key` to (image (E,), text (E,)), float32, each of length 1.
 
     Raises:
-        UserError: the file is absent or unreadable, a case has no row, or its text or slice has changed since.
+        UserError: the file is absent or unreadable, a slice has no row, or its text has changed since.
     """
-    path = Path(raw_folder) / EMBEDDINGS_FILE
+    path, triplets = Path(raw_folder) / EMBEDDINGS_FILE, list(triplets)
     if not path.is_file():
         raise UserError(f"{path} does not exist: the slices and texts have not been embedded.", _remedy(raw_folder))
     stored = load_embeddings(raw_folder)
-    row_of = {str(case): row for row, case in enumerate(stored.case)}
-    missing = [case for case in triplets if case not in row_of]
+    row_of = _rows(stored, triplets)
+    missing = [triplet for triplet in triplets if triplet.key not in row_of]
     if missing:
         raise UserError(f"{path} holds no embedding of {_some(missing)}.", _remedy(raw_folder))
-    stale = [c for c, t in triplets.items() if str(stored.text_sha256[row_of[c]]) != text_sha256(t.text)]
+    stale = [t for t in triplets if str(stored.text_sha256[row_of[t.key]]) != text_sha256(t.text)]
     if stale:
         raise UserError(f"The text of {_some(stale)} has changed since {path} was written.", _remedy(raw_folder))
+    return {t.key: (stored.image[row_of[t.key]], stored.text[row_of[t.key]]) for t in triplets}
+
+
+def _rows(stored: Embeddings, triplets: list[Triplet]) -> dict[SliceKey, int]:
+    """Triplet to row. Files of before there was a place have one row per case, which serves a case with one slice."""
     if stored.place is not None:
-        moved = [case for case, triplet in triplets.items() if str(stored.place[row_of[case]]) != place_of(triplet)]
-        if moved:
-            raise UserError(f"{path} was written for another slice of {_some(moved)}.", _remedy(raw_folder))
-    return {case: (stored.image[row_of[case]], stored.text[row_of[case]]) for case in triplets}
+        found = {
+            (str(case), str(place)): row
+            for row, (case, place) in enumerate(zip(stored.case, stored.place, strict=True))
+        }
+        return {t.key: found[t.case, place_of(t)] for t in triplets if (t.case, place_of(t)) in found}
+    found = {str(case): row for row, case in enumerate(stored.case)}
+    single = [slices[0] for slices in by_case(triplets).values() if len(slices) == 1]
+    return {t.key: found[t.case] for t in single if t.case in found}
 
 
 def load_embeddings(raw_folder: Path) -> Embeddings:
@@ -143,6 +176,23 @@ def load_embeddings(raw_folder: Path) -> Embeddings:
     return Embeddings(**rows, weights=weights)
 
 
+def describe_encoders(raw_folder: Path, weights: str) -> str:
+    """Which encoders made embeddings, and what that means for a training on them, in one line.
+
+    Args:
+        raw_folder: ``nnUNet_raw/DatasetXXX_NAME``.
+        weights: of :class:`Embeddings`: a name and a hash.
+    """
+    if weights.startswith(RANDOM_PAIR):
+        return f"random encoders ({weights}), which tell slices apart and know nothing of what they show"
+    record = Path(raw_folder) / PAIR_FOLDER / PAIR_RECORD
+    if not weights.startswith(f"{PAIR_FOLDER} ") or not record.is_file():
+        return weights
+    base = read_json(record).get("base_weights", "unknown weights")
+    start = "from scratch, so it knows these slices and texts alone" if base.startswith(RANDOM_PAIR) else f"from {base}"
+    return f"{weights}, a pair trained on slices and texts {start}"
+
+
 def write_embeddings(raw_folder: Path, embeddings: Embeddings) -> Path:
     """Write ``clip_embeddings.npz`` atomically and return its path."""
     path = Path(raw_folder) / EMBEDDINGS_FILE
@@ -159,6 +209,15 @@ def write_embeddings(raw_folder: Path, embeddings: Embeddings) -> Path:
             **place,
         )
     return path
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file; ``str.splitlines`` would also end one at U+2028 or U+0085, which a text may hold."""
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            return list(stream)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).", "Save it as UTF-8.") from error
 
 
 def _parse_line(line: str, *, where: str) -> Triplet:
@@ -191,9 +250,9 @@ def _unreadable(raw_folder: Path, why: object) -> UserError:
     return UserError(f"{path} cannot be read: {why}.", f"Delete it. {_remedy(raw_folder)}")
 
 
-def _some(cases: list[str]) -> str:
-    rest = f" and {len(cases) - 3} more" if len(cases) > 3 else ""
-    return f"{', '.join(cases[:3])}{rest}"
+def _some(triplets: list[Triplet]) -> str:
+    rest = f" and {len(triplets) - 3} more" if len(triplets) > 3 else ""
+    return ", ".join(f"{triplet.case} ({place_of(triplet)})" for triplet in triplets[:3]) + rest
 
 
 def _remedy(raw_folder: Path) -> str:

@@ -13,20 +13,24 @@ def random_origin(
     window: Sequence[int],
     rng: np.random.Generator,
     anchor: Sequence[float | None] | None = None,
+    *,
+    placement: str = "inside",
 ) -> np.ndarray:
     """First voxel of a random window that stays inside the case and contains ``anchor``.
 
     Args:
         case_shape: spatial shape of the case, in voxels.
-        window: spatial shape of the window; where it is larger than the case, the case is centred in it.
+        window: spatial shape of the window.
         rng: source of the randomness.
         anchor: a coordinate per axis that the window must contain, ``None`` for any; clipped to the case.
+        placement: along axes where the window is larger, the case lies in its middle (``inside``) or anywhere in it
+            (``free``).
     """
     origin = np.empty(len(window), dtype=int)
     for axis, (size, wanted) in enumerate(zip(case_shape, window, strict=True)):
         low, high = 0, size - wanted
         if high <= 0:
-            origin[axis] = high // 2
+            origin[axis] = rng.integers(high, 1) if placement == "free" else high // 2
             continue
         point = None if anchor is None else anchor[axis]
         if point is not None:
@@ -34,6 +38,11 @@ def random_origin(
             low, high = max(low, voxel - wanted + 1), min(high, voxel)
         origin[axis] = rng.integers(low, high + 1)
     return origin
+
+
+def random_place(size: int, rng: np.random.Generator) -> int:
+    """A voxel in the middle half of an axis of ``size`` voxels, all equally likely."""
+    return int(rng.integers(size // 4, size - size // 4))
 
 
 def read_window(data, origin: Sequence[int], window: Sequence[int]) -> np.ndarray:

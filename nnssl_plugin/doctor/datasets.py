@@ -1,6 +1,5 @@
 """One dataset: is it there, what was made of it so far, and how much room will it take?"""
 
-import json
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from nnssl_plugin.doctor.finding import GIB, OK, PROBLEM, WARNING, Finding
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
 from nnssl_plugin.nnunet import case_labels as class_labels
+from nnssl_plugin.nnunet.dataset_json import read_dataset_file
 
 KEYS = ("channel_names", "labels", "numTraining", "file_ending")
 """What nnU-Net asks of dataset.json."""
@@ -159,9 +159,9 @@ def _description(path: Path) -> tuple[dict[str, Any], list[Finding]]:
     """dataset.json, or what is wrong with it."""
     again = f"nnssl_plugin prepare -i DIR -d {int(path.parent.name[7:10])} -n NAME   (or write it by hand)"
     try:
-        description = read_json(path)
-    except (OSError, ValueError) as error:
-        return {}, [Finding("dataset.json", PROBLEM, f"{path} cannot be read: {error}", again)]
+        description = read_dataset_file(path)
+    except UserError as error:
+        return {}, [Finding("dataset.json", PROBLEM, error.problem, error.remedy or again)]
     missing = [key for key in KEYS if key not in description] if isinstance(description, dict) else KEYS
     if missing:
         return {}, [Finding("dataset.json", PROBLEM, f"{path} lacks {', '.join(missing)}", again)]
@@ -218,7 +218,8 @@ def _triplets(raw: Path, cases: list[tuple[str, Path]]) -> list[Finding]:
         return [Finding("triplets", WARNING, f"no {triplets.TRIPLETS_FILE}: Med3DInsightPretrainer needs it", caption)]
     try:
         found = triplets.read_triplets(raw)
-        without = [case for case, _ in cases if case not in found]
+        described = {triplet.case for triplet in found}
+        without = [case for case, _ in cases if case not in described]
         if without:
             return [
                 Finding(
@@ -288,7 +289,7 @@ def _plan_files(dataset: Dataset) -> list[tuple[Path, dict[str, Any]]]:
     for path in sorted(dataset.preprocessed.glob("*.json")) if dataset.preprocessed else ():
         try:
             content = read_json(path)
-        except (OSError, json.JSONDecodeError):
+        except UserError:
             continue  # adapt and nnU-Net name the plan that they cannot read
         if isinstance(content, dict) and isinstance(content.get("configurations"), dict):
             found.append((path, content))

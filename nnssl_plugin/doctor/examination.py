@@ -28,8 +28,8 @@ def examination(
         device: ``cuda`` makes a missing GPU a problem, ``cpu`` says that none is meant.
         dataset: ID or full name of a dataset to look at as well.
     """
-    shelf = trainers.own_shelf()
-    expected = trainers.expected_trainers(shelf)
+    own = trainers.own_folder()
+    expected = trainers.expected_trainers(own)
     with ThreadPoolExecutor(3) as executor:
         torch = executor.submit(asking.ask_torch, environment)
         nnunet = executor.submit(asking.ask_nnunet, environment, list(expected))
@@ -46,8 +46,8 @@ def examination(
         yield _under(
             "Trainers, as nnU-Net finds them",
             [
-                *trainers.path_findings(environment, expected, shelf),
-                *trainers.trainer_findings(nnunet.result(), expected, shelf, environment),
+                *trainers.path_findings(environment, expected, own),
+                *trainers.trainer_findings(nnunet.result(), expected, own, environment),
             ],
         )
 

@@ -96,5 +96,5 @@ def _on_cpu(why: str, *, mps: bool = False) -> Finding:
         "GPU",
         WARNING,
         f"{why}: a step of a planned 3D network takes seconds, a training days{other}",
-        "Give -device cpu to nnU-Net's commands; to see the road in minutes: nnssl_plugin quickstart",
+        "Give -device cpu to nnU-Net's commands; to see the whole pipeline in minutes: nnssl_plugin quickstart",
     )

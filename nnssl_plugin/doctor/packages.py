@@ -35,7 +35,7 @@ def own_requirements() -> tuple[str, list[str]]:
         own = metadata.metadata(OWN)
     except metadata.PackageNotFoundError:
         return "", []
-    return own.get("Requires-Python", ""), own.get_all("Requires-Dist") or []
+    return (own.get_all("Requires-Python") or [""])[0], own.get_all("Requires-Dist") or []
 
 
 def package_findings(
@@ -86,7 +86,8 @@ def parse_requirement(text: str) -> Requirement | None:
 
 def _split(requirements: Sequence[Requirement]) -> tuple[dict[str, Requirement], dict[str, Requirement]]:
     """Those that hold in every installation here, and those of extras; by canonical name."""
-    needed, optional = {}, {}
+    needed: dict[str, Requirement] = {}
+    optional: dict[str, Requirement] = {}
     for requirement in requirements:
         holds = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         (needed if holds else optional)[canonicalize_name(requirement.name)] = requirement

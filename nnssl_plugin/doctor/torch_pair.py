@@ -46,8 +46,8 @@ def _asked(vision: dict) -> str:
 
 
 def _fits(vision: dict, torch_version: str) -> bool:
-    asked = parse_requirement(_asked(vision) or "torch")
-    return asked.specifier.contains(torch_version, prereleases=True)
+    asked = parse_requirement(_asked(vision))
+    return asked is None or asked.specifier.contains(torch_version, prereleases=True)
 
 
 def _torch_that(vision: dict, torch_version: str) -> str:

@@ -1,4 +1,4 @@
-"""Which trainers of this package nnU-Net finds, from where, and what hides the others."""
+"""Finds out which trainers of this package nnU-Net finds, from where, and what hides the others."""
 
 import ast
 import os
@@ -13,17 +13,17 @@ VARIABLE = "nnUNet_extTrainer"
 ACTIVATE = 'eval "$(nnssl_plugin env)"'
 
 
-def own_shelf() -> Path:
+def own_folder() -> Path:
     """The folder of this package that nnUNet_extTrainer should name."""
-    import nnssl_plugin.pretrain_trainers as shelf
+    import nnssl_plugin.pretrain_trainers as package
 
-    return Path(shelf.__file__).resolve().parent
+    return Path(package.__file__).resolve().parent
 
 
-def expected_trainers(shelf: Path) -> dict[str, str]:
-    """Trainer → module that defines it: what the shelf re-exports and the registry names. Nothing is imported."""
+def expected_trainers(own: Path) -> dict[str, str]:
+    """Trainer → module that defines it: what the own folder re-exports and the registry names. Nothing is imported."""
     expected = {}
-    for path in sorted(shelf.glob("*.py")):
+    for path in sorted(own.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module:
                 expected.update({alias.asname or alias.name: node.module for alias in node.names})
@@ -33,7 +33,7 @@ def expected_trainers(shelf: Path) -> dict[str, str]:
     return dict(sorted(expected.items()))
 
 
-def path_findings(environment: Mapping[str, str], expected: Iterable[str], shelf: Path) -> list[Finding]:
+def path_findings(environment: Mapping[str, str], expected: Iterable[str], own: Path) -> list[Finding]:
     """Is nnUNet_extTrainer set, are its folders there, and is this package's among them?"""
     folders = _folders(environment)
     if not folders:
@@ -51,20 +51,20 @@ def path_findings(environment: Mapping[str, str], expected: Iterable[str], shelf
                 f'export {VARIABLE}="{rest}"' if rest else f"unset {VARIABLE}; {ACTIVATE}",
             )
         )
-    if present and not any(_same(folder, shelf) for folder in present):
-        findings.append(Finding(VARIABLE, WARNING, f"{os.pathsep.join(folders)} lacks {shelf}", ACTIVATE))
+    if present and not any(_same(folder, own) for folder in present):
+        findings.append(Finding(VARIABLE, WARNING, f"{os.pathsep.join(folders)} lacks {own}", ACTIVATE))
     return findings or [Finding(VARIABLE, OK, os.pathsep.join(folders))]
 
 
 def trainer_findings(
-    answer: Answer, expected: Mapping[str, str], shelf: Path, environment: Mapping[str, str]
+    answer: Answer, expected: Mapping[str, str], own: Path, environment: Mapping[str, str]
 ) -> list[Finding]:
     """What nnU-Net's own finder made of the expected trainers.
 
     Args:
         answer: of :func:`~nnssl_plugin.doctor.asking.ask_nnunet`.
         expected: of :func:`expected_trainers`.
-        shelf: this package's folder of trainers.
+        own: this package's folder of trainers.
         environment: for nnUNet_extTrainer, from which the remedies are made.
     """
     facts = answer.facts
@@ -83,8 +83,8 @@ def trainer_findings(
         return []
     found = {name: facts["trainers"][name] for name in expected if not facts["trainers"][name]["error"]}
     missing = [name for name in expected if name not in found]
-    findings = [_broken(broken, missing, shelf) for broken in facts.get("broken", [])]
-    findings += [_found(name, said, expected[name], shelf, environment) for name, said in found.items()]
+    findings = [_broken(broken, missing, own) for broken in facts.get("broken", [])]
+    findings += [_found(name, said, expected[name], own, environment) for name, said in found.items()]
     if missing and not any(finding.status == PROBLEM for finding in findings):
         findings.append(Finding("not found", PROBLEM, ", ".join(missing), ACTIVATE))
     return findings
@@ -94,8 +94,8 @@ def _folders(environment: Mapping[str, str]) -> list[str]:
     return [folder for folder in environment.get(VARIABLE, "").split(os.pathsep) if folder.strip()]
 
 
-def _same(folder: str, shelf: Path) -> bool:
-    return Path(folder).resolve() == shelf.resolve()
+def _same(folder: str, own: Path) -> bool:
+    return Path(folder).resolve() == own.resolve()
 
 
 def _nnunet_broken(error: str) -> Finding:
@@ -107,12 +107,12 @@ def _nnunet_broken(error: str) -> Finding:
     )
 
 
-def _broken(broken: Mapping[str, str], missing: list[str], shelf: Path) -> Finding:
+def _broken(broken: Mapping[str, str], missing: list[str], own: Path) -> Finding:
     """A module that fails to import: nnU-Net's search ends there with its error."""
     hides = f"which hides {', '.join(missing)}" if missing else "which hides what sorts after it"
     folder = Path(broken["file"]).parent
     remedy = f'Mend it, or: mv "{broken["file"]}" "{broken["file"]}.off"'
-    if _same(str(folder), shelf):
+    if _same(str(folder), own):
         remedy = "pip install --force-reinstall ."
     if broken["error"].startswith("ModuleNotFoundError: No module named "):
         remedy = f"pip install {broken['error'].split(chr(39))[1].split('.')[0]}   (or its package of another name)"
@@ -124,11 +124,11 @@ def _broken(broken: Mapping[str, str], missing: list[str], shelf: Path) -> Findi
     )
 
 
-def _found(name: str, said: Mapping[str, str], module: str, shelf: Path, environment: Mapping[str, str]) -> Finding:
+def _found(name: str, said: Mapping[str, str], module: str, own: Path, environment: Mapping[str, str]) -> Finding:
     if said["module"] == module:
         return Finding(name, OK, said["file"])
-    others = [folder for folder in _folders(environment) if not _same(folder, shelf)]
-    remedy = f'export {VARIABLE}="{os.pathsep.join([str(shelf), *others])}"'
+    others = [folder for folder in _folders(environment) if not _same(folder, own)]
+    remedy = f'export {VARIABLE}="{os.pathsep.join([str(own), *others])}"'
     if said["module"].startswith("nnunetv2."):
         remedy = f'Take the class out of "{said["file"]}": nnU-Net\'s own folder comes first.'
     return Finding(name, PROBLEM, f"nnU-Net finds another one first, in {said['file']}", remedy)

@@ -1,7 +1,7 @@
 """Who learns how fast in fine-tuning: the parts of a network, groups of parameters, and the optimiser."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,22 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.networks.family import Parts, family_of, parts_of
 
 Group = dict[str, Any]
 """A group of an optimiser: ``params``, ``name``, ``lr_scale``, ``frozen_until`` (see ``schedules``)."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parameters of a network from the image to the classes, each in one part; the decoder is the rest."""
-
-    stages: list[list[nn.Parameter]]
-    """Of the encoder, shallow to deep; what comes before the first stage counts to it."""
-    stage_name: str
-    head: list[nn.Parameter]
-    """Of the last layers, one output per class."""
-    rest_name: str = "decoder"
-    """What lies outside the stages: the decoder with the head, in a classifier the head alone."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +37,13 @@ OPTIMISATIONS = {
 }
 
 
-def network_parts(network: nn.Module) -> Parts | None:
-    """The parts of a bare U-Net, Primus or SwinUNETR, or of a classifier on one; ``None`` for other networks."""
-    if hasattr(network, "head_parameters"):  # a task's heads on a planned network
-        parts = network_parts(network.backbone.network)
-        return parts and replace(parts, head=network.head_parameters(), rest_name="head")
-    if hasattr(network, "eva"):
-        return _primus_parts(network)
-    if hasattr(network, "swinViT"):
-        return _swin_parts(network)
-    encoder = getattr(network, "encoder", None)
-    if encoder is None or not hasattr(encoder, "stages"):
-        return None
-    stages = [list(stage.parameters()) for stage in encoder.stages]
-    if getattr(encoder, "stem", None) is not None:
-        stages[0] = [*encoder.stem.parameters(), *stages[0]]
-    return Parts(stages, "encoder stage", list(network.decoder.seg_layers.parameters()))
-
-
 def parameter_groups(
-    network: nn.Module, *, layer_decay: float = 1.0, frozen_until: int = 0, trains: str = "all"
+    network: nn.Module,
+    *,
+    layer_decay: float = 1.0,
+    frozen_until: int = 0,
+    trains: str = "all",
+    parts: Parts | None = None,
 ) -> list[Group]:
     """Groups for the optimiser: the decoder first (nnU-Net logs the first group's rate), then the encoder's stages.
 
@@ -76,10 +51,11 @@ def parameter_groups(
     decoder share in the encoder's. The stem counts to the first stage.
 
     Args:
-        network: the bare network.
+        network: the bare network, or a task's network around it.
         layer_decay: factor of the rate from a stage to the next shallower one, in (0, 1].
         frozen_until: first epoch in which the encoder moves.
         trains: ``all``, ``decoder`` (head included) or ``head``.
+        parts: of a task's network; ``None`` for those of a bare network of a known family.
 
     Returns:
         one group where all parameters share a rate; else groups with ``lr_scale`` and ``frozen_until``.
@@ -89,7 +65,7 @@ def parameter_groups(
     """
     if trains == "all" and layer_decay == 1 and not frozen_until:
         return [_group("network", (p for p in network.parameters() if p.requires_grad))]
-    parts = network_parts(network)
+    parts = parts or parts_of(network)
     if parts is None:
         raise UserError(
             f"{type(network).__name__} has no encoder stages, which layer_decay, the freezing of the "
@@ -128,9 +104,9 @@ def rest_at_test_mode(network: nn.Module) -> None:
 
 
 def optimisation_for(network: nn.Module, chosen: str | None) -> Optimisation:
-    """The chosen optimiser, or that of nnU-Net's own trainer for a network of this kind: AdamW for transformers."""
-    transformer = hasattr(network, "eva") or hasattr(network, "swinViT")
-    return OPTIMISATIONS[chosen or ("adamw" if transformer else "sgd")]
+    """The chosen optimiser, or that of nnU-Net's own trainer for networks of this family; SGD for unknown ones."""
+    family = family_of(network)
+    return OPTIMISATIONS[chosen or (family.optimiser if family else "sgd")]
 
 
 def build_optimizer(
@@ -161,23 +137,6 @@ def _clipping_to(norm: float) -> Callable[..., None]:
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
 
     return clip
-
-
-def _primus_parts(network: nn.Module) -> Parts:
-    stages = [list(block.parameters()) for block in network.eva.blocks]
-    embedding = [*network.down_projection.parameters(), network.eva.pos_embed, network.register_tokens]
-    stages[0] = [p for p in embedding if p is not None] + stages[0]
-    stages[-1] = [*stages[-1], *network.eva.norm.parameters()]
-    return Parts(stages, "encoder block", list(network.up_projection.decode[-1].parameters()))
-
-
-def _swin_parts(network: nn.Module) -> Parts:
-    """Stages of the transformer; in the second version each begins with a residual block (``layers1c`` …)."""
-    transformer = network.swinViT
-    parts = [[getattr(transformer, name, None) for name in (f"layers{n}c", f"layers{n}")] for n in (1, 2, 3, 4)]
-    parts[0].insert(0, transformer.patch_embed)
-    stages = [[p for part in stage if part is not None for p in part.parameters()] for stage in parts]
-    return Parts(stages, "encoder stage", list(network.out.parameters()))
 
 
 def _group(name: str, parameters: Iterable[nn.Parameter], *, lr_scale: float = 1.0, frozen_until: int = 0) -> Group:

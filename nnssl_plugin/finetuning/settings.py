@@ -1,16 +1,17 @@
 """The ``finetuning`` block of a plan: how long, how fast, and which parts of the network move when."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.settings import settings_from
+from nnssl_plugin.settings import Count, NonNegative, Positive, Range, settings_from
+
+BLOCK = "finetuning"
 
 INFORMATION = ("source", "twin_of", "configuration")
 """Keys of the block that say where it comes from; they are not settings."""
-PARTS = ("all", "decoder", "head")
-OPTIMISERS = ("sgd", "adamw")
+NaturalNumber = Annotated[int, Range(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -19,61 +20,40 @@ class FinetuningSettings:
 
     weights: str | None = None
     """File of weights, relative to the preprocessed dataset's folder; ``null`` trains from scratch."""
-    trains: str = "all"
+    trains: Literal["all", "decoder", "head"] = "all"
     """What ever moves: ``all``; ``decoder``, with the encoder as it was loaded; ``head``, the segmentation layers alone
     (a linear probe; in Primus the last up-sampling)."""
-    frozen_encoder_epochs: int = 0
+    frozen_encoder_epochs: NaturalNumber = 0
     """First epochs in which the encoder stays as it was loaded, on the schedule of the whole run."""
-    decoder_warmup_epochs: int = 0
+    decoder_warmup_epochs: NaturalNumber = 0
     """First epochs in which the decoder trains alone, on a short schedule of its own: linear warm-up over half of them,
     then the decay. Then everything starts with ``warmup_epochs`` ("sawtooth" in MIC-DKFZ's fine-tuning of nnssl
     weights, which takes 50 epochs of 1000)."""
-    warmup_epochs: float | None = None
+    warmup_epochs: NonNegative | None = None
     """Epochs of linear warm-up before nnU-Net's polynomial decay; ``null`` is a twentieth of the epochs."""
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Factor of the learning rate from each encoder stage to the next shallower one, in (0, 1]; the decoder has 1,
     the deepest stage ``layer_decay``, the stem and the first of n stages ``layer_decay ** n`` (Clark et al. 2020,
     ELECTRA, appendix A; Bao et al. 2022, BEiT). The stages of Primus are its transformer blocks, those of SwinUNETR
     the four of its transformer."""
-    optimiser: str | None = None
+    optimiser: Literal["sgd", "adamw"] | None = None
     """``sgd`` or ``adamw``; ``null`` is what nnU-Net's own trainers use: AdamW for Primus, and so for SwinUNETR, else
     SGD."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Largest learning rate; ``null`` is nnU-Net's: 1e-2 for SGD, 3e-4 for AdamW."""
-    weight_decay: float | None = None
+    weight_decay: NonNegative | None = None
     """``null`` is nnU-Net's: 3e-5 for SGD, 5e-2 for AdamW."""
-    seed: int | None = None
+    seed: NaturalNumber | None = None
     """Seed of the initialisation and, without worker processes (``nnUNet_n_proc_DA=0``), of the augmentation, so that
     arms differ in their weights alone; ``null`` draws anew in every run."""
-    epochs: int | None = None
-    iterations_per_epoch: int | None = None
-    validation_iterations: int | None = None
+    epochs: Count | None = None
+    """``null`` is nnU-Net's 1000."""
+    iterations_per_epoch: Count | None = None
+    """Optimiser steps per epoch; ``null`` is nnU-Net's 250."""
+    validation_iterations: Count | None = None
+    """Validation batches per epoch; ``null`` is nnU-Net's 50."""
 
-    def __post_init__(self):
-        self._require("weights", "a file name or null", isinstance(self.weights, str | None))
-        self._require("trains", f"one of {', '.join(PARTS)}", self.trains in PARTS)
-        self._require("optimiser", "sgd, adamw or null", self.optimiser in (None, *OPTIMISERS))
-        for name in ("warmup_epochs", "lr", "weight_decay"):
-            value = getattr(self, name)
-            fits = value is None or (_is_number(value) and value >= 0 and (name != "lr" or value > 0))
-            self._require(name, "a positive number or null", fits)
-        self._require("layer_decay", "a number in (0, 1]", 0 < self.layer_decay <= 1)
-        for name in ("frozen_encoder_epochs", "decoder_warmup_epochs"):
-            self._require(name, "a number of epochs", getattr(self, name) >= 0)
-        for name, least in (("epochs", 1), ("iterations_per_epoch", 1), ("validation_iterations", 1), ("seed", 0)):
-            value = getattr(self, name)
-            fits = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
-            self._require(name, f"a whole number from {least} or null", fits)
-        self._refuse_contradictions()
-
-    def _require(self, name: str, expected: str, fits: bool) -> None:
-        if not fits:
-            raise UserError(
-                f"Setting '{name}' in the plan's finetuning block is {getattr(self, name)!r}; expected {expected}.",
-                f"nnssl_plugin plan -d ID -p PLANS -n NAME --set finetuning.{name}=…",
-            )
-
-    def _refuse_contradictions(self) -> None:
+    def __post_init__(self) -> None:
         moving = {"layer_decay": 1.0, "frozen_encoder_epochs": 0, "decoder_warmup_epochs": 0}
         asked = [name for name, default in moving.items() if getattr(self, name) != default]
         if self.trains != "all" and asked:
@@ -96,17 +76,16 @@ def read_settings(plans: Mapping[str, Any], configuration: str) -> FinetuningSet
         UserError: when the plan has no such block, its weights are for another configuration, or a setting is unknown,
             of the wrong kind or contradicts another.
     """
-    name, block = plans.get("plans_name"), plans.get("finetuning")
+    name, block = plans.get("plans_name"), plans.get(BLOCK)
     if not isinstance(block, Mapping) or "weights" not in block:
+        lacking = (
+            "settings in its finetuning block, but no weights" if isinstance(block, Mapping) else "no finetuning block"
+        )
         raise UserError(
-            f"Plan {name} has no finetuning block, so there is nothing to fine-tune from.",
+            f"Plan {name} has {lacking}, so there is nothing to fine-tune from.",
             f"nnssl_plugin adapt -d ID -w CHECKPOINT -n NAME -p {name}, then train with -p {name}-NAME",
         )
-    settings = settings_from(
-        {key: value for key, value in block.items() if key not in INFORMATION},
-        FinetuningSettings(),
-        f"the finetuning block of {name}",
-    )
+    settings = settings_of(plans)
     adapted_to = block.get("configuration", configuration)
     if settings.weights is not None and adapted_to != configuration:
         raise UserError(
@@ -116,5 +95,14 @@ def read_settings(plans: Mapping[str, Any], configuration: str) -> FinetuningSet
     return settings
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def settings_of(plans: Mapping[str, Any], *, elsewhere: Iterable[str] = ()) -> FinetuningSettings:
+    """The settings of a plan's ``finetuning`` block, whatever weights it names; the defaults where it has none.
+
+    Raises:
+        UserError: when a setting is unknown, of the wrong kind or contradicts another.
+    """
+    block = plans.get(BLOCK, {})
+    if isinstance(block, Mapping):
+        block = {key: value for key, value in block.items() if key not in INFORMATION}
+    where = f"the {BLOCK} block of plan {plans.get('plans_name')}"
+    return settings_from(block, FinetuningSettings(), where, set_as=f"{BLOCK}.", elsewhere=elsewhere)

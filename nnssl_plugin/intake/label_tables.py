@@ -1,5 +1,6 @@
 """A table of class labels as people have it: which files its rows name, and what its columns are."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -7,9 +8,20 @@ from pathlib import Path, PurePosixPath
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.unlabelled import name_without_ending
 from nnssl_plugin.io.text import some
-from nnssl_plugin.nnunet.case_labels import BINARY, KINDS, MULTICLASS, MULTILABEL, NONE, ORDINAL, SEPARATOR, Target
+from nnssl_plugin.nnunet.case_labels import (
+    BINARY,
+    KINDS,
+    MULTICLASS,
+    MULTILABEL,
+    NONE,
+    ORDINAL,
+    SEPARATOR,
+    Target,
+    is_missing,
+    subject_of,
+)
 
-NEGATIVE = ("0", "no", "none", "negative", "neg", "false", "absent", "normal", "healthy", "control", "benign")
+NEGATIVE = ("0", "no", "negative", "neg", "false", "absent", "normal", "healthy", "control", "benign")
 """Names that stand for the negative class of a binary target."""
 
 Row = dict[str, str]
@@ -39,7 +51,7 @@ def infer_targets(rows: Sequence[Row], specs: Sequence[str], *, where: Path) -> 
     for name, kind, classes in parsed:
         if name not in columns:
             raise UserError(f"{where} has no column {name!r}; it has: {', '.join(columns)}.", "Name one with --target.")
-        cells = [row[name] for row in rows if row[name]]
+        cells = [row[name] for row in rows if not is_missing(row[name])]
         kind = kind or _infer_kind(cells)
         targets.append(Target(name, kind, classes or _infer_classes(name, cells, kind, where=where)))
     return tuple(targets)
@@ -48,9 +60,9 @@ def infer_targets(rows: Sequence[Row], specs: Sequence[str], *, where: Path) -> 
 def match_scans(rows: Sequence[Row], scans: Iterable[Path], *, source: Path, where: Path) -> dict[Path, Row]:
     """Which row belongs to which scan.
 
-    ``case`` names a file relative to ``source``, with or without its ending, or a folder, which stands for every scan
-    in it; or a file's name alone where no other file has it. Scans of one row share a subject: the row's, or else its
-    ``case``.
+    ``case`` names a file relative to ``source`` or by its absolute path, with or without its ending, or a folder,
+    which stands for every scan in it; or a file's name alone where no other file has it. Scans of one row share a
+    subject: the row's, or else its ``case``.
 
     Returns:
         scan to its row, with ``subject`` filled in where the row names several. Scans without a row are not in it.
@@ -62,7 +74,7 @@ def match_scans(rows: Sequence[Row], scans: Iterable[Path], *, source: Path, whe
     found: dict[Path, Row] = {}
     unknown = []
     for row in rows:
-        key = PurePosixPath(row["case"].replace("\\", "/")).as_posix()
+        key = _relative(row["case"], source)
         matched = files[key] or folders[key] or (names[key] if len(names[key]) == 1 else [])
         if not matched:
             unknown.append(row["case"])
@@ -71,7 +83,7 @@ def match_scans(rows: Sequence[Row], scans: Iterable[Path], *, source: Path, whe
                 raise UserError(
                     f"{where}: {found[scan]['case']!r} and {row['case']!r} both name {scan}.", "Keep one row per scan."
                 )
-            found[scan] = {**row, "subject": row.get("subject") or row["case"]} if len(matched) > 1 else row
+            found[scan] = {**row, "subject": subject_of(row)} if len(matched) > 1 else row
     if unknown:
         raise UserError(
             f"{where} names cases that are not below {source}: {some(unknown)}.",
@@ -134,6 +146,15 @@ def _infer_classes(name: str, cells: Sequence[str], kind: str, *, where: Path) -
     if kind == BINARY:
         distinct.sort(key=lambda cell: cell.casefold() not in NEGATIVE)
     return tuple(distinct)
+
+
+def _relative(case: str, source: Path) -> str:
+    """A case with / between its parts, relative to the source where it is an absolute path below it."""
+    path = PurePosixPath(os.path.normpath(case.replace("\\", "/")))
+    for folder in (source.absolute(), source.resolve()):
+        if path.is_relative_to(folder.as_posix()):
+            return path.relative_to(folder.as_posix()).as_posix()
+    return path.as_posix()
 
 
 def _index(scans: Iterable[Path], source: Path) -> tuple[Mapping[str, list[Path]], ...]:

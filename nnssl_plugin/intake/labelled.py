@@ -1,5 +1,7 @@
 """Class labels for a raw dataset: one made from scans and a table, or one that is there already."""
 
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,9 +10,9 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.label_tables import Row, infer_targets, match_cases, match_scans
 from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, read_rows
 from nnssl_plugin.intake.unlabelled import PrepareSummary, find_scans, prepare_dataset
-from nnssl_plugin.io.files import read_json
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.case_labels import BINARY, ClassLabels, Target, parse_labels, read_table, write_class_labels
+from nnssl_plugin.nnunet.dataset_json import read_dataset_file
 from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder, training_files
 
 FOLDS = 5
@@ -89,7 +91,12 @@ def label_dataset(dataset: str | int, *, table: str | Path, targets: Sequence[st
     rows = read_table(table)
     wanted = _checked_targets(rows, targets, table)
     cases = list(training_files(folder))
-    named = match_cases(rows, cases, ending=read_json(folder / "dataset.json")["file_ending"], where=table)
+    named = match_cases(
+        rows,
+        cases,
+        ending=read_dataset_file(folder / "dataset.json", needed=("file_ending",))["file_ending"],
+        where=table,
+    )
     return _write(folder, named, wanted, table, cases=cases)
 
 
@@ -114,6 +121,21 @@ def warn_of_rare_classes(labels: ClassLabels, *, folds: int = FOLDS) -> list[str
         for index, name in enumerate(target.classes)
         if (count := _subjects(labels, labels.cases_of_class(target, index))) < folds
     ]
+
+
+def warn_of_similar_classes(labels: ClassLabels) -> list[str]:
+    """A sentence for classes whose names differ in case, blanks or signs alone: they are likely one class."""
+    found = []
+    for target in labels.targets:
+        alike = defaultdict(list)
+        for name in target.classes:
+            alike[re.sub(r"[\W_]+", "", name.casefold()) or name].append(name)
+        found += [
+            f"{target.name}: {' and '.join(names)} are taken for different classes; write them alike if they are one."
+            for names in alike.values()
+            if len(names) > 1
+        ]
+    return found
 
 
 def _checked_targets(rows: list[Row], specs: Sequence[str], table: Path) -> tuple[Target, ...]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, write_rows
-from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.io.files import write_json
+from nnssl_plugin.nnunet.dataset_json import read_dataset_file
 
 RAW = "nnUNet_raw"
 FILE_ENDING = ".nii.gz"
@@ -53,7 +54,7 @@ def open_dataset(dataset_id: int, name: str, *, modality: str, source: Path, end
 def write_dataset_json(folder: Path, *, modality: str, cases: int, ending: str = FILE_ENDING) -> None:
     """Write dataset.json, or set ``numTraining`` in the one that is there."""
     path = folder / "dataset.json"
-    content = read_json(path) if path.is_file() else {}
+    content = read_dataset_file(path) if path.is_file() else {}
     defaults = {
         "channel_names": channel_names(modality),
         "labels": {"background": 0, "body": 1},
@@ -106,7 +107,7 @@ def _check_is_ours(folder: Path, *, modality: str, ending: str) -> None:
     path = folder / "dataset.json"
     if not path.is_file():
         return
-    content = read_json(path)
+    content = read_dataset_file(path, needed=("channel_names",))
     if content.get("file_ending", ending) != ending:
         raise UserError(
             f"{folder.name} holds {content['file_ending']} files; these would be {ending}.",

@@ -292,7 +292,7 @@ def _stage_volume(task: _Task) -> Origin:
     scan = load_scan(task.source)
     mask = body_mask(scan.array, scan.image.affine, modality=task.modality)
     _write_bytes(_staged(task, "label"), stored_bytes(_like(scan, mask)))
-    linked = ending_of(task.source) == FILE_ENDING
+    linked = ending_of(task.source) == FILE_ENDING and scan.in_mm
     if not linked:
         _write_bytes(_staged(task, "image"), stored_bytes(scan.image))
     return Origin(

@@ -21,6 +21,13 @@ SHEAR_TOLERANCE = 1e-2
 SPACING_TOLERANCE = 1e-2
 """Largest relative difference between the voxel size of the header and that of the affine."""
 
+NIFTI_UNIT_MM = {1: 1e3, 2: 1.0, 3: 1e-3}
+"""Code of a NIfTI header's unit of length (metre, mm, micron) → mm; 0 and what is not known counts as mm."""
+ITK_UNIT_MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "um": 1e-3, "µm": 1e-3, "micron": 1e-3, "microns": 1e-3}
+"""The same for the texts of NRRD ("space units") and MetaImage ("DistanceUnits"); other texts are refused."""
+VOXEL_MM = (1e-4, 100.0)
+"""Sizes between which a voxel's edge is believed where the header states another unit than mm."""
+
 _READ_ERRORS = (
     OSError,
     EOFError,
@@ -45,6 +52,8 @@ class Scan:
 
     array: np.ndarray
     image: nibabel.Nifti1Image
+    in_mm: bool = True
+    """Whether the file itself is in mm; ``image`` always is."""
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -78,8 +87,10 @@ def load_scan(path: Path) -> Scan:
     try:
         if all(part.stat().st_size == 0 for part in file_parts(path)):
             raise RejectedScan("empty file (0 bytes)")
-        image = _read_nifti(path) if ending_of(path) in NIFTI_ENDINGS else _read_itk(path)
+        image, unit = _read_nifti(path) if ending_of(path) in NIFTI_ENDINGS else _read_itk(path)
         _check_grid(image)
+        if unit != 1:
+            _check_converted(image, unit)
         array = image.get_fdata(dtype=np.float32, caching="unchanged")
     except _READ_ERRORS as error:
         raise RejectedScan(f"truncated, damaged or unreadable: {_one_line(error)}") from error
@@ -87,7 +98,7 @@ def load_scan(path: Path) -> Scan:
         raise RejectedScan(f"{int((~np.isfinite(array)).sum())} voxels are NaN or infinite")
     if array.min() == array.max():
         raise RejectedScan(f"constant image: every voxel is {array.min():g}")
-    return Scan(array=array, image=image)
+    return Scan(array=array, image=image, in_mm=unit == 1)
 
 
 def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -97,10 +108,15 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
         RejectedScan: the file is no readable 3D volume with geometry.
     """
     try:
-        image = nibabel.load(path) if ending_of(path) in NIFTI_ENDINGS else _read_itk(path)
+        if ending_of(path) in NIFTI_ENDINGS:
+            image = nibabel.load(path)
+            affine = np.diag([*[nifti_unit_mm(image.header)] * 3, 1.0]) @ image.affine
+        else:
+            image, _ = _read_itk(path)
+            affine = image.affine
         if image.ndim != 3:
             raise RejectedScan(f"{image.ndim}D image: a 3D volume is needed")
-        return image.get_fdata(dtype=np.float32, caching="unchanged"), image.affine
+        return image.get_fdata(dtype=np.float32, caching="unchanged"), affine
     except _READ_ERRORS as error:
         raise RejectedScan(f"unreadable: {_one_line(error)}") from error
 
@@ -116,13 +132,20 @@ def file_parts(path: Path) -> list[Path]:
     return [path, data] if data.is_file() and data != path else [path]
 
 
+def nifti_unit_mm(header: nibabel.Nifti1Header) -> float:
+    """Length of the unit that a NIfTI header states, in mm; nibabel and nnU-Net's readers of it take it for mm."""
+    return NIFTI_UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
+
+
 def stored_bytes(image: nibabel.Nifti1Image) -> bytes:
     """A gzipped NIfTI file of the image; the same image gives the same bytes."""
     return gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
 
 
-def _read_nifti(path: Path) -> nibabel.Nifti1Image:
-    """nibabel stops at the last voxel and repairs a spacing of zero to one: the stream is read to its checksum here,
+def _read_nifti(path: Path) -> tuple[nibabel.Nifti1Image, float]:
+    """The image in mm, and the unit of the file in mm.
+
+    nibabel stops at the last voxel and repairs a spacing of zero to one: the stream is read to its checksum here,
     and the header is looked at before nibabel mends it."""
     content = path.read_bytes()
     if ending_of(path) == ".nii.gz":
@@ -140,10 +163,40 @@ def _read_nifti(path: Path) -> nibabel.Nifti1Image:
     expected = int(header["vox_offset"]) + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
     if len(content) < expected:
         raise RejectedScan(f"truncated: the header promises {expected} bytes, the file holds {len(content)}")
-    return kind.from_bytes(content)
+    unit = nifti_unit_mm(header)
+    if unit != 1:
+        content = _in_millimetres(header, unit).binaryblock + content[len(header.binaryblock) :]
+    return kind.from_bytes(content), unit
 
 
-def _read_itk(path: Path) -> nibabel.Nifti1Image:
+def _in_millimetres(header: nibabel.Nifti1Header, unit: float) -> nibabel.Nifti1Header:
+    """A header with every length times ``unit``; the voxels and their scaling stay as they are."""
+    header = header.copy()
+    header["pixdim"][1:4] *= unit
+    for name in ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"):
+        header[name] = header[name] * unit
+    header["xyzt_units"] = (int(header["xyzt_units"]) & ~7) | 2
+    return header
+
+
+def _check_converted(image: nibabel.Nifti1Image, unit: float) -> None:
+    sizes = nibabel.affines.voxel_sizes(image.affine)
+    if (sizes < VOXEL_MM[0]).any() or (sizes > VOXEL_MM[1]).any():
+        raise RejectedScan(
+            f"its header states a unit of length of {unit:g} mm, which makes voxels of {_mm(sizes)}: correct its unit"
+        )
+
+
+def _itk_unit_mm(header: str) -> float:
+    stated = re.findall(r"^(?:DistanceUnits\s*=|space units:)\s*(\S.*?)\s*$", header, re.MULTILINE | re.IGNORECASE)
+    units = {text.lower() for text in re.split(r"[\s\"]+", " ".join(stated)) if text} - {"none", "?"}
+    if len(units) > 1 or not units <= set(ITK_UNIT_MM):
+        raise RejectedScan(f"unit of length {', '.join(sorted(units))}: convert it to mm")
+    return ITK_UNIT_MM[units.pop()] if units else 1.0
+
+
+def _read_itk(path: Path) -> tuple[nibabel.Nifti1Image, float]:
+    """The image in mm, and the unit of the file in mm."""
     import SimpleITK
 
     with path.open("rb") as stream:
@@ -157,11 +210,13 @@ def _read_itk(path: Path) -> nibabel.Nifti1Image:
         raise RejectedScan(f"{volume.GetNumberOfComponentsPerPixel()} values per voxel: one is needed")
     if volume.GetDimension() != 3:
         raise RejectedScan(f"{volume.GetDimension()}D image: a 3D volume is needed")
+    unit = _itk_unit_mm(text)
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(volume.GetDirection(), (3, 3)) * np.asarray(volume.GetSpacing())
     affine[:3, 3] = volume.GetOrigin()
+    affine[:3] *= unit
     array = SimpleITK.GetArrayFromImage(volume).T
-    return nibabel.Nifti1Image(array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, dtype=array.dtype)
+    return nibabel.Nifti1Image(array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, dtype=array.dtype), unit
 
 
 def _check_grid(image: nibabel.Nifti1Image) -> None:

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from nnssl_plugin.networks.readers import reader_of
+from nnssl_plugin.networks.family import Parts, reader_of
 
 
 class Backbone(nn.Module):
     """One way to ask any planned network for features; methods never look inside a network.
 
-    Serves PlainConvUNet, ResidualEncoderUNet and MONAI's SwinUNETR in 2D and 3D, and Primus in 3D. Feature maps are
-    ordered fine to coarse; the tokens of Primus are one map, at the stride of its patches. In SwinUNETR the stage of
-    stride 1 is the image itself, which its decoder reads.
+    Serves the networks of every family in ``networks/families``. Feature maps are ordered fine to coarse; the tokens of
+    Primus are one map, at the stride of its patches. In SwinUNETR the stage of stride 1 is the image itself, which its
+    decoder reads.
 
     Args:
         network: the bare network of the plan; it stays reachable as ``network`` and keeps its keys.
@@ -78,6 +78,10 @@ class Backbone(nn.Module):
         if "decoder" in parts:
             for parameter in (*self._reader.decoder_parameters(), *self.reconstruction_head.parameters()):
                 parameter.requires_grad_(True)
+
+    def parts(self) -> Parts:
+        """Encoder stages and head of the network, for recipes of fine-tuning."""
+        return self._reader.parts()
 
     def compile_parts(self) -> None:
         """Compile the network's large parts in place, which leaves their keys alone."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.networks.families.swin_unetr import SWIN_UNETR
 
 try:
     from monai.networks.nets.swin_unetr import SwinUNETR as MonaiSwinUNETR
@@ -29,11 +30,9 @@ class SwinUNETR(MonaiSwinUNETR or nn.Module):
         UserError: without MONAI, or where deep supervision is asked for.
     """
 
-    patch_divisor = 32
-    """Every axis of the image is halved five times."""
-    key_to_encoder = "swinViT"
-    key_to_stem = "swinViT.patch_embed"
-    keys_to_in_proj = ("swinViT.patch_embed.proj", "encoder1.layer.conv1.conv", "encoder1.layer.conv3.conv")
+    key_to_encoder = SWIN_UNETR.encoder
+    key_to_stem = SWIN_UNETR.stem
+    keys_to_in_proj = SWIN_UNETR.image_layers
 
     def __init__(self, input_channels: int, num_classes: int, **arguments):
         if MonaiSwinUNETR is None:
@@ -41,7 +40,6 @@ class SwinUNETR(MonaiSwinUNETR or nn.Module):
                 "The plan's network, SwinUNETR, needs MONAI, which cannot be imported.",
                 'pip install "nnssl_plugin[swin]"',
             )
-        # not in the signature, by which takes_deep_supervision tells that there is none
         if arguments.pop("deep_supervision", False):
             raise UserError(
                 "SwinUNETR has no deep supervision, which this trainer asks for.",

@@ -1,20 +1,23 @@
 """Class labels of a raw dataset: ``classification.csv`` and the ``classification`` block of ``dataset.json``.
 
 ``classification.csv`` has the columns ``case,subject,TARGET[,TARGET…]`` and one row per case. A cell holds the name of
-a class; in a multi-label target the names separated by ``;``, or ``none``. A case without a subject is its own.
-Cases of the dataset that have no row are not used for classification.
+a class; in a multi-label target the names separated by ``;``, or ``none``. An empty cell, ``NA``, ``nan`` and the like
+(:data:`MISSING`) are no label. A case without a subject is its own. Cases of the dataset that have no row are not used
+for classification.
 """
 
 import csv
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import atomic_path, read_json, write_json
+from nnssl_plugin.io.files import atomic_path, write_json
 from nnssl_plugin.io.text import some
+from nnssl_plugin.nnunet.dataset_json import read_dataset_file
 
 LABELS_FILE = "classification.csv"
 BLOCK = "classification"
@@ -24,6 +27,8 @@ SEPARATOR = ";"
 """Between the classes of a multi-label cell."""
 NONE = "none"
 """A multi-label cell without any class."""
+MISSING = frozenset(("", "na", "n/a", "#n/a", "n.a.", "<na>", "nan", "none", "null", "missing"))
+"""What people and programs write where there is no value, without regard to case."""
 
 Label = int | tuple[int, ...]
 """Index of the class; in a multi-label target the sorted indices of the classes, possibly none."""
@@ -69,6 +74,12 @@ class Target:
         """Logits: K for multi-class (binary: 2) and multi-label, K − 1 cumulative ones for ordinal."""
         return len(self.classes) - (self.kind == ORDINAL)
 
+    def is_missing(self, cell: str) -> bool:
+        """Whether a cell holds no label: nothing, or a word of :data:`MISSING` that is no class of this target."""
+        if self.kind == MULTILABEL and cell == NONE:
+            return False
+        return is_missing(cell) and cell not in self.classes
+
     def parse(self, cell: str) -> Label:
         """The label that a cell stands for.
 
@@ -89,6 +100,11 @@ class Target:
         if self.kind != MULTILABEL:
             return self.classes[label]
         return SEPARATOR.join(self.classes[index] for index in label) or NONE
+
+
+def is_missing(cell: str) -> bool:
+    """Whether a cell of a table stands for no value."""
+    return cell.strip().casefold() in MISSING
 
 
 @dataclass(frozen=True)
@@ -156,7 +172,7 @@ def read_targets(folder: Path) -> tuple[Target, ...]:
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         raise UserError(f"There is no {path}.", "Prepare the dataset first: nnssl_plugin prepare -i DIR -d ID -n NAME")
-    block = read_json(path).get(BLOCK)
+    block = read_dataset_file(path).get(BLOCK)
     if block is None:
         raise UserError(f"{path} has no {BLOCK!r} block: the dataset has no class labels.", _again(folder))
     try:
@@ -201,7 +217,7 @@ def write_class_labels(folder: Path, labels: ClassLabels) -> Path:
             cells = [target.cell(labels.labels[target.name][case]) for target in labels.targets]
             writer.writerow([case, labels.subjects[case], *cells])
     description = folder / "dataset.json"
-    write_json(description, {**read_json(description), BLOCK: targets_block(labels.targets)})
+    write_json(description, {**read_dataset_file(description), BLOCK: targets_block(labels.targets)})
     return path
 
 
@@ -223,7 +239,7 @@ def parse_labels(
     for row in rows:
         if row["case"] in subjects:
             raise UserError(f"{where}: case {row['case']!r} occurs twice.", "Keep one row per case.")
-        subjects[row["case"]] = row.get("subject", "") or row["case"]
+        subjects[row["case"]] = subject_of(row)
     wanted = set(subjects) if cases is None else set(cases)
     without = sorted(wanted - set(subjects))
     if without:
@@ -233,21 +249,35 @@ def parse_labels(
     return ClassLabels(tuple(targets), {case: s for case, s in subjects.items() if case in wanted}, labels)
 
 
+def subject_of(row: Mapping[str, str]) -> str:
+    """The subject of a row; its case where the cell is absent or holds no value."""
+    subject = row.get("subject", "")
+    return row["case"] if is_missing(subject) else subject
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a table with a ``case`` column, as stripped text.
 
-    Comma, semicolon or tab separate the cells (whichever the header line has most of, as Excel writes them in its
-    language); a byte order mark is skipped; blank lines are left out.
+    Lines end where the csv module says so: U+2028 and U+0085, for example, may stand in a cell. Comma,
+    semicolon or tab separate the cells (whichever the header line has most of, as Excel writes them in its language); a
+    byte order mark is skipped; blank lines are left out.
 
     Raises:
         UserError: the file is absent, empty or not UTF-8, its header has no ``case`` column or a name twice, or a
             line has more or fewer cells than the header, or no case.
     """
     path = Path(path)
-    lines = _text(path).splitlines(keepends=True)
-    header = lines[0] if lines else ""
+    text = _text(path)
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
     separator = max((",", ";", "\t"), key=header.count)
-    reader = csv.reader(lines, delimiter=separator)
+    reader = csv.reader(StringIO(text, newline=""), delimiter=separator)
+    try:
+        return _rows(reader, header, separator, path)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}.", "Save the table anew as CSV.") from error
+
+
+def _rows(reader, header: str, separator: str, path: Path) -> list[dict[str, str]]:
     names = [name.strip() for name in next(reader, [])]
     if "case" not in names:
         raise UserError(
@@ -276,7 +306,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def _column(rows: Sequence[Mapping[str, str]], target: Target, where: Path) -> dict[str, Label]:
-    missing = [row["case"] for row in rows if not row[target.name]]
+    missing = [row["case"] for row in rows if target.is_missing(row[target.name])]
     if missing:
         hint = f" (a case without any class reads {NONE})" if target.kind == MULTILABEL else ""
         raise UserError(
@@ -306,7 +336,7 @@ def _text(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"There is no {path}.", "Give the class labels: nnssl_plugin prepare --class-labels FILE.csv")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text (byte {error.start}).", "In Excel: Save As, file type 'CSV UTF-8'."

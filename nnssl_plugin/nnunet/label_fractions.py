@@ -1,7 +1,8 @@
 """Fewer labels, on purpose: nested subsets of the training cases, as further folds of nnU-Net's own split file."""
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,9 +10,14 @@ import numpy as np
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.io.text import some
+from nnssl_plugin.nnunet.splits import SPLITS_FILE, Splits, check_fold, read_splits
+from nnssl_plugin.nnunet.subjects import raw_folder_if_there, subjects_of_cases
 
-SPLITS_FILE = "splits_final.json"
 SIDECAR_FILE = "label_fractions.json"
+CASES, SUBJECTS = "cases", "subjects"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,28 +30,33 @@ class FractionFold:
     seed: int
     training_cases: int
     validation_cases: int
+    drawn: str = CASES  # or SUBJECTS, where a subject of the fold has several cases
 
 
-def write_fraction_folds(dataset: str, *, fold: int = 0, fractions: Sequence[float], seed: int = 0) -> dict[float, int]:
+def write_fraction_folds(
+    dataset: str, *, fold: int = 0, fractions: Sequence[float], seed: int = 0, subjects: str | Path | None = None
+) -> dict[float, int]:
     """Append one fold per fraction to the ``splits_final.json`` of a preprocessed dataset.
 
     A fold's training cases are a nested subset of those of ``fold`` (:func:`nested_subsets`), its validation cases are
     the same, so scores compare case by case. Folds that are there stay as they are; where there is no split file,
     nnU-Net's own five folds are made first, as its trainers make them. What was appended before is not appended again.
-    Cases are what is drawn: several cases of one subject count as several.
+    Subjects are drawn with all of their cases.
 
     Args:
         dataset: ID or full name.
         fold: the fold whose training cases are cut down.
         fractions: in (0, 1].
         seed: of the draw.
+        subjects: table ``case,subject``; None: ``classification.csv`` of the raw dataset, and without that each case
+            is its own subject.
 
     Returns:
         fraction to fold number, in the order of ``fractions``.
 
     Raises:
-        UserError: the dataset, its cases or the fold are missing, a fraction is out of range, or the split file no
-            longer holds what was appended to it.
+        UserError: the dataset, its cases or the fold are missing, the fold's cases are unknown or on both sides, a
+            fraction is out of range, or the split file no longer holds what was appended to it.
     """
     from nnssl_plugin.nnunet.plans import dataset_folder
 
@@ -56,16 +67,24 @@ def write_fraction_folds(dataset: str, *, fold: int = 0, fractions: Sequence[flo
             f"{folder / SPLITS_FILE} has no fold {fold}; it has {len(splits)}.",
             f"Name one of 0 to {len(splits) - 1} with -f.",
         )
-    present = {(f.base_fold, f.fraction, f.seed): f for f in read_fraction_folds(folder)}
+    base = splits[fold]
+    check_fold(base, known=_cases_of_any_configuration(folder), where=f"{folder / SPLITS_FILE}: fold {fold}")
+    subject_of = subjects_of_cases(
+        [*base["train"], *base["val"]], table=subjects, raw_folder=raw_folder_if_there(folder.name)
+    )
+    _warn_of_shared_subjects(base, subject_of, fold)
+    drawn = SUBJECTS if len({subject_of[case] for case in base["train"]}) < len(base["train"]) else CASES
+    present = {(f.base_fold, f.fraction, f.seed, f.drawn): f for f in read_fraction_folds(folder)}
     added: list[FractionFold] = []
-    for fraction, cases in nested_subsets(splits[fold]["train"], fractions, seed=seed).items():
-        wanted = {"train": cases, "val": list(splits[fold]["val"])}
-        known = present.get((fold, fraction, seed))
+    subsets = nested_subsets(base["train"], fractions, seed=seed, subjects=subject_of)
+    for fraction, cases in subsets.items():
+        wanted = {"train": cases, "val": list(base["val"])}
+        known = present.get((fold, fraction, seed, drawn))
         if known is None:
-            known = FractionFold(len(splits), fold, fraction, seed, len(cases), len(wanted["val"]))
+            known = FractionFold(len(splits), fold, fraction, seed, len(cases), len(wanted["val"]), drawn)
             splits.append(wanted)
             added.append(known)
-            present[fold, fraction, seed] = known
+            present[fold, fraction, seed, drawn] = known
         elif known.fold >= len(splits) or splits[known.fold] != wanted:
             raise UserError(
                 f"Fold {known.fold} of {folder / SPLITS_FILE} is not what {SIDECAR_FILE} says.",
@@ -74,7 +93,7 @@ def write_fraction_folds(dataset: str, *, fold: int = 0, fractions: Sequence[flo
     if added:
         write_json(folder / SPLITS_FILE, splits)
         write_json(folder / SIDECAR_FILE, [asdict(entry) for entry in present.values()])
-    return {fraction: present[fold, fraction, seed].fold for fraction in fractions}
+    return {fraction: present[fold, fraction, seed, drawn].fold for fraction in fractions}
 
 
 def read_fraction_folds(folder: str | Path) -> list[FractionFold]:
@@ -82,21 +101,33 @@ def read_fraction_folds(folder: str | Path) -> list[FractionFold]:
 
     Args:
         folder: ``nnUNet_preprocessed/DatasetXXX_NAME``.
+
+    Raises:
+        UserError: the record is damaged.
     """
     path = Path(folder) / SIDECAR_FILE
-    return [FractionFold(**entry) for entry in read_json(path)] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [FractionFold(**entry) for entry in read_json(path, list)]
+    except TypeError as error:
+        raise UserError(f"{path} is no record of folds with fewer labels: {error}.", f"rm {path}") from error
 
 
-def nested_subsets(cases: Sequence[str], fractions: Iterable[float], *, seed: int = 0) -> dict[float, list[str]]:
-    """Random subsets of cases, of which each holds every smaller one.
+def nested_subsets(
+    cases: Sequence[str], fractions: Iterable[float], *, seed: int = 0, subjects: Mapping[str, str] | None = None
+) -> dict[float, list[str]]:
+    """Random subsets of cases, of which each holds every smaller one and all cases of each of its subjects.
 
-    All fractions cut one shuffled list, so a fraction's subset depends on the cases and the seed alone: neither the
-    order of the cases nor the other fractions change it.
+    All fractions cut one shuffled list of subjects, so a fraction's subset depends on the cases, their subjects and the
+    seed alone: neither the order of the cases nor the other fractions change it.
 
     Args:
         cases: names, each once.
-        fractions: of the number of cases, in (0, 1]; rounded up, so at least one case is left.
-        seed: shuffles the cases.
+        fractions: of the number of cases, in (0, 1]; rounded up, so at least one case is left. Subjects are taken until
+            so many cases are reached.
+        seed: shuffles the subjects.
+        subjects: case → subject; None: each case is its own.
 
     Returns:
         fraction to sorted names, in the order of ``fractions``.
@@ -113,8 +144,21 @@ def nested_subsets(cases: Sequence[str], fractions: Iterable[float], *, seed: in
             f"A fraction of the cases is above 0 and at most 1 (100 %), not {wrong[0]:g}.",
             "For example: --fractions 20 40 60 80 100",
         )
-    shuffled = [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
-    return {fraction: sorted(shuffled[: _count(fraction, len(ordered))]) for fraction in fractions}
+    of_subject: dict[str, list[str]] = {}
+    for case in ordered:
+        of_subject.setdefault(subjects[case] if subjects else case, []).append(case)
+    groups = list(of_subject.values())
+    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    reached = np.cumsum([len(group) for group in shuffled])
+    taken = {f: int(np.searchsorted(reached, _count(f, len(ordered)))) + 1 for f in fractions}
+    return {f: sorted(case for group in shuffled[:number] for case in group) for f, number in taken.items()}
+
+
+def _warn_of_shared_subjects(fold: Mapping[str, list[str]], subject_of: Mapping[str, str], number: int) -> None:
+    training, validation = ({subject_of[case] for case in fold[part]} for part in ("train", "val"))
+    shared = sorted(training & validation)
+    if shared:
+        _log.warning("Fold %d trains and validates on cases of the same subjects: %s.", number, some(shared))
 
 
 def _count(fraction: float, total: int) -> int:
@@ -122,10 +166,10 @@ def _count(fraction: float, total: int) -> int:
     return math.ceil(round(fraction * total, 9))
 
 
-def _read_or_create_splits(folder: Path) -> list[dict[str, list[str]]]:
+def _read_or_create_splits(folder: Path) -> Splits:
     path = folder / SPLITS_FILE
     if path.is_file():
-        return read_json(path)
+        return read_splits(path)
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     cases = _preprocessed_cases(folder)
@@ -145,11 +189,7 @@ def _read_or_create_splits(folder: Path) -> list[dict[str, list[str]]]:
 
 def _preprocessed_cases(folder: Path) -> list[str]:
     """Sorted names of the cases that nnU-Net's trainers would split."""
-    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-
-    found = {}
-    for data in sorted(path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.pkl"))):
-        found[data.name] = sorted(infer_dataset_class(str(data)).get_identifiers(str(data)))
+    found = _cases_of_configurations(folder)
     if not found:
         raise UserError(f"{folder} holds no preprocessed cases.", "Run: nnUNetv2_plan_and_preprocess -d ID")
     if len({tuple(cases) for cases in found.values()}) > 1:
@@ -159,3 +199,19 @@ def _preprocessed_cases(folder: Path) -> list[str]:
             "Preprocess them all again: nnUNetv2_preprocess -d ID",
         )
     return next(iter(found.values()))
+
+
+def _cases_of_any_configuration(folder: Path) -> set[str] | None:
+    """Names of all preprocessed cases; None where nothing is preprocessed yet."""
+    found = _cases_of_configurations(folder)
+    return set().union(*found.values()) if found else None
+
+
+def _cases_of_configurations(folder: Path) -> dict[str, list[str]]:
+    """Folder of preprocessed cases → their sorted names."""
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    return {
+        data.name: sorted(infer_dataset_class(str(data)).get_identifiers(str(data)))
+        for data in sorted(path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.pkl")))
+    }

@@ -3,11 +3,10 @@
 Only the functions that begin with ``write`` touch the files of a dataset; everything else works on dictionaries.
 """
 
-import difflib
 import json
 import math
-import pydoc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,7 +15,9 @@ from typing import Any
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
+from nnssl_plugin.networks.family import family_of_class, no_divisor, product_of_strides
 from nnssl_plugin.nnunet.plans import (
+    UNBUILDABLE,
     build_network,
     check_name,
     dataset_folder,
@@ -24,6 +25,7 @@ from nnssl_plugin.nnunet.plans import (
     read_plan,
     resolve_configuration,
 )
+from nnssl_plugin.settings import Count, Positive, assignment, closest, converted, described, with_brackets
 
 ABSOLUTE = ("configurations", "pretraining", "finetuning", "classification")
 """First parts of keys that start at the top of the plan; every other key goes under ``pretraining``."""
@@ -38,9 +40,29 @@ PREPROCESSING = (
     "resampling_fn_seg_kwargs",
 )
 """Fields of a configuration that its preprocessed cases were made with."""
+PER_AXIS = {"patch_size": Count, "spacing": Positive, "median_image_size_in_voxels": Positive}
+"""Fields of a configuration with one number per axis."""
+FIELDS = {
+    "data_identifier": str,
+    "preprocessor_name": str,
+    "batch_size": Count,
+    "batch_dice": bool,
+    "normalization_schemes": tuple[str, ...],
+    "use_mask_for_norm": tuple[bool, ...],
+    "resampling_fn_data": str,
+    "resampling_fn_seg": str,
+    "resampling_fn_probabilities": str,
+    "resampling_fn_data_kwargs": dict,
+    "resampling_fn_seg_kwargs": dict,
+    "resampling_fn_probabilities_kwargs": dict,
+    "architecture": dict,
+}
+"""Further fields of a configuration, and what they take."""
 ABSENT = "not set"
 Assignment = tuple[tuple[str, ...], Any]
 """Path from the top of the plan, and value."""
+BlockCheck = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
+"""Refuses a plan (first) whose blocks, where they differ from those of its source (second), no trainer would read."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,8 @@ def write_edited_plan(
     presets: Sequence[str] = (),
     assignments: Sequence[str] = (),
     overwrite: bool = False,
+    trust: bool = False,
+    check_blocks: BlockCheck | None = None,
 ) -> EditedPlan:
     """Write the plan ``name`` of a preprocessed dataset: ``source`` with presets and assignments.
 
@@ -85,6 +109,8 @@ def write_edited_plan(
         presets: fragments of a plan in ``nnssl_plugin.plans`` that are merged in before the assignments.
         assignments: ``key=value`` texts, see :func:`parse_assignment`.
         overwrite: replace an existing plan of this name that says something else.
+        trust: build networks of classes that are not known, too, to check them.
+        check_blocks: checks the blocks that trainers read, which this package does not know.
 
     Raises:
         UserError: for a bad name, an unknown key, a plan that does not hold together, or an existing plan.
@@ -92,12 +118,19 @@ def write_edited_plan(
     check_new_name(name, source)
     folder = dataset_folder(dataset)
     plans = read_plan(folder, source)
-    return write_changed_plan(folder, plans, name, asked_for(plans, presets, assignments), overwrite=overwrite)
+    asked = asked_for(plans, presets, assignments)
+    return write_changed_plan(folder, plans, name, asked, overwrite=overwrite, trust=trust, check_blocks=check_blocks)
 
 
 def asked_for(plans: Mapping[str, Any], presets: Sequence[str], assignments: Sequence[str]) -> list[Assignment]:
-    """Presets in their order, then ``key=value`` texts, as assignments to a plan."""
-    values = [value for preset in presets for value in preset_assignments(read_preset(preset), plans)]
+    """Presets in their order, then ``key=value`` texts, as assignments to a plan.
+
+    Raises:
+        UserError: for an unknown preset, presets of different methods, or a text that is no assignment.
+    """
+    fragments = {preset: read_preset(preset) for preset in presets}
+    _check_one_method(plans, fragments)
+    values = [value for fragment in fragments.values() for value in preset_assignments(fragment, plans)]
     return [*values, *map(parse_assignment, assignments)]
 
 
@@ -116,7 +149,14 @@ def check_new_name(name: str, source: str) -> None:
 
 
 def write_changed_plan(
-    folder: Path, plans: Mapping[str, Any], name: str, assignments: Sequence[Assignment], *, overwrite: bool = False
+    folder: Path,
+    plans: Mapping[str, Any],
+    name: str,
+    assignments: Sequence[Assignment],
+    *,
+    overwrite: bool = False,
+    trust: bool = False,
+    check_blocks: BlockCheck | None = None,
 ) -> EditedPlan:
     """Write ``plans`` with assignments as the plan ``name`` into the folder of its preprocessed dataset.
 
@@ -124,7 +164,9 @@ def write_changed_plan(
         UserError: for an unknown key, a plan that does not hold together, or an existing plan that says something else.
     """
     edited, changes = edit_plan(plans, name, assignments)
-    to_preprocess = check_plan(edited, plans, read_dataset_json(folder))
+    if check_blocks is not None:
+        check_blocks(edited, plans)
+    to_preprocess = check_plan(edited, plans, read_dataset_json(folder), trust=trust)
     path = folder / f"{name}.json"
     if path.exists() and not overwrite and read_plan(folder, name) != edited:
         raise UserError(f"{path} exists and says something else.", "Choose another name, or add --overwrite.")
@@ -196,16 +238,28 @@ def network_assignments(configuration: str, architecture: Mapping[str, Any], pat
 
 
 def patch_divisors(architecture: Mapping[str, Any], dimensions: int) -> list[int]:
-    """What the patch must be divisible by, per axis: what the network's class says (``patch_divisor``), else the
-    product of a U-Net's strides, or the patch size of Primus."""
-    own = getattr(pydoc.locate(architecture["network_class_name"]), "patch_divisor", None)
-    if own is not None:
-        return [own] * dimensions
-    strides = architecture["arch_kwargs"].get("strides")
-    if strides is None:
-        return list(architecture["arch_kwargs"].get("patch_embed_size", [1] * dimensions))
-    stages = [[stride] * dimensions if isinstance(stride, int) else stride for stride in strides]
-    return [math.prod(axis) for axis in zip(*stages, strict=True)]
+    """What the patch must be divisible by, per axis, as the network's family says; by a network of no known family the
+    product of its strides, where it has some.
+
+    Raises:
+        UserError: for arguments that say no divisor.
+    """
+    family, arguments = family_of_class(architecture["network_class_name"]), architecture["arch_kwargs"]
+    divisors = family.divisors if family else product_of_strides if "strides" in arguments else no_divisor
+    try:
+        found = divisors(arguments, dimensions)
+    except UNBUILDABLE as error:
+        raise _no_divisors(architecture) from error
+    if len(found) != dimensions or not all(isinstance(divisor, int) and divisor > 0 for divisor in found):
+        raise _no_divisors(architecture)
+    return found
+
+
+def _no_divisors(architecture: Mapping[str, Any]) -> UserError:
+    return UserError(
+        f"The strides or patches of {architecture['network_class_name']} are not whole numbers, one per axis.",
+        "Mend the arch_kwargs of its architecture.",
+    )
 
 
 def fitting_patch(wanted: Sequence[int], divisors: Sequence[int]) -> list[int]:
@@ -238,12 +292,12 @@ def edit_plan(
         the new plan, and every value that differs from ``plans``, except the name.
 
     Raises:
-        UserError: for a path inside ``configurations`` that the plan does not have.
+        UserError: for a path inside ``configurations`` that the plan does not have, or a value that cannot stand there.
     """
     edited = {**deepcopy(dict(plans)), "plans_name": name}
     for path, value in assignments:
         if path[0] == "configurations":
-            _check_path(edited, path)
+            _check_value(path, value, _planned_value(edited, path))
             _own(edited, path)
         _assign(edited, path, deepcopy(value))
     return edited, [change for change in _compare(plans, edited) if change.path != ("plans_name",)]
@@ -258,7 +312,9 @@ def leaves(block: Mapping[str, Any], under: tuple[str, ...] = ()) -> Iterator[tu
             yield (*under, key), value
 
 
-def check_plan(edited: Mapping[str, Any], source: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> list[str]:
+def check_plan(
+    edited: Mapping[str, Any], source: Mapping[str, Any], dataset_json: Mapping[str, Any], *, trust: bool = False
+) -> list[str]:
     """Check every configuration that differs from ``source``: it must build, divide, and have its data.
 
     Returns:
@@ -274,14 +330,33 @@ def check_plan(edited: Mapping[str, Any], source: Mapping[str, Any], dataset_jso
         if before == after:
             continue
         if (before["architecture"], before["patch_size"]) != (after["architecture"], after["patch_size"]):
-            build_network(edited, configuration, dataset_json, device="meta")
+            build_network(edited, configuration, dataset_json, device="meta", trust=trust)
             _check_patch(after, configuration)
         if _check_preprocessing(before, after, configuration, edited["plans_name"]):
             to_preprocess.append(configuration)
     return to_preprocess
 
 
-def _check_path(plans: Mapping[str, Any], path: tuple[str, ...]) -> None:
+def _check_one_method(plans: Mapping[str, Any], fragments: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse presets of different methods, or of another than that of the plan they are merged into."""
+    named = {f"preset {preset}": _method_of(fragment) for preset, fragment in fragments.items()}
+    named = {f"plan {plans.get('plans_name')}": _method_of(plans)} | named
+    named = {name: method for name, method in named.items() if method is not None}
+    if len(set(named.values())) > 1:
+        raise UserError(
+            "A pretraining block is for one method, and these are for several: "
+            f"{', '.join(f'{name} ({method})' for name, method in named.items())}.",
+            "Keep the presets of one method, and start from a plan without another one's: -p nnUNetPlans",
+        )
+
+
+def _method_of(fragment: Mapping[str, Any]) -> str | None:
+    block = fragment.get("pretraining")
+    return block.get("method_name") if isinstance(block, Mapping) else None
+
+
+def _planned_value(plans: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """What the plan holds at a path inside ``configurations``."""
     if len(path) < 3:
         raise UserError(
             f"'{'.'.join(path)}' is not a value of a configuration.",
@@ -291,12 +366,36 @@ def _check_path(plans: Mapping[str, Any], path: tuple[str, ...]) -> None:
     for depth, part in enumerate(path[2:], 2):
         if not isinstance(known, Mapping) or part not in known:
             options = list(known) if isinstance(known, Mapping) else []
-            close = difflib.get_close_matches(part, options, 1)
+            close = closest(part, options)
             raise UserError(
                 f"The plan has no '{'.'.join(path[: depth + 1])}'.",
-                f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(options) or 'none'}.",
+                f"Did you mean '{close}'?" if close else f"There are: {', '.join(options) or 'none'}.",
             )
         known = known[part]
+    return known
+
+
+def _check_value(path: tuple[str, ...], value: Any, planned: Any) -> None:
+    """Refuse a value that cannot stand where ``planned`` does; building the network checks the rest of its own."""
+    axis, field = PER_AXIS.get(path[2]), FIELDS.get(path[2])
+    if len(path) == 3 and (axis is not None or field is not None):
+        annotation: Any = field if axis is None else tuple[(axis,) * len(planned)]  # type: ignore[misc]
+        with suppress(ValueError):
+            converted(value, annotation)
+            return
+        expected = described(annotation)
+    elif planned is None or value is None or isinstance(value, str) == isinstance(planned, str):
+        return
+    else:
+        annotation, expected = tuple[Any, ...], f"a value like {_compact(planned)}"
+    example = planned
+    if isinstance(planned, list):
+        with suppress(ValueError):
+            example = with_brackets(value, annotation)
+    raise UserError(
+        f"'{'.'.join(path)}' cannot be {_compact(value)}; expected {expected}.",
+        f"For example: --set {assignment('.'.join(path), example)}",
+    )
 
 
 def _own(plans: dict[str, Any], path: tuple[str, ...]) -> None:

@@ -1,5 +1,8 @@
 """Anatomical planes: which axis of a stored image is the normal of a plane, and in which direction it runs."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import nibabel
 import numpy as np
 
@@ -23,3 +26,19 @@ def stored_axis(affine: np.ndarray, plane: str) -> tuple[int, bool]:
     orientation = nibabel.io_orientation(affine)
     axis = int(np.flatnonzero(orientation[:, 0] == RAS_AXIS[plane])[0])
     return axis, bool(orientation[axis, 1] < 0)
+
+
+def axis_letters(plans: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Where each axis of nnU-Net's preprocessed arrays begins and ends in the patient.
+
+    Args:
+        plans: content of a plan.
+
+    Returns:
+        two letters per axis, ``"IS"`` for one that runs from inferior to superior; ``None`` where the plan's reader
+        keeps the orientation that each file has.
+    """
+    if plans["image_reader_writer"] != "NibabelIOWithReorient":
+        return None
+    read = ("IS", "PA", "LR")  # RAS, as the reader returns it: (z, y, x)
+    return tuple(read[axis] for axis in plans["transpose_forward"])

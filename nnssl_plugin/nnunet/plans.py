@@ -1,7 +1,6 @@
 """Plan files of a preprocessed dataset: finding, reading and naming them, and the network that a plan describes."""
 
 import inspect
-import json
 import os
 import pydoc
 import re
@@ -14,10 +13,23 @@ from torch import nn
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
+from nnssl_plugin.networks.family import family_of_class
+from nnssl_plugin.nnunet.dataset_json import DATASET_FILE, read_dataset_file
+from nnssl_plugin.nnunet.network_classes import check_architecture
 
 RESERVED = ("dataset", "dataset_fingerprint", "splits_final")
 """Names of nnU-Net's own JSON files beside the plans."""
-UNBUILDABLE = (AssertionError, TypeError, ValueError, LookupError, RuntimeError, ImportError, AttributeError)
+UNBUILDABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What network classes raise for arguments that do not fit together; nnU-Net's check most of them by assertion."""
 
 
@@ -57,7 +69,11 @@ def read_plan(folder: Path, name: str) -> dict[str, Any]:
             f"There is no plan {path}; here are: {', '.join(present) or 'none'}.",
             f"Name one with -p, or: {_preprocess(folder.name)}",
         )
-    return _read(path)
+    plan = read_json(path, dict)
+    for key, example in (("plans_name", "the plan's name"), ("configurations", "an object of configurations")):
+        if not isinstance(plan.get(key), str if key == "plans_name" else dict):
+            raise UserError(f'{path} is no plan of nnU-Net v2: "{key}" is not {example}.', _preprocess(folder.name))
+    return plan
 
 
 def read_dataset_json(folder: Path) -> dict[str, Any]:
@@ -66,10 +82,10 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: when it is missing or damaged.
     """
-    path = folder / "dataset.json"
+    path = folder / DATASET_FILE
     if not path.is_file():
         raise UserError(f"There is no {path}.", _preprocess(folder.name))
-    return _read(path)
+    return read_dataset_file(path)
 
 
 def resolve_configuration(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
@@ -111,7 +127,12 @@ def check_name(name: str) -> None:
 
 
 def build_network(
-    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any], *, device: str = "cpu"
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+    *,
+    device: str = "cpu",
+    trust: bool = False,
 ) -> nn.Module:
     """The freshly initialised network that nnU-Net would train, with the dataset's channels and classes.
 
@@ -120,14 +141,45 @@ def build_network(
         configuration: one of its configurations.
         dataset_json: for the number of channels and classes.
         device: ``meta`` builds it without memory, for checks.
+        trust: build whatever class the plan names (:func:`~nnssl_plugin.nnunet.network_classes.check_architecture`).
 
     Raises:
-        UserError: when its arguments do not fit together.
+        UserError: when it names a class that is not known, or its arguments do not fit together.
+    """
+    whose = f"{plans.get('plans_name')}, {configuration}"
+    try:
+        architecture = resolve_configuration(plans, configuration)["architecture"]
+        channels, classes = input_channels(plans, configuration, dataset_json), _classes(plans, dataset_json)
+    except UNBUILDABLE as error:
+        raise _unbuildable(whose, error) from error
+    return build_described(architecture, channels, whose, classes=classes, device=device, trust=trust)
+
+
+def build_described(
+    architecture: Mapping[str, Any],
+    channels: int,
+    whose: str,
+    *,
+    classes: int = 2,
+    device: str = "meta",
+    trust: bool = False,
+) -> nn.Module:
+    """The freshly initialised network of a plan's ``architecture``.
+
+    Args:
+        architecture: class, arguments, and which of them are names of classes.
+        channels: of the input.
+        whose: whose architecture it is, for messages.
+        classes: channels of the output.
+        device: ``meta`` builds it without memory, for checks.
+        trust: build whatever class it names (:func:`~nnssl_plugin.nnunet.network_classes.check_architecture`).
+
+    Raises:
+        UserError: when it names a class that is not known, or its arguments do not fit together.
     """
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    architecture = resolve_configuration(plans, configuration)["architecture"]
-    channels, classes = input_channels(plans, configuration, dataset_json), _classes(plans, dataset_json)
+    check_architecture(architecture, whose, trust=trust)
     try:
         with torch.device(device):
             return get_network_from_plans(
@@ -139,15 +191,22 @@ def build_network(
                 deep_supervision=takes_deep_supervision(architecture["network_class_name"]) or None,
             )
     except UNBUILDABLE as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(
-            f"The network of {plans['plans_name']}, {configuration}, cannot be built: {reason}",
-            f"Mend configurations.{configuration}.architecture of the plan; its lists need one entry per stage.",
-        ) from error
+        raise _unbuildable(whose, error) from error
+
+
+def _unbuildable(whose: str, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return UserError(
+        f"The network of {whose} cannot be built: {reason}",
+        "Mend its architecture in the plan; its lists need one entry per stage.",
+    )
 
 
 def takes_deep_supervision(network_class: str) -> bool:
-    """Whether a network class (dotted name) takes ``deep_supervision``: U-Nets do, Primus and SwinUNETR do not."""
+    """Whether a network class (dotted name) takes ``deep_supervision``, as its family or else its signature says."""
+    family = family_of_class(network_class)
+    if family is not None:
+        return family.deep_supervision
     located = pydoc.locate(network_class)
     return located is None or "deep_supervision" in inspect.signature(located).parameters
 
@@ -166,17 +225,10 @@ def _classes(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> int:
     return PlansManager(dict(plans)).get_label_manager(dict(dataset_json)).num_segmentation_heads
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.", "Restore it, or plan the dataset again.") from error
-
-
 def _is_plan(path: Path) -> bool:
     try:
         content = read_json(path)
-    except (json.JSONDecodeError, OSError):
+    except UserError:
         return False
     return isinstance(content, dict) and "plans_name" in content
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import read_json
+from nnssl_plugin.nnunet.dataset_json import read_dataset_file
 
 
 def raw_dataset_folder(dataset: str | int) -> Path:
@@ -32,7 +32,7 @@ def training_files(raw_folder: Path) -> dict[str, tuple[Path, Path]]:
 
     The names are nnU-Net's; its own look-up starts a dozen processes per call where cases lie in imagesTr.
     """
-    dataset_json = read_json(raw_folder / "dataset.json")
+    dataset_json = read_dataset_file(raw_folder / "dataset.json", needed=("file_ending",))
     if "dataset" in dataset_json:
         from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 

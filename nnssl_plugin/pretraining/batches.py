@@ -1,13 +1,24 @@
 """From a trainer's plan and folders to the batches that its method needs."""
 
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from itertools import chain
+from operator import attrgetter
+
+import numpy as np
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.data.cases import Cases, available_channels
-from nnssl_plugin.data.triplets import read_embeddings, read_triplets
+from nnssl_plugin.data.triplets import by_case, describe_encoders, load_embeddings, read_embeddings, read_triplets
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.labels import structure_labels
 from nnssl_plugin.nnunet.raw_folders import raw_folder
+
+LOOKED_AT = 200
+"""Steps whose slices and texts are looked at before training."""
+SMALLEST_FLOOR = 0.005
+"""Of a loss, from which on it is worth a line."""
 
 
 def open_batches(
@@ -39,10 +50,10 @@ def open_batches(
         raise UserError(f"No case of {trainer.plans_manager.dataset_name} has {needs.modalities} channels.")
     triplets = embeddings = None
     if needs.triplets:
-        triplets = read_triplets(folder)
+        triplets = by_case(read_triplets(folder))
         _require_triplets(usable, triplets, trainer.plans_manager.dataset_name)
         triplets = {case: triplets[case] for case in usable}
-        embeddings = read_embeddings(folder, triplets)
+        embeddings = read_embeddings(folder, chain.from_iterable(triplets.values()))
     cases = Cases(
         trainer.preprocessed_dataset_folder,
         usable,
@@ -64,13 +75,62 @@ def open_batches(
     )
 
 
-def embedding_size(dataset_name: str) -> int:
-    """Length E of the stored slice and text embeddings of a dataset."""
+def matching_notes(batches: StepBatches, dataset: str, *, batch_size: int) -> list[str]:
+    """What the log says of slices and texts before they are matched with volumes.
+
+    Args:
+        batches: of the training.
+        dataset: full name.
+        batch_size: samples per step over all ranks.
+    """
+    folder, slices = raw_folder(dataset), [len(of_case) for of_case in batches.triplets.values()]
+    encoders = describe_encoders(folder, load_embeddings(folder).weights)
+    notes = [f"Slices and texts: {sum(slices)} of {len(slices)} cases, embedded by {encoders}."]
+    single = sum(number == 1 for number in slices)
+    if single:
+        notes.append(
+            f"WARNING: {single} of {len(slices)} cases have a single slice: whatever tells the case then names its "
+            f"slice and text, and what they show need not be found in the volume. More slices: nnssl_plugin caption -d "
+            f"{dataset}"
+        )
+    steps = [
+        [batches.triplets[case][number] for case, number in zip(*drawn, strict=True)]
+        for drawn in (
+            (batches.cases_of_all_ranks(step), batches.slices_of_all_ranks(step)) for step in range(LOOKED_AT)
+        )
+    ]
+    for term, equal in (("mpot_image", attrgetter("key")), ("mpot_text", attrgetter("text"))):
+        floor = float(np.mean([lowest_loss(list(map(equal, step))) for step in steps]))
+        if floor >= SMALLEST_FLOOR:
+            kind = "slices" if term == "mpot_image" else "texts"
+            notes.append(
+                f"WARNING: the {kind} of a step are not all different (steps of {batch_size}, {len(slices)} cases): "
+                f"{term} cannot fall below {floor:.2f} on average; {np.log(batch_size):.2f} tells nothing."
+            )
+    return notes
+
+
+def lowest_loss(targets: Sequence[Hashable]) -> float:
+    """The transport loss of a step whose volumes are matched perfectly: 0 where all targets differ.
+
+    Nothing tells equal targets apart, so a volume's mass is spread evenly over the m that are equal to its own, and
+    the mean of log m is left.
+    """
+    counts = Counter(targets)
+    return float(np.mean([np.log(counts[target]) for target in targets]))
+
+
+def mean_embeddings(dataset_name: str) -> np.ndarray:
+    """Means (2, E) float32 of the slices' and of the texts' embeddings of a dataset.
+
+    Raises:
+        UserError: there are no triplets, or no embeddings of them.
+    """
     folder = raw_folder(dataset_name)
-    first = next(iter(read_embeddings(folder, read_triplets(folder)).values()), None)
-    if first is None:
-        raise UserError(f"{folder} has no triplets.", "nnssl_plugin caption -d ID")
-    return len(first[0])
+    rows = list(read_embeddings(folder, read_triplets(folder)).values())
+    if not rows:
+        raise UserError(f"{folder} has no triplets.", f"nnssl_plugin caption -d {dataset_name}")
+    return np.mean(rows, axis=0, dtype=np.float64).astype(np.float32)
 
 
 def _require_triplets(cases: list[str], triplets: dict, dataset: str) -> None:

@@ -5,7 +5,6 @@ Batch, views and dropout of step k depend on (seed, rank, k) alone, and all stat
 anywhere and go on with the same weights, bit for bit on a CPU.
 """
 
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -16,41 +15,35 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from torch import Tensor, autocast
+from torch import Tensor, autocast, nn
 
-from nnssl_plugin.checkpoints.format.files import read_checkpoint, save_checkpoint
 from nnssl_plugin.checkpoints.format.provenance import describe_pretraining, nnssl_adaptation_plan, nnssl_citations
 from nnssl_plugin.data.batch import Batch
 from nnssl_plugin.data.batches import BatchStream, StepBatches
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.nnunet.planes import axis_letters
 from nnssl_plugin.pretraining.batches import open_batches
 from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_entry
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms
-from nnssl_plugin.pretraining.settings import TrainingSettings
+from nnssl_plugin.pretraining.settings import TrainingSettings, read_settings
 from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks, encode_in_chunks
-from nnssl_plugin.settings import settings_from
-from nnssl_plugin.training.distributed import any_rank, average_gradients, device_of_rank, gather_samples, wrapping_for
-from nnssl_plugin.training.epoch_log import EpochLog
+from nnssl_plugin.training.distributed import average_gradients, gather_samples
 from nnssl_plugin.training.epoch_sums import EpochSums
 from nnssl_plugin.training.figures import draw_progress
-from nnssl_plugin.training.interruption import TO_BE_CONTINUED, Interruption
 from nnssl_plugin.training.pictures import draw_pictures
-from nnssl_plugin.training.planned_network import DEFAULT_DEVICE, PlannedNetworkTrainer
+from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
+from nnssl_plugin.training.resumable import FINAL, LATEST, ResumableTrainer
 from nnssl_plugin.training.schedules import CosineSchedule
 
 TRAIN, VALIDATE = 0, 1
 """Streams of randomness: the same step draws different numbers for training and for validation."""
-STEPS_BETWEEN_AGREEMENTS = 10
-"""With several ranks, steps between two looks at whether any was asked to stop (each look waits for the device)."""
 BARE = "backbone.network."
 """Prefix of the bare network's keys in the task's state."""
-SECONDS_BETWEEN_PICTURES = 30
-"""Shortest time between two drawings of progress.png."""
 
 
-class Pretrainer(PlannedNetworkTrainer):
+class Pretrainer(ResumableTrainer):
     """Base of the pretraining trainers; a method gives its settings, its citation, and :meth:`build_task`.
 
     Settings come from the plan's ``pretraining`` block: the fields of ``TrainingSettings``, and ``method`` with the
@@ -61,6 +54,7 @@ class Pretrainer(PlannedNetworkTrainer):
     training_defaults = TrainingSettings()
     method_defaults: Any
     citations: tuple[str, ...] = ()
+    seconds_between_checkpoints = 0.0
 
     def __init__(
         self,
@@ -70,19 +64,14 @@ class Pretrainer(PlannedNetworkTrainer):
         dataset_json: dict,
         device: torch.device = DEFAULT_DEVICE,
     ):
-        self.step = 0
-        block = dict(plans.get("pretraining", {}))
-        self.initial_weights = take_weights_entry(block)
-        self.continued_from: dict[str, Any] | None = None
-        self.method_settings = settings_from(
-            block.pop("method", {}), self.method_defaults, "pretraining.method of the plan"
+        self.training_settings, self.method_settings = read_settings(
+            plans, self.method, self.training_defaults, self.method_defaults
         )
-        self.training_settings = settings_from(block, self.training_defaults, "the plan's pretraining block")
+        self.initial_weights = take_weights_entry(dict(plans.get("pretraining", {})))
+        self.continued_from: dict[str, Any] | None = None
         super().__init__(plans, configuration, fold, dataset_json, device)
-        if self.is_ddp:
-            self.device = device_of_rank(device)
-            self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
         self.num_epochs = self.training_settings.epochs
+        self.num_iterations_per_epoch = self.training_settings.iterations_per_epoch
         self.num_val_iterations_per_epoch = self.training_settings.validation_iterations
         self.initial_lr = self.training_settings.lr
         self.weight_decay = self.training_settings.weight_decay
@@ -92,37 +81,17 @@ class Pretrainer(PlannedNetworkTrainer):
         self.generator = torch.Generator(self.device)
         self.sums = EpochSums(self.device)
         self.validation_sums = EpochSums(self.device)
-        self.interruption = Interruption()
-        self.log = EpochLog(self.logger)
-        self._drawn = time.monotonic()
 
     def build_task(self, backbone: Backbone) -> PretextTask:
         """The method around the planned network; ``self.method_settings`` holds its settings."""
         raise TypeError(f"{type(self).__name__} must define build_task()")
-
-    # ------------------------------------------------------------------ steps
-
-    @property
-    def num_iterations_per_epoch(self) -> int:
-        """Steps left in the current epoch: fewer than planned after a stop in its middle."""
-        return (self.current_epoch + 1) * self.training_settings.iterations_per_epoch - self.step
-
-    @num_iterations_per_epoch.setter
-    def num_iterations_per_epoch(self, value: int) -> None:
-        """nnU-Net's constructor sets its own default here; the plan's pretraining block decides."""
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.num_epochs * self.training_settings.iterations_per_epoch
 
     # ------------------------------------------------------------------ building
 
     def initialize(self) -> None:
         """Build network and task from the seed; wrap them for this device where there are several ranks."""
         torch.manual_seed(self.training_settings.seed)
-        with wrapping_for(self.device):
-            super().initialize()
+        super().initialize()
         if self.is_ddp:
             self.task.gather = gather_samples
         self._log_settings()
@@ -180,7 +149,6 @@ class Pretrainer(PlannedNetworkTrainer):
         super().on_train_start()
         if self.step == 0 and self.initial_weights is not None:
             self.continued_from = start_from(self, self.initial_weights)
-        self.interruption.watch()
 
     def on_train_epoch_start(self) -> None:
         self.network.train()
@@ -197,9 +165,7 @@ class Pretrainer(PlannedNetworkTrainer):
         applied = self._update(terms["total"])
         self.task.after_step(progress, applied)
         self.sums.add(terms, applied)
-        self.step += 1
-        if self.num_iterations_per_epoch > 0 and self._should_stop():
-            self._stop()
+        self.end_step()
         return {}
 
     def _views(self, batch: Batch, purpose: int, step: int) -> dict[str, Tensor]:
@@ -276,15 +242,29 @@ class Pretrainer(PlannedNetworkTrainer):
         self._log_value("skipped_steps", float(self.sums.skipped))
         self._log_value("seconds_waiting", self.dataloader_train.waited)
         self._log_value("seconds_computing", seconds - self.dataloader_train.waited)
+        self._name_skipped_cases()
         self._stop_if_broken()
         self.sums.reset()
+
+    def _name_skipped_cases(self) -> None:
+        """Say which cases the first skipped step of the epoch had; reads its batch again."""
+        first = int(self.sums.first_skipped)
+        if first < 0:
+            return
+        step = self.current_epoch * self.training_settings.iterations_per_epoch + first
+        batches = self.dataloader_train.batches
+        finite = batches[step]["image"].flatten(1).isfinite().all(1).tolist()
+        broken = [case for case, fine in zip(batches.cases_of_step(step), finite, strict=True) if not fine]
+        cause = f"not finite in the image: {', '.join(broken)}" if broken else "their images are finite"
+        names = ", ".join(batches.cases_of_all_ranks(step))
+        self.print_to_log_file(f"WARNING: step {step} was the first to be skipped. Its cases: {names}; {cause}.")
 
     def _stop_if_broken(self) -> None:
         streak, limit = int(self.sums.longest_streak), self.training_settings.max_skipped_in_a_row
         if streak >= limit:
             raise UserError(
                 f"{streak} steps in a row had a non-finite loss or gradient (epoch {self.current_epoch}): stopped.",
-                f"The last good checkpoint is {join(self.output_folder, 'checkpoint_latest.pth')}. Look for NaN in the "
+                f"The last good checkpoint is {join(self.output_folder, LATEST)}. Look for NaN in the "
                 "images, then try a lower lr: nnssl_plugin plan -d ID -n NAME --set lr=1e-5",
             )
 
@@ -339,8 +319,10 @@ class Pretrainer(PlannedNetworkTrainer):
         return self.local_rank == 0 and (done % self.training_settings.figure_every == 0 or done == self.num_epochs)
 
     def _draw(self, views: dict[str, Tensor]) -> None:
+        letters = axis_letters(self.plans_manager.plans)
         for name, images in self.task.pictures(views).items():
-            draw_pictures(images, join(self.output_folder, "figures", f"{name}_epoch_{self.current_epoch:04d}.png"))
+            path = join(self.output_folder, "figures", f"{name}_epoch_{self.current_epoch:04d}.png")
+            draw_pictures(images, path, spacing=self.configuration_manager.spacing, letters=letters)
 
     # ------------------------------------------------------------------ ends
 
@@ -349,114 +331,53 @@ class Pretrainer(PlannedNetworkTrainer):
         self._log_value("peak_memory_gib", self.log.peak_memory(self.device))
         self.print_to_log_file(self.log.summary(self.current_epoch, self.num_epochs))
         self.current_epoch += 1
-        self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
-        self._draw_progress()
-        if self.current_epoch < self.num_epochs and self._should_stop(now=True):
-            self._stop()
-
-    def _draw_progress(self) -> None:
-        """Draw progress.png after the last epoch, and now and then before: it can cost more than a short epoch."""
-        drawn_recently = time.monotonic() - self._drawn < SECONDS_BETWEEN_PICTURES
-        if self.local_rank != 0 or (drawn_recently and self.current_epoch < self.num_epochs):
-            return
-        draw_progress(self.log.history(), join(self.output_folder, "progress.png"))
-        self._drawn = time.monotonic()
-
-    def on_train_end(self) -> None:
-        self.interruption.release()
-        super().on_train_end()
-        for stream in (self.dataloader_train, self.dataloader_val):
-            stream.close()
+        if self.pictures_are_due():
+            draw_progress(self.log.history(), join(self.output_folder, "progress.png"))
+        self.end_epoch()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """There are no labels to validate on: write the last epoch's numbers and say what comes next."""
         if self.local_rank == 0:
             write_json(join(self.output_folder, "quality.json"), self.log.last())
-            checkpoint = join(self.output_folder, "checkpoint_final.pth")
+            checkpoint = join(self.output_folder, FINAL)
             self.print_to_log_file(f"Pretrained weights: {checkpoint}")
             self.print_to_log_file(f"Next: nnssl_plugin adapt -d TARGET_ID -w {checkpoint} -n {self.method}")
 
-    def _should_stop(self, now: bool = False) -> bool:
-        """Whether to stop after this step; all ranks agree, every few steps or ``now``."""
-        wanted = self.interruption.requested()
-        if not self.is_ddp:
-            return wanted
-        if not now and self.step % STEPS_BETWEEN_AGREEMENTS:
-            return False
-        return any_rank(wanted, self.device)
-
-    def _stop(self) -> None:
-        """Save and leave with the exit code that says: continue with --c."""
-        self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
-        self.print_to_log_file(
-            f"Stopped by {self.interruption.reason or 'another rank'} after step {self.step} of {self.total_steps}; "
-            "the same command with --c goes on from here."
-        )
-        sys.exit(TO_BE_CONTINUED)
-
     # ------------------------------------------------------------------ checkpoints
 
-    def save_checkpoint(self, filename: str) -> None:
-        """Write an nnU-Net checkpoint of the bare network, with the task's own state beside it (see docs/reference)."""
-        if self.local_rank != 0 or self.disable_checkpointing:
-            return
-        epochs = self.step // self.training_settings.iterations_per_epoch
-        save_checkpoint(
-            {
-                "network_weights": self.task.backbone.network.state_dict(),
-                "optimizer_state": self.optimizer.state_dict(),
-                "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
-                "logging": self.log.history(epochs),
-                "_best_ema": None,
-                "current_epoch": epochs,
-                "init_args": self.my_init_kwargs,
-                "trainer_name": type(self).__name__,
-                "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-                "ssl_state": {"task": self._task_state(), "step": self.step, "epoch_sums": self.sums.state()},
-                "provenance": self._provenance(),
-                "nnssl_adaptation_plan": nnssl_adaptation_plan(
-                    self.plans_manager.plans,
-                    self.configuration_name,
-                    network=self.task.backbone.network,
-                    input_channels=self.num_input_channels,
-                ),
-                "citations": nnssl_citations(self.method, self.citations),
-            },
-            filename,
-        )
+    def saved_network(self) -> nn.Module:
+        """The bare network of the plan."""
+        return self.task.backbone.network
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Go on exactly where the checkpoint was written."""
-        if not self.was_initialized:
-            self.initialize()
-        checkpoint = filename_or_checkpoint
-        if not isinstance(checkpoint, dict):
-            checkpoint = read_checkpoint(filename_or_checkpoint, device=self.device)
+    def own_state(self) -> dict[str, Any]:
+        """The task's state beside the network, and what describes the weights (see docs/reference)."""
+        return {
+            "ssl_state": {"task": self._task_state(), "step": self.step, "epoch_sums": self.sums.state()},
+            "provenance": self._provenance(),
+            "nnssl_adaptation_plan": nnssl_adaptation_plan(
+                self.plans_manager.plans,
+                self.configuration_name,
+                network=self.task.backbone.network,
+                input_channels=self.num_input_channels,
+            ),
+            "citations": nnssl_citations(self.method, self.citations),
+        }
+
+    def check_is_resumable(self, checkpoint: dict[str, Any]) -> None:
         if not {"ssl_state", "optimizer_state"} <= checkpoint.keys():
             raise UserError(
                 "The checkpoint holds no pretraining to continue (ssl_state and optimizer_state; a shared "
                 "folder leaves the optimiser out).",
                 "Start without --c.",
             )
-        state = checkpoint["ssl_state"]
-        self._load_task(state["task"] | {BARE + key: value for key, value in checkpoint["network_weights"].items()})
-        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
-        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
-        self.step = state["step"]
-        self.continued_from = checkpoint.get("provenance", {}).get("continued_from")
-        self.sums.load(state["epoch_sums"])
-        self.current_epoch = checkpoint["current_epoch"]
-        self.logger.load_checkpoint(checkpoint["logging"])
 
-    def _load_task(self, state: dict[str, Tensor]) -> None:
-        try:
-            self.task.load_state_dict(state)
-        except RuntimeError as error:  # keys or shapes differ
-            raise UserError(
-                f"The checkpoint does not fit the plan: {str(error).splitlines()[1].strip()[:200]}",
-                "Restore the plan's network and pretraining block, or start without --c.",
-            ) from error
+    def load_own_state(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["ssl_state"]
+        network = {BARE + key: value for key, value in checkpoint["network_weights"].items()}
+        self.load_weights(self.task, state["task"] | network)
+        self.step = state["step"]
+        self.sums.load(state["epoch_sums"])
+        self.continued_from = checkpoint.get("provenance", {}).get("continued_from")
 
     def _task_state(self) -> dict[str, Tensor]:
         """What the task holds beyond the bare network."""

@@ -1,45 +1,95 @@
-"""How long and how fast a method is trained: the ``pretraining`` block of a plan."""
+"""How long and how fast a method is trained, and for which method: the ``pretraining`` block of a plan."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.settings import Count, NonNegative, Positive, Range, settings_from
+
+BLOCK = "pretraining"
+METHOD = "method"
+"""Key of the block that holds the method's own settings."""
+METHOD_NAME = "method_name"
+"""Key of the block that says which method ``method`` is for; presets write it, older plans lack it."""
+OTHERS = ("weights", METHOD, METHOD_NAME)
+"""Keys of the block that are not fields of :class:`TrainingSettings`."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """How long and how fast a method is trained: the ``pretraining`` block of a plan, except its ``method`` part."""
 
-    epochs: int = 300
-    iterations_per_epoch: int = 250
-    validation_iterations: int = 10
-    batch_size: int | None = None
-    """Samples per rank and step; ``None`` keeps the plan's batch size."""
-    chunk_size: int | None = None
+    epochs: Count = 300
+    """Length of the run, whatever the number of cases."""
+    iterations_per_epoch: Count = 250
+    """Optimiser steps per epoch (250 is nnU-Net's)."""
+    validation_iterations: Annotated[int, Range(ge=0)] = 10
+    """Batches per epoch, always the same ones, on which losses and collapse measures are logged."""
+    batch_size: Count | None = None
+    """Samples per rank and step; ``null`` is the plan's. A method may have its own default."""
+    chunk_size: Count | None = None
     """Samples encoded at a time; fewer than ``batch_size`` make a virtual batch: its gradients at the memory of a chunk
-    and the cost of one more forward. ``None`` encodes the batch at once."""
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    warmup_epochs: float = 0.0
-    """Epochs of linear warm-up before the cosine to 0."""
-    gradient_clip: float = 12.0
+    and the cost of one more forward. ``null`` encodes the batch at once."""
+    lr: Positive = 1e-3
+    """Largest learning rate; a cosine leads to 0. Each method has its own default."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    warmup_epochs: NonNegative = 0.0
+    """Epochs of linear warm-up before the cosine."""
+    gradient_clip: Positive = 12.0
     """Largest norm of the gradient (12 is nnU-Net's)."""
-    seed: int = 12345
-    figure_every: int = 10
+    seed: Annotated[int, Range(ge=0)] = 12345
+    """Batches, views and dropout of step k depend on (seed, rank, k) alone; also of the initialisation."""
+    figure_every: Count = 10
     """Epochs between two pictures of reconstructions and the like."""
-    max_skipped_in_a_row: int = 50
+    max_skipped_in_a_row: Count = 50
     """Steps with a non-finite loss or gradient in a row that end the run."""
 
-    def __post_init__(self) -> None:
-        counts = ("epochs", "iterations_per_epoch", "figure_every", "max_skipped_in_a_row")
-        fine = {name: getattr(self, name) >= 1 for name in counts}
-        sizes = {name: getattr(self, name) for name in ("batch_size", "chunk_size")}
-        fine |= {name: size is None or (type(size) is int and size >= 1) for name, size in sizes.items()}
-        fine |= {"validation_iterations": self.validation_iterations >= 0}
-        fine |= {name: getattr(self, name) > 0 for name in ("lr", "gradient_clip")}
-        fine |= {name: getattr(self, name) >= 0 for name in ("weight_decay", "warmup_epochs", "seed")}
-        wrong = next((name for name, ok in fine.items() if not ok), None)
-        if wrong is not None:
-            raise UserError(
-                f"Setting '{wrong}' of the pretraining block cannot be {getattr(self, wrong)!r}.",
-                f"nnssl_plugin plan -d ID -n NAME --set {wrong}=VALUE",
-            )
+
+def read_settings(
+    plans: Mapping[str, Any],
+    method: str,
+    training_defaults: TrainingSettings,
+    method_defaults: Any,
+    *,
+    elsewhere: Iterable[str] = (),
+) -> tuple[TrainingSettings, Any]:
+    """The settings of a plan's ``pretraining`` block for a method: of the training, and the method's own.
+
+    Raises:
+        UserError: when the block is for another method, or a setting is unknown, of the wrong kind or contradicts
+            another.
+    """
+    name, block = plans.get("plans_name"), plans.get(BLOCK, {})
+    training = read_training_settings(plans, training_defaults, elsewhere=elsewhere)
+    planned_for = block.get(METHOD_NAME) or method
+    if planned_for != method:
+        raise UserError(
+            f"The pretraining block of plan {name} is for the method {planned_for}, not for {method}.",
+            f"Train it with the trainer of {planned_for}, or write a plan for this one: "
+            f"nnssl_plugin plan -d ID -p nnUNetPlans -n NAME --preset {method}",
+        )
+    return training, settings_from(
+        block.get(METHOD, {}),
+        method_defaults,
+        f"the {METHOD} part of the pretraining block of plan {name}, for {method}",
+        set_as=f"{METHOD}.",
+        elsewhere=elsewhere,
+    )
+
+
+def read_training_settings(
+    plans: Mapping[str, Any], defaults: TrainingSettings, *, elsewhere: Iterable[str] = ()
+) -> TrainingSettings:
+    """The settings of a plan's ``pretraining`` block that every method has.
+
+    Raises:
+        UserError: when a setting is unknown, of the wrong kind or contradicts another.
+    """
+    block = plans.get(BLOCK, {})
+    if isinstance(block, Mapping):
+        block = {key: value for key, value in block.items() if key not in OTHERS}
+    return settings_from(
+        block, defaults, f"the pretraining block of plan {plans.get('plans_name')}", elsewhere=elsewhere
+    )

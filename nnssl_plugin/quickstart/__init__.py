@@ -1,1 +1,1 @@
-"""The whole road in ten minutes, on generated phantoms or on a few of your own scans, with a report at its end."""
+"""Runs the whole pipeline in minutes, on generated phantoms or a few of the user's scans, and writes a report."""

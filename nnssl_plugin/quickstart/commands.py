@@ -1,4 +1,4 @@
-"""Running one command of the road: its output in a log, its interruption passed on, its failure explained."""
+"""Runs one command of the pipeline: its output in a log, its interruption passed on, its failure explained."""
 
 import os
 import shlex
@@ -67,7 +67,7 @@ def continued(step: Step) -> Step:
     return step
 
 
-def run(
+def run_step(
     step: Step, log: Path, *, environment: dict[str, str], say: Callable[[str], None], held: int | None = None
 ) -> None:
     """Run a command and append its output to ``log``.
@@ -77,7 +77,7 @@ def run(
         log: its file; the folder is made.
         environment: variables of the command, to which the step's own are added.
         say: shows one line to the user.
-        held: file descriptor that the command inherits (:func:`journal.locked`).
+        held: file descriptor that the command inherits (:func:`state.locked`).
 
     Raises:
         UserError: where the command is missing or fails, with the last line of its output and the log's path.

@@ -1,4 +1,4 @@
-"""A few of the user's own scans, cut down so that the road takes minutes: who is used for what, and how coarse."""
+"""Cuts a few of the user's scans down so that the pipeline takes minutes: which is used for what, and how coarse."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""The report's pictures: curves, slices with captions, contours, Dice per case, seconds per step."""
+"""Draws the report's pictures: curves, slices with captions, contours, Dice per case, seconds per step."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,9 +105,7 @@ def draw_contours(
             _contour(panel, np.take(true, index, axis) == value, colour, "solid")
             _contour(panel, np.take(predicted, index, axis) == value, colour, "dashed")
         panel.set(title=arm, xticks=[], yticks=[])
-        if axis != 0:
-            panel.invert_xaxis()  # RAS runs from left to right
-        panel.set_xlabel(f"{_letters(axis)}   {plane}", fontsize="small")
+        _orient(panel, axis, plane)
     handles = [Line2D([], [], color=c, label=name) for c, name in zip(COLOURS, labels, strict=False)]
     handles += [Line2D([], [], color="black", linestyle=s, label=n) for n, s in (("true", "-"), ("predicted", "--"))]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize="small")
@@ -131,15 +129,14 @@ def draw_captions(slices: Sequence[tuple[str, Path, int, int]], path: Path) -> N
         place = index if canonical[axis, 1] > 0 else volume.shape[across] - 1 - index
         horizontal, vertical = (spacing[a] for a in range(3) if a != across)
         panel.imshow(np.take(volume, place, across).T, cmap="gray", origin="lower", aspect=vertical / horizontal)
-        if across != 0:
-            panel.invert_xaxis()
         panel.set(xticks=[], yticks=[])
+        _orient(panel, across, f"slice {place + 1} of {volume.shape[across]}")
         panel.set_title(title, fontsize="small")
     _save(figure, path)
 
 
 def draw_times(seconds: Mapping[str, float], path: Path) -> None:
-    """Seconds per step as bars, in the order of the road from top to bottom."""
+    """Seconds per step as bars, in the order of the pipeline from top to bottom."""
     figure, (axis,) = _axes(1, 1, width=8, height=0.6 + 0.26 * len(seconds))
     places = range(len(seconds))
     bars = axis.barh(places, list(seconds.values()), color="#56B4E9")
@@ -153,7 +150,7 @@ def draw_times(seconds: Mapping[str, float], path: Path) -> None:
 
 def _curve(axis, series, style, **look):
     if len(series):
-        axis.plot(range(1, len(series) + 1), np.asarray(series, float), style, marker=".", **look)
+        axis.plot(np.asarray(series, float), style, marker=".", **look)  # epochs count from 0, as nnU-Net's do
 
 
 def _fullest_slice(labels, axis):
@@ -181,9 +178,13 @@ def _oriented(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(image.dataobj), nibabel.affines.voxel_sizes(image.affine)
 
 
-def _letters(axis: int) -> str:
-    """What lies on the left and on the right of the picture."""
-    return "P – A" if axis == 0 else "R – L"
+def _orient(panel, axis: int, slice_shown: str) -> None:
+    """Turn a slice across an axis of RAS so that the patient's right is on the left, and say so with letters."""
+    across, up = ("P – A" if axis == 0 else "R – L"), ("P – A" if axis == 2 else "I – S")
+    if axis != 0:
+        panel.invert_xaxis()  # RAS runs from left to right
+    panel.set_xlabel(f"{across}   {slice_shown}", fontsize="small")
+    panel.set_ylabel(up, fontsize="small")
 
 
 def _axes(rows, columns, *, width, height, grid=True, **more):

@@ -1,4 +1,4 @@
-"""The numbers of a finished quickstart, read from the files that nnU-Net and the trainers wrote."""
+"""Reads the numbers of a finished quickstart from the files that nnU-Net and the trainers wrote."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +72,12 @@ def difference(scores: Scores, label: str) -> Interval:
 
 
 def describe_dice(folder: Path, selection: Selection) -> list[str]:
-    """A few lines for the terminal; none where the road had no labels."""
+    """A few lines for the terminal; none where the pipeline had no labels."""
     if not selection.test:
         return []
     scores = read_scores(folder, selection)
     lines = [
-        f"Mean foreground Dice on {len(scores.cases)} test cases (it shows that the road works, not what "
+        f"Mean foreground Dice on {len(scores.cases)} test cases (it shows that the pipeline works, not what "
         "pretraining brings):"
     ]
     for arm in ARMS:

@@ -1,4 +1,4 @@
-"""Walking the road: step by step, each shown before it runs and timed, from wherever an earlier run has stopped."""
+"""Runs the pipeline step by step, each shown before it runs and timed, from wherever an earlier run has stopped."""
 
 import shlex
 import shutil
@@ -13,14 +13,14 @@ from nnssl_plugin.quickstart.commands import (
     Stopped,
     continued,
     environment_for,
-    run,
+    run_step,
     shell_line,
     termination_as_interrupt,
 )
 from nnssl_plugin.quickstart.report import REPORT, write_report
 from nnssl_plugin.quickstart.results import describe_dice
 from nnssl_plugin.quickstart.scans import Setting, write_scans
-from nnssl_plugin.quickstart.state import Journal, check_is_free, locked
+from nnssl_plugin.quickstart.state import State, check_is_free, locked
 from nnssl_plugin.quickstart.steps import (
     PRETRAINING,
     SECONDS,
@@ -39,8 +39,8 @@ SECONDS_PER_OWN_SCAN = 4
 """Reading and averaging a CT of 512×512×200 voxels."""
 
 
-def walk(folder: Path, setting: Setting, *, device: str, trainers: str, say: Callable[[str], None]) -> Path:
-    """Walk the road in a new folder, or go on in one where an earlier run has stopped.
+def run_quickstart(folder: Path, setting: Setting, *, device: str, trainers: str, say: Callable[[str], None]) -> Path:
+    """Run the pipeline in a new folder, or go on in one where an earlier run has stopped.
 
     Args:
         folder: receives scans, nnU-Net's three folders, predictions, logs, ``quickstart.json`` and the report.
@@ -61,49 +61,51 @@ def walk(folder: Path, setting: Setting, *, device: str, trainers: str, say: Cal
     _check_folders(folder, setting)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) as held, termination_as_interrupt():
-        journal = Journal(folder, setting)
-        walker = _Walker(journal, environment_for(folder, trainers), held, say)
+        state = State(folder, setting)
+        pipeline = _Pipeline(state, environment_for(folder, trainers), held, say)
         try:
-            walker.walk(device)
+            pipeline.run(device)
         except KeyboardInterrupt as interrupt:
             raise Stopped from interrupt
-        for line in describe_dice(folder, journal.selection):
+        for line in describe_dice(folder, state.selection):
             say(line)
     return folder / REPORT
 
 
-class _Walker:
-    """One run over the road's steps."""
+class _Pipeline:
+    """One run over the steps."""
 
-    def __init__(self, journal: Journal, environment: dict[str, str], held: int | None, say: Callable[[str], None]):
-        self.journal, self.folder = journal, journal.folder
+    def __init__(self, state: State, environment: dict[str, str], held: int | None, say: Callable[[str], None]):
+        self.state, self.folder = state, state.folder
         self.environment, self.held, self.say = environment, held, say
-        self.titles = titles(labelled=journal.setting.images is None or journal.setting.labels is not None)
+        self.titles = titles(labelled=state.setting.images is None or state.setting.labels is not None)
 
-    def walk(self, device: str) -> None:
-        if all(map(self.journal.is_done, self.titles)) and (self.folder / REPORT).is_file():
+    def run(self, device: str) -> None:
+        if all(map(self.state.is_done, self.titles)) and (self.folder / REPORT).is_file():
             self.say(f"Everything in {self.folder} is done already; remove the folder to start over.")
             return
         self._introduce()
-        self._here("scans", "choose or generate the scans", self._write_scans)
-        for note in self.journal.selection.notes:
+        self._in_this_process("scans", "choose or generate the scans", self._write_scans)
+        for note in self.state.selection.notes:
             self.say(f"  note: {note}")
-        for step in planning_steps(self.folder, modality=self.journal.selection.modality):
+        for step in planning_steps(self.folder, modality=self.state.selection.modality):
             self._command(step)
         plan = read_json(self.folder / "nnUNet_preprocessed" / PRETRAINING / f"{STOCK_PLAN}.json")
         for step in pretraining_steps(self.folder, plan, device=device):
             self._command(step)
-        if self.journal.selection.test:
+        if self.state.selection.test:
             for step in finetuning_steps(self.folder, device=device):
                 self._command(step)
-        self._here("report", "draw the pictures and write the report", lambda: write_report(self.folder, self.journal))
+        self._in_this_process(
+            "report", "draw the pictures and write the report", lambda: write_report(self.folder, self.state)
+        )
 
     def _introduce(self) -> None:
         """What it will cost, and the variables by which each command can be repeated by hand."""
-        left = [title for title in self.titles if not self.journal.is_done(title)]
+        left = [title for title in self.titles if not self.state.is_done(title)]
         seconds = sum(SECONDS[title] for title in left)
-        if "scans" in left and self.journal.setting.images:
-            count = len([path for path in Path(self.journal.setting.images).rglob("*") if path.is_file()])
+        if "scans" in left and self.state.setting.images:
+            count = len([path for path in Path(self.state.setting.images).rglob("*") if path.is_file()])
             seconds += SECONDS_PER_OWN_SCAN * min(count, 36)
         free = shutil.disk_usage(self.folder).free / 2**30
         if free < LEAST_FREE_GIB:
@@ -111,7 +113,7 @@ class _Walker:
                 f"The disk of {self.folder} has {free:.1f} GiB free; {LEAST_FREE_GIB} GiB are needed.",
                 "Choose a folder on another disk with -o.",
             )
-        begun = f"{len(self.titles) - len(left)} of {len(self.titles)} steps are done; " if self.journal.seconds else ""
+        begun = f"{len(self.titles) - len(left)} of {len(self.titles)} steps are done; " if self.state.seconds else ""
         self.say(
             f"{begun}{len(left)} steps to go: about {max(1, round(seconds / 60))} minutes on two CPU cores, "
             f"less than {NEEDED_MIB} MiB of disk ({free:.0f} GiB free) in {self.folder}"
@@ -122,9 +124,9 @@ class _Walker:
         self.say(f'$ eval "$(nnssl_plugin env)"   # nnUNet_extTrainer={self.environment["nnUNet_extTrainer"]}')
 
     def _write_scans(self) -> None:
-        self.journal.select(write_scans(self.folder, self.journal.setting))
+        self.state.select(write_scans(self.folder, self.state.setting))
 
-    def _here(self, title: str, does: str, work: Callable[[], object]) -> None:
+    def _in_this_process(self, title: str, does: str, work: Callable[[], object]) -> None:
         """A step of this process."""
         if self._announce(title, does):
             with self._timed(title, None):
@@ -138,14 +140,14 @@ class _Walker:
         self.say(f"$ {line}")
         log = self.folder / "logs" / f"{self.titles.index(step.title) + 1:02d}-{step.title}.log"
         with self._timed(step.title, line):
-            run(step, log, environment=self.environment, say=self.say, held=self.held)
+            run_step(step, log, environment=self.environment, say=self.say, held=self.held)
 
     def _announce(self, title: str, does: str) -> bool:
         """Show which step comes; whether it is still to be done."""
-        done = self.journal.is_done(title)
+        done = self.state.is_done(title)
         self.say(
             f"[{self.titles.index(title) + 1}/{len(self.titles)}] {title}: {does}"
-            + (f" (done before, in {self.journal.seconds[title]:.0f} s)" if done else "")
+            + (f" (done before, in {self.state.seconds[title]:.0f} s)" if done else "")
         )
         return not done
 
@@ -156,8 +158,8 @@ class _Walker:
             yield
             done = True
         finally:
-            self.journal.enter(title, seconds=time.monotonic() - start, done=done, command=command)
-        self.say(f"  done in {self.journal.seconds[title]:.0f} s")
+            self.state.record(title, seconds=time.monotonic() - start, done=done, command=command)
+        self.say(f"  done in {self.state.seconds[title]:.0f} s")
 
 
 def _check_folders(folder: Path, setting: Setting) -> None:

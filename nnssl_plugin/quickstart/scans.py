@@ -1,4 +1,4 @@
-"""What the road starts from: a folder of unlabelled scans, and a labelled nnU-Net raw dataset with test cases."""
+"""Writes what the pipeline starts from: unlabelled scans, and a labelled nnU-Net raw dataset with test cases."""
 
 import shutil
 from collections.abc import Mapping
@@ -129,7 +129,7 @@ def _with_labels(folder: Path, selection: Selection, training: list[SmallCase], 
         raise UserError(
             f"{len(training) + len(test)} labelled scans can be used; at least {LEAST_TRAINING} for training and one "
             f"for testing, {LEAST_TRAINING + 2} in all, are needed. {' '.join(selection.notes[:1])}".strip(),
-            "Label more scans, or leave --labels out: the road then ends with pretraining.",
+            "Label more scans, or leave --labels out: the pipeline then ends with pretraining.",
         )
     numbers, notes = number_labels([*training, *test])
     if not numbers:

@@ -1,4 +1,4 @@
-"""What a quickstart has done so far: ``quickstart.json`` in its folder, by which an interrupted run goes on."""
+"""Keeps what a quickstart has done so far in ``quickstart.json``, by which an interrupted run goes on."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ LOCK = ".quickstart.lock"
 FORMAT = 1
 
 
-class Journal:
+class State:
     """Setting, selection of scans, and finished steps of a folder; every change is on disk at once.
 
     Args:
@@ -71,8 +71,8 @@ class Journal:
         """Whether a step has been finished."""
         return title in self.seconds
 
-    def enter(self, title: str, *, seconds: float, done: bool, command: str | None = None) -> None:
-        """Note an attempt at a step; its seconds add to those of earlier attempts."""
+    def record(self, title: str, *, seconds: float, done: bool, command: str | None = None) -> None:
+        """Record an attempt at a step; its seconds add to those of earlier attempts."""
         before = self._content["steps"].get(title, {"seconds": 0.0})
         self._content["steps"][title] = {
             "seconds": round(before["seconds"] + seconds, 1), "done": done, "command": command,
@@ -80,7 +80,7 @@ class Journal:
         write_json(self.path, self._content)
 
     def select(self, selection: Selection) -> None:
-        """Note which scans are used."""
+        """Record which scans are used."""
         self._content["selection"] = selection.to_json()
         write_json(self.path, self._content)
 
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = read_json(path)
         Setting(**content["setting"])
         known = content["format"] == FORMAT
-    except (ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}.", "Choose another folder with -o.") from error
     if not known:
         raise UserError(f"{path} was written by another version of this package.", "Choose another folder with -o.")

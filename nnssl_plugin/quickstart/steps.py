@@ -1,4 +1,4 @@
-"""The commands of the road, the same that a user types, and what makes them short.
+"""Lists the commands of the pipeline, the same that a user types, and what makes them short.
 
 Unlabelled scans → dataset 501 → pretraining; labelled cases → dataset 502 → fine-tuning with the pretrained weights
 and from scratch → predictions and their Dice.
@@ -38,7 +38,7 @@ SETTINGS = {
     "finetuning.iterations_per_epoch": 25,
     "finetuning.validation_iterations": 2,
 }
-"""What makes the road short: ``nnssl_plugin plan --set KEY=VALUE``."""
+"""What makes the pipeline short: ``nnssl_plugin plan --set KEY=VALUE``."""
 
 SECONDS = {
     "scans": 2, "prepare": 4, "plan": 28, "caption": 10, "shrink": 8, "pretrain": 36,
@@ -47,14 +47,14 @@ SECONDS = {
     "adapt-scratch": 5, "finetune-scratch": 130, "predict-scratch": 24, "evaluate-scratch": 8,
     "report": 8,
 }  # fmt: skip
-"""Title of a step → about how long it takes on two CPU cores, in the order of the road."""
+"""Title of a step → about how long it takes on two CPU cores, in the order of the pipeline."""
 LABELLED_FROM = "plan-target"
-"""The first step that needs labels; without them the road goes from pretraining straight to the report."""
+"""The first step that needs labels; without them the pipeline goes from pretraining straight to the report."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the road."""
+    """One command of the pipeline."""
 
     title: str
     does: str

@@ -1,12 +1,13 @@
-"""Two sets of scores of the same cases, compared with an interval from the bootstrap over cases."""
+"""Scores of the same cases compared, with intervals and tests that draw subjects: their cases stay together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 CHUNK = 2**22
-"""Indices that are drawn at once (32 MiB), so that thousands of cases fit into memory."""
+"""Numbers that are held at once (32 MiB), so that thousands of subjects fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Interval:
     """Mean paired difference and its confidence interval, in the unit of the scores."""
 
     mean: float  # NaN without a pair
-    low: float  # NaN with fewer than two pairs: one case says nothing about the spread
+    low: float  # NaN with fewer than two subjects: one says nothing about the spread
     high: float
     pairs: int  # cases with a score on both sides
 
@@ -23,19 +24,22 @@ def paired_bootstrap(
     a: Sequence[float] | np.ndarray,
     b: Sequence[float] | np.ndarray,
     *,
+    subjects: Sequence[str] | None = None,
     samples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Mean of a − b with its percentile bootstrap interval over cases.
+    """Mean of a − b over the cases, with its percentile bootstrap interval over subjects (SciPy's).
 
-    Cases are drawn with replacement, both scores of a case together; the interval spans the central ``confidence`` of
-    the means (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3).
+    Subjects are drawn with replacement, each with all of its cases and both scores of a case together; the interval
+    spans the central ``confidence`` of the means (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section
+    13.3; drawing clusters: Davison & Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
 
     Args:
         a: scores (N,).
         b: scores (N,) of the same cases in the same order. Pairs with a NaN on either side are left out.
-        samples: how many times the cases are drawn.
+        subjects: N names; None: each case is its own subject.
+        samples: how many times the subjects are drawn.
         confidence: in (0, 1).
         seed: the same seed gives the same interval.
 
@@ -43,23 +47,68 @@ def paired_bootstrap(
         ValueError: the shapes differ or are not (N,), or ``confidence`` or ``samples`` is out of range.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"Paired scores have one shape (N,); these have {a.shape} and {b.shape}.")
+    names = np.arange(len(a)) if subjects is None else np.asarray(subjects)
+    if a.shape != b.shape or a.ndim != 1 or names.shape != a.shape:
+        raise ValueError(f"Paired scores have one shape (N,); these have {a.shape}, {b.shape} and {names.shape}.")
     if not 0 < confidence < 1 or samples < 1:
         raise ValueError(f"confidence={confidence} is not in (0, 1), or samples={samples} is below 1.")
     differences = a - b
-    differences = differences[~np.isnan(differences)]
+    defined = ~np.isnan(differences)
+    differences, names = differences[defined], names[defined]
     if len(differences) == 0:
         return Interval(np.nan, np.nan, np.nan, 0)
     mean = float(differences.mean())
-    if len(differences) == 1:
-        return Interval(mean, np.nan, np.nan, 1)
-    means = _resampled_means(differences, samples, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(mean, float(low), float(high), len(differences))
+    sums, counts = subject_sums(differences, names)
+    if len(sums) == 1:
+        return Interval(mean, np.nan, np.nan, len(differences))
+    drawn = stats.bootstrap(
+        (sums, counts),
+        lambda total, number, axis: total.sum(axis) / number.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=samples,
+        batch=max(1, CHUNK // len(sums)),
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, float(drawn.low), float(drawn.high), len(differences))
 
 
-def _resampled_means(values: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
-    rows = max(1, CHUNK // len(values))
-    chunks = [min(rows, samples - start) for start in range(0, samples, rows)]
-    return np.concatenate([values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in chunks])
+def paired_permutation_p(
+    differences: np.ndarray, subjects: Sequence[str] | np.ndarray, *, samples: int = 10_000, seed: int = 0
+) -> float:
+    """Two-sided p of a paired permutation test of a mean difference (SciPy's).
+
+    If neither run were better, each subject's differences could as well have the other sign; all cases of a subject
+    change it together. With few subjects every assignment of signs is tried; else the observed one counts as one of the
+    random ones, so p is never 0 (Phipson and Smyth, Permutation P-values Should Never Be Zero, 2010).
+
+    Args:
+        differences: (N,) of each case.
+        subjects: N names.
+        samples: random assignments.
+        seed: the same seed gives the same p.
+    """
+    sums, _ = subject_sums(np.asarray(differences, dtype=float), np.asarray(subjects))
+    sums = sums[sums != 0]
+    if len(sums) < 2:  # either sign is as far from 0
+        return 1.0
+    return float(
+        stats.permutation_test(
+            (sums,),
+            lambda values, axis: np.abs(values.sum(axis)),
+            permutation_type="samples",
+            alternative="greater",
+            vectorized=True,
+            n_resamples=samples,
+            batch=max(1, CHUNK // len(sums)),
+            rng=np.random.default_rng(seed),
+        ).pvalue
+    )
+
+
+def subject_sums(values: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum (S,) of the values (N,) of each subject and its number of cases, in the order of the sorted subjects."""
+    _, subject_of = np.unique(subjects, return_inverse=True)
+    return np.bincount(subject_of, weights=values), np.bincount(subject_of)

@@ -3,13 +3,34 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from nnssl_plugin.errors import UserError
+
+
+def check_device(requested: torch.device) -> None:
+    """Refuse CUDA where PyTorch finds no GPU, or fewer than ranks of this machine ask for one.
+
+    Raises:
+        UserError: naming what to pass instead.
+    """
+    if requested.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise UserError(
+            "PyTorch finds no GPU here, and CUDA is nnU-Net's default device.",
+            "Add -device cpu to train on the processor (-device mps on a Mac), or see nnssl_plugin doctor.",
+        )
+    rank, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= there:
+        raise UserError(
+            f"Rank {rank} of this machine has no GPU: PyTorch finds {there}.", f"Start at most {there} ranks here."
+        )
 
 
 def device_of_rank(requested: torch.device) -> torch.device:
@@ -28,8 +49,11 @@ def wrapping_for(device: torch.device) -> Iterator[None]:
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
 
-    with mock.patch.object(nnunet_module, "DDP", wrap):
+    nnunets, nnunet_module.DDP = nnunet_module.DDP, wrap
+    try:
         yield
+    finally:
+        nnunet_module.DDP = nnunets
 
 
 def gather_samples(outputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,12 +20,15 @@ class EpochSums:
         self.skipped = torch.zeros((), device=device)
         self.streak = torch.zeros((), device=device)
         self.longest_streak = torch.zeros((), device=device)
+        self.first_skipped = torch.full((), -1.0, device=device)  # position in the epoch; -1: none
 
     def add(self, terms: dict[str, Tensor], applied: Tensor) -> None:
         """Add the terms of one step; ``applied`` () bool is False where the step was skipped."""
         for name, value in terms.items():
             value = torch.where(applied, value.detach().float(), 0.0)
             self.sums[name] = self.sums.get(name, 0.0) + value
+        first = ~applied & (self.first_skipped < 0)
+        self.first_skipped = torch.where(first, self.applied + self.skipped, self.first_skipped)
         self.applied = self.applied + applied
         self.skipped = self.skipped + ~applied
         self.streak = torch.where(applied, 0.0, self.streak + 1)
@@ -60,6 +63,7 @@ class EpochSums:
             "skipped": self.skipped,
             "streak": self.streak,
             "longest_streak": self.longest_streak,
+            "first_skipped": self.first_skipped,
         }
 
     def load(self, state: dict) -> None:

@@ -1,52 +1,83 @@
-"""progress.png: everything that a training logs per epoch, in one picture."""
+"""Draws progress.png: everything that a training logs per epoch, in one picture."""
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from nnssl_plugin.io.figures import pyplot, save_figure
 
-Panel = tuple[str, Callable[[str], bool]]
-"""Title, and which logged series it shows."""
+
+class Panel(NamedTuple):
+    """A part of the picture."""
+
+    title: str
+    shows: Callable[[str], bool]
+    """Which logged series belong to it."""
+    without: str = "not logged"
+    """Why it may have no series, for the line under the picture."""
+
+
+FEW = "needs 4 validation samples or more"
 SEPARATION = ("diagnostics/silhouette", "diagnostics/cosine_gap")
-ELSEWHERE = (*SEPARATION, "diagnostics/token_std")
+RETRIEVAL = "diagnostics/retrieval_"
+ELSEWHERE = (*SEPARATION, RETRIEVAL, "diagnostics/token_std")
 """Diagnostics with a panel of another kind."""
-PANELS: tuple[Panel, ...] = (
-    ("Loss (solid: training, dashed: validation)", lambda k: k in ("train_losses", "val_losses")),
-    ("Terms of the loss", lambda k: k.startswith(("train/", "val/"))),
-    ("Learning rate", lambda k: k == "lrs"),
-    ("Spread of the features (0 = collapsed)", lambda k: k in ("feature_std", "diagnostics/token_std")),
-    ("Effective rank of the features", lambda k: k == "effective_rank"),
-    ("Seconds per epoch", lambda k: k in ("seconds_waiting", "seconds_computing")),
-    ("Diagnostics", lambda k: k.startswith("diagnostics/") and not k.startswith(ELSEWHERE)),
-    ("Structures told apart (by labels)", lambda k: k.startswith(SEPARATION)),
-    ("Skipped steps", lambda k: k == "skipped_steps"),
-    ("Peak memory (GiB)", lambda k: k == "peak_memory_gib"),
+PANELS = (
+    Panel("Loss (solid: training, dashed: validation)", lambda k: k in ("train_losses", "val_losses")),
+    Panel("Terms of the loss", lambda k: k.startswith(("train/", "val/")), "the loss has one term"),
+    Panel("Learning rate", lambda k: k == "lrs"),
+    Panel("Spread of the features (0 = collapsed)", lambda k: k in ("feature_std", "diagnostics/token_std"), FEW),
+    Panel("Effective rank of the features", lambda k: k == "effective_rank", FEW),
+    Panel("Seconds per epoch", lambda k: k in ("seconds_waiting", "seconds_computing")),
+    Panel(
+        "Diagnostics",
+        lambda k: k.startswith("diagnostics/") and not k.startswith(ELSEWHERE),
+        "this method measures nothing else",
+    ),
+    Panel(
+        "Retrieval; with another case or an empty volume it must stay at chance",
+        lambda k: k.startswith(RETRIEVAL),
+        "measured by methods that align volumes with slices",
+    ),
+    Panel(
+        "Structures told apart (by labels)",
+        lambda k: k.startswith(SEPARATION),
+        "measured where a method asks for labels and cases have them",
+    ),
+    Panel("Skipped steps", lambda k: k == "skipped_steps"),
+    Panel("Peak memory (GiB)", lambda k: k == "peak_memory_gib", "this system does not tell"),
 )
 """Of a pretraining."""
+CHARACTERS = 180
+"""Longest line under the picture."""
 
 
 def draw_progress(history: dict[str, list], path: str | Path, *, panels: Sequence[Panel] = PANELS) -> None:
-    """One picture of everything that is logged per epoch.
+    """One picture of everything that is logged per epoch; the first epoch is 0, as in nnU-Net's log.
 
     Args:
         history: name → one number per epoch.
         path: the PNG to write.
-        panels: two to a row; those without a series are left out.
+        panels: two to a row; those without a number are named under the picture, with the reason.
     """
     plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
     series = {k: np.asarray(v, dtype=float) for k, v in history.items() if len(v) and np.ndim(v[0]) == 0}
-    panels = [(title, belongs) for title, belongs in panels if any(map(belongs, series))]
-    rows = max(1, math.ceil(len(panels) / 2))
+    series = {name: values for name, values in series.items() if np.isfinite(values).any()}
+    panels = [Panel(*panel) for panel in panels]
+    drawn = [panel for panel in panels if any(map(panel.shows, series))]
+    rows = max(1, math.ceil(len(drawn) / 2))
     figure, axes = plt.subplots(rows, 2, figsize=(15, 4.25 * rows), squeeze=False)
-    figure.subplots_adjust(0.06, 0.16 / rows, 0.98, 1 - 0.12 / rows, hspace=0.35, wspace=0.15)
-    for axis in axes.flat[len(panels) :]:
+    figure.subplots_adjust(0.06, 0.2 / rows, 0.98, 1 - 0.12 / rows, hspace=0.35, wspace=0.15)
+    figure.text(0.06, 0.02 / rows, _left_out([panel for panel in panels if panel not in drawn]), fontsize="small")
+    for axis in axes.flat[len(drawn) :]:
         axis.set_visible(False)
-    for axis, (title, belongs) in zip(axes.flat, panels, strict=False):
+    for axis, (title, belongs, _) in zip(axes.flat, drawn, strict=False):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         colours: dict[str, str] = {}  # a term has one colour in training and validation
         for name in filter(belongs, series):
@@ -67,3 +98,11 @@ def draw_progress(history: dict[str, list], path: str | Path, *, panels: Sequenc
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")
     save_figure(figure, path)
+
+
+def _left_out(panels: Sequence[Panel]) -> str:
+    """The line under the picture, or nothing."""
+    if not panels:
+        return ""
+    named = "; ".join(f"{panel.title}: {panel.without}" for panel in panels)
+    return textwrap.fill(f"Not shown. {named}.", CHARACTERS)

@@ -1,5 +1,6 @@
-"""Pictures of volumes: titled images beside each other, grey, coloured, or with values and a mark over them."""
+"""Draws volumes as titled images beside each other: grey, coloured, or with values and a mark over them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,32 +34,116 @@ HEAT = "PuOr"
 """Colours of values in [-1, 1]: purple and orange, which colour-blind readers tell apart."""
 
 
-def draw_pictures(images: list[tuple[str, Tensor | Overlay | Colours]], path: str | Path) -> None:
+INCHES = 3.0
+"""Longest side of a slice; all slices of a file have one scale."""
+SMALLEST = 0.5
+"""Inches that a thin slice is given at least."""
+
+
+def draw_pictures(
+    images: list[tuple[str, Tensor | Overlay | Colours]],
+    path: str | Path,
+    *,
+    spacing: Sequence[float] | None = None,
+    letters: Sequence[str] | None = None,
+) -> None:
     """Titled images beside each other: the three central slices of a volume (D, H, W), or the image (H, W) itself.
 
     All show the same slices: those through the first mark, where an image has one. Grey values share the intensity
-    range of the first, so that they can be compared.
+    range of the first, so that they can be compared. The patient's right is on the left, as radiologists see it.
+
+    Args:
+        images: title and picture.
+        path: the PNG to write.
+        spacing: mm per voxel along each axis; ``None`` for cubic voxels.
+        letters: where each axis begins and ends, such as ``("IS", "PA", "LR")``; ``None`` where it is not known. An
+            image (H, W) takes the last two, as nnU-Net's 2D slices do.
     """
-    plt = pyplot()
     shown = [(title, _Shown(image)) for title, image in images]
-    low, high = np.nanpercentile(shown[0][1].image, (0.5, 99.5))
-    grey = {"cmap": "gray", "vmin": low, "vmax": high if high > low else None}
     size = shown[0][1].size
+    spacing = [1.0] * len(size) if spacing is None else list(spacing)[-len(size) :]
     mark = next((each.mark for _, each in shown if each.mark is not None), None)
     point = [extent // 2 for extent in size] if mark is None else [round(place) for place in mark]
     cuts = [{axis: point[axis]} for axis in range(3)] if len(size) == 3 else [{}]
-    bar = 0.9 if any(each.values is not None for _, each in shown) else 0.03  # inches on the right
-    width, height = 3 * len(shown) + bar, 3 * len(cuts) + 0.3
-    figure, axes = plt.subplots(len(cuts), len(shown), figsize=(width, height), squeeze=False)
-    figure.subplots_adjust(0.01, 0.01, 1 - bar / width, 1 - 0.3 / height, hspace=0.03, wspace=0.03)
-    for column, (title, each) in enumerate(shown):
-        axes[0, column].set_title(title)
-        for row, cut in enumerate(cuts):
-            drawn = each.draw(axes[row, column], cut, grey)
-            axes[row, column].axis("off")
-        if each.values is not None:
-            figure.colorbar(drawn, cax=figure.add_axes((1 - 0.75 / width, 0.15, 0.15 / width, 0.7)))
-    save_figure(figure, path)
+    axes = [[axis for axis in range(len(size)) if axis not in cut] for cut in cuts]  # up, across
+    page = _Page(
+        [[size[axis] * spacing[axis] for axis in pair] for pair in axes],
+        columns=len(shown),
+        letters=letters is not None,
+        bar=any(each.values is not None for _, each in shown),
+    )
+    grey = _grey(shown[0][1].image)
+    for row, (cut, (up, across)) in enumerate(zip(cuts, axes, strict=True)):
+        for column, (title, each) in enumerate(shown):
+            panel = page.panel(row, column)
+            drawn = each.draw(panel, cut, grey, aspect=spacing[up] / spacing[across])
+            if row == 0:
+                panel.set_title(title, fontsize="medium")
+            if letters is not None:
+                ends = letters[-len(size) :]
+                _orient(panel, ends[up], ends[across], labelled=column == 0)
+            if row == 0 and each.values is not None:
+                page.figure.colorbar(drawn, cax=page.bar())
+    save_figure(page.figure, path)
+
+
+class _Page:
+    """A figure on which all slices have one scale. Lengths are in inches.
+
+    Args:
+        sides: height and width in mm of the slices of each row.
+        columns: slices in a row.
+        letters: whether there is room for letters on the left and below.
+        bar: whether there is room for a colour bar on the right.
+    """
+
+    GAP, TITLE, BAR = 0.08, 0.3, 0.9
+
+    def __init__(self, sides: Sequence[Sequence[float]], *, columns: int, letters: bool, bar: bool):
+        scale = INCHES / max(max(pair) for pair in sides)
+        self.heights = [max(SMALLEST, up * scale) for up, _ in sides]
+        self.column = max(SMALLEST, max(across for _, across in sides) * scale)
+        self.left, self.below = (0.3, 0.28) if letters else (0.03, 0.03)
+        right = self.BAR if bar else 0.05
+        self.width = self.left + columns * self.column + (columns - 1) * self.GAP + right
+        self.height = self.TITLE + sum(self.heights) + len(sides) * self.below
+        self.figure = pyplot().figure(figsize=(self.width, self.height))
+
+    def panel(self, row: int, column: int):
+        """The axes of a slice."""
+        start = self.left + column * (self.column + self.GAP)
+        bottom = self.height - self.TITLE - sum(self.heights[: row + 1]) - row * self.below
+        panel = self._axes(start, bottom, self.column, self.heights[row])
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+        return panel
+
+    def bar(self):
+        """The axes of a colour bar."""
+        return self._axes(self.width - 0.75, 0.15 * self.height, 0.15, 0.7 * self.height)
+
+    def _axes(self, left: float, bottom: float, width: float, height: float):
+        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
+
+
+def _grey(image: np.ndarray) -> dict:
+    """How grey values are drawn: the intensity range of an image, outliers and what is not finite left out."""
+    finite = image[np.isfinite(image)]
+    low, high = np.percentile(finite, (0.5, 99.5)) if finite.size else (0.0, 1.0)
+    return {"cmap": "gray", "vmin": low, "vmax": high if high > low else low + 1}
+
+
+def _orient(panel, up: str, across: str, *, labelled: bool) -> None:
+    """Right on the left, head at the top, face at the top or on the right; and letters that say so."""
+    if across == "LR":
+        panel.invert_xaxis()
+        across = "RL"
+    if up in ("SI", "AP"):
+        panel.invert_yaxis()
+        up = up[::-1]
+    if labelled:
+        panel.set_xlabel(" – ".join(across), fontsize="small", labelpad=3)
+        panel.set_ylabel(" – ".join(up), fontsize="small", labelpad=3)
 
 
 class _Shown:
@@ -73,11 +158,12 @@ class _Shown:
         self.values = None if values is None else _array(values)
         self.mark = None if self.coloured else picture.mark
 
-    def draw(self, axis, cut: dict[int, int], grey: dict):
+    def draw(self, axis, cut: dict[int, int], grey: dict, *, aspect: float):
         """Draw the slice ``cut`` (axis → index) of this picture, and return what was drawn last."""
-        drawn = axis.imshow(_cut(self.image, cut), origin="lower", **({} if self.coloured else grey))
+        look = {"origin": "lower", "aspect": aspect, "interpolation": "nearest"}
+        drawn = axis.imshow(_cut(self.image, cut), **look, **({} if self.coloured else grey))
         if self.values is not None:
-            drawn = axis.imshow(_cut(self.values, cut), origin="lower", cmap=HEAT, vmin=-1, vmax=1, alpha=0.6)
+            drawn = axis.imshow(_cut(self.values, cut), **look, cmap=HEAT, vmin=-1, vmax=1, alpha=0.6)
         if self.mark is not None:
             y, x = (place for number, place in enumerate(self.mark) if number not in cut)
             axis.plot(x, y, "o", markersize=8, markerfacecolor="none", markeredgecolor="black", markeredgewidth=4)

@@ -1,21 +1,29 @@
 """The scripts that lay out public classification data: what they write, on small stand-ins."""
 
-import subprocess
+import runpy
 import sys
 
 import nibabel
 import numpy as np
+import pytest
 
 from nnssl_plugin.data.images import find_images
 from nnssl_plugin.nnunet.case_labels import read_table
 
 
-def run(repository, script, *arguments):
-    command = [sys.executable, str(repository / "benchmarks" / script), *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+@pytest.fixture
+def run(repository, monkeypatch, capsys):
+    """A function (script, arguments) → what the script printed."""
+
+    def script(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(repository / "benchmarks" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return script
 
 
-def test_official_splits_of_adrenalmnist_stay_apart(repository, tmp_path):
+def test_official_splits_of_adrenalmnist_stay_apart(run, tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
         "train_images": rng.integers(0, 2, (3, 6, 7, 8), dtype=np.uint8),
@@ -24,7 +32,7 @@ def test_official_splits_of_adrenalmnist_stay_apart(repository, tmp_path):
         "val_labels": [[1], [0]],
     }
     np.savez(tmp_path / "a.npz", **arrays)
-    assert run(repository, "adrenal_data.py", "-i", tmp_path / "a.npz", "-o", tmp_path / "out").startswith("3 train, 2")
+    assert run("adrenal_data.py", "-i", tmp_path / "a.npz", "-o", tmp_path / "out").startswith("3 train, 2")
     for official, name, channel in (("train", "train", ""), ("val", "test", "_0000")):
         rows = read_table(tmp_path / "out" / f"{name}.csv")
         assert [row["diagnosis"] == "hyperplasia" for row in rows] == np.ravel(arrays[f"{official}_labels"]).tolist()
@@ -35,15 +43,15 @@ def test_official_splits_of_adrenalmnist_stay_apart(repository, tmp_path):
     assert list(cases) == [row["case"] for row in read_table(tmp_path / "out" / "test.csv")] and not left_out
 
 
-def test_tables_name_the_images_that_are_there(repository, tmp_path):
+def test_tables_name_the_images_that_are_there(run, tmp_path):
     for path in ("us/benign/b (1).png", "sts/P1/CT_image.nii.gz", "sts/P1/CT_mask.nii.gz", "sts/P2/PET_image.nii.gz"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     captions = 'image_path,text_caption,label\nbenign/b (1).png,"A, b",benign\nbenign/gone.png,x,benign\n'
     (tmp_path / "us" / "captions.csv").write_text(captions)
-    run(repository, "busi_data.py", "-i", tmp_path / "us", "-o", tmp_path / "us.csv")
+    run("busi_data.py", "-i", tmp_path / "us", "-o", tmp_path / "us.csv")
     assert read_table(tmp_path / "us.csv") == [{"case": "benign/b (1).png", "diagnosis": "benign"}]
-    run(repository, "sts_modality_data.py", "-i", tmp_path / "sts", "-o", tmp_path / "sts.csv")
+    run("sts_modality_data.py", "-i", tmp_path / "sts", "-o", tmp_path / "sts.csv")
     assert read_table(tmp_path / "sts.csv") == [
         {"case": "P1/CT_image.nii.gz", "subject": "P1", "modality": "CT"},
         {"case": "P2/PET_image.nii.gz", "subject": "P2", "modality": "PET"},

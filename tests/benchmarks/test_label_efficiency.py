@@ -162,7 +162,7 @@ def test_a_study_runs_the_packages_and_nnunets_commands(tmp_path):
     assert sum(step.results is not None for step in steps) == 1 + 2 * 2 * 2  # pretraining; arms, seeds, fractions
 
 
-def test_twins_differ_in_their_weights_alone(tmp_path):
+def test_arms_differ_in_their_weights_alone(tmp_path):
     study = read(tmp_path)
     for seed in study.seeds:
         plans = [
@@ -332,6 +332,7 @@ def test_figures_are_drawn(small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_miniature_study_from_scans_to_its_page(tmp_path):
     data = tmp_path / "data"
     write_phantoms(

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -12,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from nnssl_plugin.captions import embeddings as room
-from nnssl_plugin.captions.captioners import TemplateCaptioner
 from nnssl_plugin.captions.clip.pairs import ClipPair, load_pair
 from nnssl_plugin.captions.embeddings import embedding_key, store_embeddings
+from nnssl_plugin.captions.template import TemplateCaptioner
 from nnssl_plugin.captions.triplets import caption_dataset, load_volume, slice_image
 from nnssl_plugin.data.triplets import load_embeddings, read_embeddings, read_triplets, write_triplets
 from nnssl_plugin.errors import UserError
@@ -45,7 +46,7 @@ def captioned(raw, source, save):
     for seed in range(3):
         save(f"c{seed}.nii.gz", seed=seed)
     folder = prepare_dataset(source, 501, "Scans", processes=1).folder
-    caption_dataset(folder, TemplateCaptioner())
+    caption_dataset(folder, TemplateCaptioner(), slices=1)
     return folder
 
 
@@ -94,14 +95,14 @@ def test_stored_rows_are_those_computed_on_the_fly(captioned, no_network):
     stored = read_embeddings(captioned, triplets)
     pair = load_pair()
     assert (summary.computed, summary.reused, summary.weights) == (3, 0, pair.weights)
-    for case, triplet in triplets.items():
-        picture = slice_image(load_volume(captioned / "imagesTr" / f"{case}_0000.nii.gz"), triplet)
+    for triplet in triplets:
+        picture = slice_image(load_volume(captioned / "imagesTr" / f"{triplet.case}_0000.nii.gz"), triplet)
         image, text = pair.embed([picture], [triplet.text])
-        np.testing.assert_allclose(stored[case][0], image[0], atol=1e-5)
-        np.testing.assert_allclose(stored[case][1], text[0], atol=1e-5)
-        assert stored[case][0].shape == (512,) and stored[case][0].dtype == np.float32
-        assert np.linalg.norm(stored[case][0]) == pytest.approx(1, abs=1e-5)
-        assert np.linalg.norm(stored[case][1]) == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(stored[triplet.key][0], image[0], atol=1e-5)
+        np.testing.assert_allclose(stored[triplet.key][1], text[0], atol=1e-5)
+        assert stored[triplet.key][0].shape == (512,) and stored[triplet.key][0].dtype == np.float32
+        assert np.linalg.norm(stored[triplet.key][0]) == pytest.approx(1, abs=1e-5)
+        assert np.linalg.norm(stored[triplet.key][1]) == pytest.approx(1, abs=1e-5)
 
 
 def test_only_what_changed_is_computed_again(captioned, monkeypatch):
@@ -111,9 +112,9 @@ def test_only_what_changed_is_computed_again(captioned, monkeypatch):
     store_embeddings(captioned)
     assert calls == [3]
     triplets = read_triplets(captioned)
-    triplets["c1"] = type(triplets["c1"])(**{**vars(triplets["c1"]), "text": "Another text.", "captioner": "me"})
-    write_triplets(captioned, triplets.values())
-    with pytest.raises(UserError, match="text of c1 has changed"):
+    triplets[1] = replace(triplets[1], text="Another text.", captioner="me")
+    write_triplets(captioned, triplets)
+    with pytest.raises(UserError, match=r"text of c1 .* has changed"):
         read_embeddings(captioned, triplets)
     summary = store_embeddings(captioned)
     after = load_embeddings(captioned)
@@ -126,10 +127,35 @@ def test_only_what_changed_is_computed_again(captioned, monkeypatch):
 def test_other_slice_with_the_same_text_is_computed_again(captioned):
     store_embeddings(captioned)
     triplets = read_triplets(captioned)
-    other = (triplets["c0"].slice + 3) % triplets["c0"].n_slices
-    triplets["c0"] = type(triplets["c0"])(**{**vars(triplets["c0"]), "slice": other})
-    write_triplets(captioned, triplets.values())
+    triplets[0] = replace(triplets[0], slice=(triplets[0].slice + 3) % triplets[0].n_slices)
+    write_triplets(captioned, triplets)
     assert store_embeddings(captioned).computed == 1
+
+
+def test_more_slices_are_added_to_those_that_are_embedded(captioned):
+    store_embeddings(captioned)
+    caption_dataset(captioned, TemplateCaptioner(), slices=3)
+    summary = store_embeddings(captioned)
+    assert (summary.computed, summary.reused) == (6, 3)
+    triplets = read_triplets(captioned)
+    assert list(read_embeddings(captioned, triplets)) == [triplet.key for triplet in triplets]
+
+
+def test_an_embedding_that_was_cut_off_goes_on(captioned, monkeypatch):
+    monkeypatch.setattr(room, "BATCH", 2)
+    embed, calls = ClipPair.embed, []
+
+    def failing(self, pictures, texts):
+        calls.append(len(texts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return embed(self, pictures, texts)
+
+    monkeypatch.setattr(ClipPair, "embed", failing)
+    with pytest.raises(KeyboardInterrupt):
+        store_embeddings(captioned)
+    summary = store_embeddings(captioned)
+    assert (summary.computed, summary.reused) == (1, 2)
 
 
 def test_batches_smaller_than_the_dataset_give_the_same_rows(captioned, monkeypatch):

@@ -1,15 +1,18 @@
-"""One slice per case: which, how it looks, and what the template says of it."""
+"""Slices of a case: which, how they look, and what the template says of them."""
 
 import itertools
 import json
+from dataclasses import replace
 
 import nibabel
 import numpy as np
 import pytest
 
-from nnssl_plugin.captions.captioners import SliceFacts, TemplateCaptioner, modality_of
-from nnssl_plugin.captions.triplets import Volume, caption_dataset, choose_triplet, slice_facts, slice_image
-from nnssl_plugin.data.triplets import Triplet, read_triplets, write_triplets
+from nnssl_plugin.captions import triplets as captioning
+from nnssl_plugin.captions.captioners import SliceFacts, modality_of
+from nnssl_plugin.captions.template import TemplateCaptioner, TemplateOptions
+from nnssl_plugin.captions.triplets import Volume, caption_dataset, choose_slices, slice_facts, slice_image
+from nnssl_plugin.data.triplets import Triplet, by_case, read_triplets, write_triplets
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.planes import PLANES, RAS_AXIS
 from nnssl_plugin.nnunet.raw_folders import training_files
@@ -33,6 +36,17 @@ def draft(plane, index, volume, **fields):
 PLANES_OF = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
 
 
+def first_slice(*arguments, seed):
+    return choose_slices(*arguments, seed=seed, count=1)[0]
+
+
+def lines_of(folder):
+    """Case → its only triplet."""
+    lines = by_case(read_triplets(folder))
+    assert all(len(slices) == 1 for slices in lines.values())
+    return {case: slices[0] for case, slices in lines.items()}
+
+
 @pytest.fixture
 def dataset(raw, phantom):
     """A raw dataset of three cases, the last stored sagittally, made by hand as any nnU-Net dataset."""
@@ -51,14 +65,14 @@ def dataset(raw, phantom):
 def test_every_plane_and_every_slice_with_body_is_drawn_and_no_other():
     body = np.zeros((6, 7, 8), dtype=bool)
     body[1:3, 4:7, 5] = True
-    drawn = {choose_triplet(f"c{n}", body, np.eye(4), seed=0)[:2] for n in range(400)}
+    drawn = {first_slice(f"c{n}", body, np.eye(4), seed=0)[:2] for n in range(400)}
     expected = {("sagittal", i) for i in (1, 2)} | {("coronal", j) for j in (4, 5, 6)} | {("axial", 5)}
     assert drawn == expected
 
 
 def test_planes_are_drawn_uniformly_and_slices_too():
     body = np.ones((4, 4, 4), dtype=bool)
-    draws = [choose_triplet(f"c{n}", body, np.eye(4), seed=1)[:2] for n in range(1200)]
+    draws = [first_slice(f"c{n}", body, np.eye(4), seed=1)[:2] for n in range(1200)]
     counts = [draws.count(pair) for pair in itertools.product(PLANES, range(4))]
     assert sum(counts) == 1200
     assert all(58 < count < 142 for count in counts)  # 100 expected, 4.4 standard deviations
@@ -66,13 +80,13 @@ def test_planes_are_drawn_uniformly_and_slices_too():
 
 def test_draw_depends_on_seed_and_case_alone():
     body = np.ones((30, 31, 32), dtype=bool)
-    first = [choose_triplet(f"c{n}", body, np.eye(4), seed=0) for n in range(20)]
-    assert first == [choose_triplet(f"c{n}", body, np.eye(4), seed=0) for n in reversed(range(20))][::-1]
-    assert first != [choose_triplet(f"c{n}", body, np.eye(4), seed=1) for n in range(20)]
+    first = [first_slice(f"c{n}", body, np.eye(4), seed=0) for n in range(20)]
+    assert first == [first_slice(f"c{n}", body, np.eye(4), seed=0) for n in reversed(range(20))][::-1]
+    assert first != [first_slice(f"c{n}", body, np.eye(4), seed=1) for n in range(20)]
 
 
 def test_without_label_the_whole_image_counts():
-    drawn = {choose_triplet(f"c{n}", np.zeros((3, 3, 3)), np.eye(4), seed=0)[:2] for n in range(200)}
+    drawn = {first_slice(f"c{n}", np.zeros((3, 3, 3)), np.eye(4), seed=0)[:2] for n in range(200)}
     assert drawn == set(itertools.product(PLANES, range(3)))
 
 
@@ -136,12 +150,25 @@ def test_triplet_that_does_not_fit_the_image_is_refused(phantom):
 
 def test_template_states_what_the_file_knows_and_no_more():
     facts = SliceFacts("c", "CT", "axial", 0.62, (350.0, 280.4), 1.5, "abdomen")
-    assert TemplateCaptioner().describe(np.zeros((2, 2, 3)), facts) == (
+    bare = SliceFacts("c", "", "sagittal", 1.0, (3.0, 4.0), 1.0, "")
+    first, second = TemplateCaptioner().describe([None, None], [facts, bare])
+    assert first == (
         "An axial CT slice of the abdomen, in the middle third of the volume, 62% of the way from inferior to "
         "superior. It shows 350 mm by 280 mm; neighbouring slices are 1.5 mm apart."
     )
-    bare = TemplateCaptioner().describe(np.zeros((2, 2, 3)), SliceFacts("c", "", "sagittal", 1.0, (3.0, 4.0), 1.0, ""))
-    assert bare.startswith("A sagittal slice, in the right third of the volume, 100% of the way from left to right.")
+    assert second.startswith("A sagittal slice, in the right third of the volume, 100% of the way from left to right.")
+
+
+def test_template_leaves_out_what_its_options_say():
+    facts = SliceFacts("c", "CT", "axial", 0.62, (350.0, 280.4), 1.5, "abdomen")
+    texts = {
+        (place, size): TemplateCaptioner(TemplateOptions(place=place, size=size)).describe([None], [facts])[0]
+        for place in (True, False)
+        for size in (True, False)
+    }
+    assert texts[False, False] == "An axial CT slice of the abdomen."
+    assert texts[True, False] == texts[True, True].split(". ")[0] + "."
+    assert texts[False, True] == texts[False, False] + " " + texts[True, True].split(". ")[1]
 
 
 def test_channel_names_that_choose_a_normalisation_are_no_modality():
@@ -150,12 +177,28 @@ def test_channel_names_that_choose_a_normalisation_are_no_modality():
     assert [modality_of({"channel_names": {"0": n}}) for n in ("noNorm", "zscore", "rescale_to_0_1")] == [""] * 3
 
 
-def test_any_dataset_gets_one_line_per_case_on_a_slice_with_label(dataset):
+def test_every_plane_is_drawn_in_turn_without_repetition_and_more_slices_add_to_fewer():
+    body = np.zeros((9, 9, 9), dtype=bool)
+    body[1:8, 2:6, 3:5] = True  # 7, 4 and 2 slices with body
+    for case in ("a", "b", "c", "d"):
+        drawn = choose_slices(case, body, np.eye(4), seed=0, count=9)
+        assert len(set(drawn)) == 9
+        assert {plane: sum(p == plane for p, *_ in drawn[:6]) for plane in PLANES} == dict.fromkeys(PLANES, 2)
+        for plane in PLANES:
+            held = {index for p, index, _ in drawn if p == plane}
+            others = tuple(axis for axis in range(3) if axis != RAS_AXIS[plane])
+            assert held <= set(np.flatnonzero(body.any(axis=others)))
+        assert all(choose_slices(case, body, np.eye(4), seed=0, count=n) == drawn[:n] for n in range(1, 9))
+    assert len(choose_slices("a", body, np.eye(4), seed=0, count=99)) == 7 + 4 + 2
+
+
+def test_any_dataset_gets_slices_with_label(dataset):
     summary = caption_dataset(dataset, TemplateCaptioner(), seed=3, body_part="knee")
     triplets = read_triplets(dataset)
-    assert (summary.added, summary.kept, list(triplets)) == (3, 0, ["c0", "c1", "c2"])
-    for case, triplet in triplets.items():
-        label = nibabel.load(dataset / "labelsTr" / f"{case}.nii.gz")
+    assert (summary.added, summary.kept) == (24, 0)
+    assert {case: len(slices) for case, slices in by_case(triplets).items()} == {"c0": 8, "c1": 8, "c2": 8}
+    for triplet in triplets:
+        label = nibabel.load(dataset / "labelsTr" / f"{triplet.case}.nii.gz")
         axis = [PLANES_OF[code] for code in nibabel.aff2axcodes(label.affine)].index(triplet.plane)
         assert triplet.n_slices == label.shape[axis]
         assert np.take(label.get_fdata(), triplet.slice, axis=axis).any()
@@ -167,25 +210,52 @@ def test_any_dataset_gets_one_line_per_case_on_a_slice_with_label(dataset):
 def test_second_run_keeps_lines_and_adding_cases_never_changes_others(dataset):
     first = caption_dataset(dataset, TemplateCaptioner(), body_part="knee")
     before = read_triplets(dataset)
-    assert caption_dataset(dataset, TemplateCaptioner()) == type(first)(first.path, added=0, kept=3)
+    assert caption_dataset(dataset, TemplateCaptioner()) == type(first)(first.path, added=0, kept=24)
     for where in ("imagesTr/{}_0000.nii.gz", "labelsTr/{}.nii.gz"):
         (dataset / where.format("b")).write_bytes((dataset / where.format("c0")).read_bytes())
     summary = caption_dataset(dataset, TemplateCaptioner())
-    after = read_triplets(dataset)
-    assert (summary.added, summary.kept, set(after)) == (1, 3, {"b", *before})
-    assert {case: after[case] for case in before} == before
+    after = by_case(read_triplets(dataset))
+    assert (summary.added, summary.kept, list(after)) == (8, 24, ["b", "c0", "c1", "c2"])
+    assert [line for case, slices in after.items() if case != "b" for line in slices] == before
 
 
-def test_other_seed_or_body_part_rewrites_and_foreign_lines_stay(dataset):
-    caption_dataset(dataset, TemplateCaptioner())
-    lines = read_triplets(dataset)
+def test_a_file_with_one_line_per_case_gets_the_other_slices(dataset):
+    caption_dataset(dataset, TemplateCaptioner(), slices=1)
+    before = read_triplets(dataset)
+    assert [line.case for line in before] == ["c0", "c1", "c2"]
+    summary = caption_dataset(dataset, TemplateCaptioner(), slices=3)
+    assert (summary.added, summary.kept) == (6, 3)
+    after = by_case(read_triplets(dataset))
+    assert [slices[0] for slices in after.values()] == before
+    assert all({line.plane for line in slices} == set(PLANES) for slices in after.values())
+    assert caption_dataset(dataset, TemplateCaptioner(), slices=2).added == 0  # more than asked for stay
+
+
+def test_other_seed_options_or_body_part_rewrite_and_foreign_lines_stay(dataset):
+    caption_dataset(dataset, TemplateCaptioner(), slices=1)
+    lines = lines_of(dataset)
     mine = Triplet("c1", "axial", 3, 16, "I wrote this.", "radiologist")
     write_triplets(dataset, {**lines, "c1": mine}.values())
-    assert caption_dataset(dataset, TemplateCaptioner(), seed=5).added == 2
-    assert caption_dataset(dataset, TemplateCaptioner(), seed=5, body_part="hip").added == 2
-    after = read_triplets(dataset)
+    assert caption_dataset(dataset, TemplateCaptioner(), seed=5, slices=1).added == 2
+    assert caption_dataset(dataset, TemplateCaptioner(), seed=5, slices=1, body_part="hip").added == 2
+    after = lines_of(dataset)
     assert after["c1"] == mine
     assert "of the hip" in after["c0"].text and after["c0"].seed == 5
+    short = TemplateCaptioner(TemplateOptions(size=False))
+    assert caption_dataset(dataset, short, seed=5, slices=2, body_part="hip").added == 4
+    after = by_case(read_triplets(dataset))
+    assert after["c1"] == [mine]
+    assert [(line.captioner, "mm" in line.text) for line in after["c0"]] == [("template size=False", False)] * 2
+
+
+def test_a_line_mended_by_hand_stays_beside_those_of_the_captioner(dataset):
+    caption_dataset(dataset, TemplateCaptioner(), slices=4)
+    lines = read_triplets(dataset)
+    mended = replace(lines[0], text="Mended.", captioner="me")
+    write_triplets(dataset, [mended, *lines[1:]])
+    assert caption_dataset(dataset, TemplateCaptioner(), slices=4).added == 0
+    assert caption_dataset(dataset, TemplateCaptioner(), slices=4, body_part="hip").added == 11
+    assert by_case(read_triplets(dataset))["c0"][0] == mended
 
 
 def test_dataset_dict_several_channels_and_absent_labels(raw, dataset, phantom):
@@ -198,28 +268,57 @@ def test_dataset_dict_several_channels_and_absent_labels(raw, dataset, phantom):
     content = {"channel_names": names, "labels": {}, "file_ending": ".nii.gz", "dataset": {"x": case}}
     (folder / "dataset.json").write_text(json.dumps(content))
     caption_dataset(folder, TemplateCaptioner())
-    triplet = read_triplets(folder)["x"]
     shape = dict(zip((PLANES_OF[c] for c in "PSR"), nibabel.load(image).shape, strict=True))
-    assert triplet.n_slices == shape[triplet.plane] and "FLAIR slice" in triplet.text
+    for triplet in read_triplets(folder):
+        assert triplet.n_slices == shape[triplet.plane] and "FLAIR slice" in triplet.text
 
 
-def test_other_captioner_sees_the_picture_and_its_text_becomes_one_line(dataset):
-    class Brightness:
-        name = "brightness"
+class Brightness:
+    name = "brightness"
 
-        def describe(self, slice_image, facts):
-            assert slice_image.ndim == 3 and slice_image.shape[2] == 3
-            return f"  {facts.plane},\nmean {slice_image.mean():.1f}\n"
+    def describe(self, slices, facts):
+        assert all(picture.ndim == 3 and picture.shape[2] == 3 for picture in slices)
+        return [f"  {f.plane},\nmean {p.mean():.1f}\n" for p, f in zip(slices, facts, strict=True)]
 
-    caption_dataset(dataset, Brightness())
-    assert all("\n" not in t.text and t.text.startswith(t.plane) for t in read_triplets(dataset).values())
+
+def test_other_captioner_sees_the_slices_of_a_case_and_its_texts_become_one_line(dataset):
+    caption_dataset(dataset, Brightness(), slices=4)
+    lines = read_triplets(dataset)
+    assert len(lines) == 12 and all("\n" not in t.text and t.text.startswith(t.plane) for t in lines)
+
+
+@pytest.mark.parametrize(("texts", "problem"), [(["one"], "1 texts for 2 slices of c0"), (["one", " "], "empty text")])
+def test_a_captioner_that_fails_is_named(dataset, monkeypatch, texts, problem):
+    monkeypatch.setattr(Brightness, "describe", lambda self, slices, facts: texts)
+    with pytest.raises(UserError, match=problem):
+        caption_dataset(dataset, Brightness(), slices=2)
 
 
 def test_unreadable_image_is_an_error_that_keeps_earlier_lines(dataset):
     (dataset / "imagesTr" / "c1_0000.nii.gz").write_bytes(b"broken")
     with pytest.raises(UserError, match="c1_0000"):
         caption_dataset(dataset, TemplateCaptioner())
-    assert list(read_triplets(dataset)) == ["c0"]
+    assert list(by_case(read_triplets(dataset))) == ["c0"]
+
+
+def test_a_slow_captioner_loses_little_to_a_kill(dataset, monkeypatch):
+    """What is written in the course of the run is there even where nothing cleans up."""
+    monkeypatch.setattr(captioning, "SECONDS_BETWEEN_WRITES", -1)
+    seen = []
+
+    class Slow(Brightness):
+        def describe(self, slices, facts):
+            path = dataset / "triplets.jsonl"
+            seen.append(len(read_triplets(dataset)) if path.is_file() else 0)
+            return super().describe(slices, facts)
+
+    caption_dataset(dataset, Slow(), slices=2)
+    assert seen == [0, 2, 4]
+
+
+def test_fewer_than_one_slice_is_refused(dataset):
+    with pytest.raises(UserError, match="--slices 0"):
+        caption_dataset(dataset, TemplateCaptioner(), slices=0)
 
 
 def test_training_files_are_those_that_nnunet_finds(dataset):

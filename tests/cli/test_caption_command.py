@@ -19,16 +19,28 @@ def folder(nnunet_environment, tmp_path):
 
 
 def test_texts_and_embeddings_are_written_then_kept(folder, capsys):
-    arguments = ["--captioner", "template", "--body-part", "left knee", "--seed", "3"]
-    assert main(["caption", "-d", "77", *arguments]) == 0
+    arguments = ["--captioner", "template", "--set", "size=false", "--body-part", "left knee", "--seed", "3"]
+    assert main(["caption", "-d", "77", "--slices", "3", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "2 texts written, 0 kept" in printed and "2 embedded, 0 reused" in printed
+    assert "6 texts written, 0 kept" in printed and "6 embedded, 0 reused" in printed
+    assert "random encoders" in printed and "know nothing of what they show" in printed
     triplets = read_triplets(folder)
-    assert all("MR slice of the left knee" in triplet.text for triplet in triplets.values())
-    assert set(read_embeddings(folder, triplets)) == {"c0", "c1"}
-    assert main(["caption", "-d", folder.name, *arguments]) == 0
+    assert all("MR slice of the left knee" in triplet.text and "mm" not in triplet.text for triplet in triplets)
+    assert len(read_embeddings(folder, triplets)) == 6
+    assert main(["caption", "-d", folder.name, "--slices", "3", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "0 texts written, 2 kept" in printed and "0 embedded, 2 reused" in printed
+    assert "0 texts written, 6 kept" in printed and "0 embedded, 6 reused" in printed
+
+
+def test_captioners_and_options_that_are_mistaken_are_named(folder, capsys):
+    for arguments, said in (
+        (["--captioner", "oracle"], "There is no captioner oracle"),
+        (["--set", "size"], "an option reads KEY=VALUE"),
+        (["--set", "colour=1"], "Unknown setting 'colour'"),
+    ):
+        assert main(["caption", "-d", "77", *arguments]) == 2
+        assert said in capsys.readouterr().err
+    assert not (folder / "triplets.jsonl").exists()
 
 
 def test_unknown_dataset_and_weights_are_mistakes(folder, capsys):

@@ -43,7 +43,8 @@ def test_pair_is_trained_measured_and_embeds_then_serves_caption(folder, weights
     assert main(["clip", "-d", "77", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "before" in printed and "after" in printed and "chance" in printed and "slice → text R@1" in printed
-    assert "trained on 10 pairs, 2 held out" in printed and "12 embedded, 0 reused, by clip_pair sha256:" in printed
+    assert "trained on 10 pairs, 2 held out" in printed and "12 embedded, 0 reused" in printed
+    assert "Made by clip_pair sha256:" in printed and "trained on slices and texts from tiny-test" in printed
     triplets = read_triplets(folder)
     before = read_embeddings(folder, triplets)
     assert main(["clip", "-d", "77", *arguments]) == 0
@@ -52,7 +53,7 @@ def test_pair_is_trained_measured_and_embeds_then_serves_caption(folder, weights
     assert main(["caption", "-d", "77", "--weights", str(folder / "clip_pair")]) == 0
     assert "0 embedded, 12 reused" in capsys.readouterr().out
     after = read_embeddings(folder, triplets)
-    assert all(np.array_equal(after[case][0], image) for case, (image, _) in before.items())
+    assert all(np.array_equal(after[key][0], image) for key, (image, _) in before.items())
     assert main(["caption", "-d", "77"]) == 2
     assert f"--weights {folder / 'clip_pair'}" in capsys.readouterr().err
 

@@ -171,12 +171,10 @@ def test_a_patch_that_the_strides_do_not_divide_is_refused():
     assert "patch_size=[16,16,16]" in error.value.remedy
 
 
-@pytest.mark.filterwarnings("ignore:Network class no.such.Network not found", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     "assignment",
     [
         f"{FEATURES}=[4,8]",
-        "configurations.3d_fullres.architecture.network_class_name=no.such.Network",
         "configurations.3d_fullres.architecture.arch_kwargs.n_stages=7",
     ],
 )
@@ -184,6 +182,14 @@ def test_a_network_that_cannot_be_built_is_refused(assignment):
     edited, _ = edit_plan(fake_plan(), "new", [parse_assignment(assignment)])
     with pytest.raises(UserError, match="cannot be built"):
         check_plan(edited, fake_plan(), DATASET_JSON)
+
+
+def test_a_network_of_an_unknown_class_is_not_looked_up():
+    name = "configurations.3d_fullres.architecture.network_class_name=no.such.Network"
+    edited, _ = edit_plan(fake_plan(), "new", [parse_assignment(name)])
+    with pytest.raises(UserError, match=r"names no\.such\.Network") as error:
+        check_plan(edited, fake_plan(), DATASET_JSON)
+    assert "--trust" in error.value.remedy
 
 
 def test_other_data_needs_another_identifier_and_preprocessing(folder, capsys):
@@ -231,3 +237,106 @@ def test_a_damaged_plan_is_named(folder):
     with pytest.raises(UserError, match=r"broken\.json is not valid JSON"):
         write_edited_plan("901", "new", source="broken")
     write_json(folder / "fine.json", {})
+
+
+FULLRES = "configurations.3d_fullres"
+MISTAKES = [
+    ("epoch=3", "did you mean 'epochs'?"),
+    ("epochs=three", "a whole number from 1"),
+    ("epochs=true", "a whole number from 1"),
+    ("epochs=0", "a whole number from 1"),
+    ("lr=NaN", "a number above 0"),
+    ("method.epsilonn=1", "did you mean 'method.epsilon'?"),
+    ("epsilon=1", "did you mean 'method.epsilon'?"),
+    ("method.epochs=1", "did you mean 'epochs'?"),
+    ("method.mass=2", "a number in (0, 1]"),
+    ("method=fast", "expected a block of settings"),
+    ("pretraining=3", "expected a block of settings"),
+    ("weights=3", "a file name or null"),
+    ("method_name=med3dinsigt", "did you mean 'med3dinsight'?"),
+    ("method_name=3", "names no method"),
+    ("method_name=s2dc", "Unknown setting 'epsilon'"),
+    ("patch_size=32,40,32", f"did you mean '{FULLRES}.patch_size'?"),
+    ("finetuning.epoch=3", "did you mean 'finetuning.epochs'?"),
+    ("finetuning.lr=fast", "a number above 0 or null"),
+    ("finetuning.trains=encoder", "one of all, decoder, head"),
+    ("finetuning=3", "expected a block of settings"),
+    ("classification.target=[]", "did you mean 'classification.targets'?"),
+    ("classification.targets=grade", 'classification.targets=["grade"]'),
+    (f"{FULLRES}.patch_size=16,16,16", f"--set '{FULLRES}.patch_size=[16,16,16]'"),
+    (f"{FULLRES}.patch_size=[16,16]", "a list of 3, each a whole number from 1"),
+    (f"{FULLRES}.patch_size=[16,16,16.5]", "a list of 3, each a whole number from 1"),
+    (f"{FULLRES}.patch_size=16", "a list of 3, each a whole number from 1"),
+    (f"{FULLRES}.patch_size=null", "a list of 3, each a whole number from 1"),
+    (f"{FULLRES}.batch_size=two", "a whole number from 1"),
+    (f"{FULLRES}.batch_size=2.5", "a whole number from 1"),
+    (f"{FULLRES}.spacing=1,1,-1", "each a number above 0"),
+    (f"{FULLRES}.normalization_schemes=ZScoreNormalization", '["ZScoreNormalization"]'),
+    (f"{FEATURES}=4,8,8", f"--set '{FEATURES}=[4,8,8]'"),
+    (f"{FULLRES}.architecture.arch_kwargs.n_stages=three", "a value like 3"),
+    (f"{FULLRES}.architecture.network_class_name=3", "a value like"),
+    (f"{FULLRES}.architecture=3", "a block of values"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), MISTAKES)
+def test_slips_in_every_block_are_refused_before_anything_is_written(folder, capsys, text, said):
+    assert main(["plan", "-d", "901", "-n", "slip", "--set", text]) == 2
+    assert said in capsys.readouterr().err and not (folder / "slip.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "warmup_epochs=2",
+        "batch_size=null",
+        "weights=checkpoint.pth",
+        "method_name=med3dinsight",
+        "method.mask_ratio=0.5",
+        "finetuning.epochs=5",
+        'classification.targets=["grade"]',
+        f"{FULLRES}.architecture.arch_kwargs.features_per_stage=[4,8,8]",
+        f"{FULLRES}.architecture.arch_kwargs.n_conv_per_stage=1",
+        f"{FULLRES}.architecture.arch_kwargs.conv_bias=false",
+    ],
+)
+def test_what_the_trainers_read_is_written(folder, capsys, text):
+    assert main(["plan", "-d", "901", "-n", "fine", "--set", text]) == 0, capsys.readouterr().err
+
+
+def test_a_method_of_ones_own_is_left_to_its_trainer(folder):
+    plan = read_json(folder / "nnUNetPlans.json") | {"pretraining": {}}
+    write_json(folder / "nnUNetPlans.json", plan)
+    arguments = ["plan", "-d", "901", "-n", "own", "--set", "method.temperature_of_mine=1"]
+    assert main(arguments) == 2
+    assert main([*arguments, "method_name=toy"]) == 0
+    assert read_json(folder / "own.json")["pretraining"]["method_name"] == "toy"
+
+
+def test_the_names_of_the_presets_method_are_checked(folder, capsys):
+    write_json(folder / "nnUNetPlans.json", fake_plan())
+    assert main(["plan", "-d", "901", "-n", "s2dc", "--preset", "s2dc"]) == 0
+    assert read_json(folder / "s2dc.json")["pretraining"]["method_name"] == "s2dc"
+    assert main(["plan", "-d", "901", "-n", "slip", "-p", "s2dc", "--set", "method.mass=0.5"]) == 2
+    assert "Unknown setting 'mass'" in capsys.readouterr().err
+    assert main(["plan", "-d", "901", "-n", "fine", "-p", "s2dc", "--set", "method.momentum=0.99"]) == 0
+
+
+@pytest.mark.parametrize("preset", ["med3dinsight", "s2dc"])
+def test_presets_of_two_methods_do_not_mix(folder, capsys, preset):
+    write_json(folder / "nnUNetPlans.json", fake_plan())
+    assert main(["plan", "-d", "901", "-n", "both", "--preset", "s2dc", "med3dinsight"]) == 2
+    said = capsys.readouterr().err
+    assert "preset s2dc (s2dc)" in said and "preset med3dinsight (med3dinsight)" in said
+    assert main(["plan", "-d", "901", "-n", "first", "--preset", preset]) == 0
+    other = {"med3dinsight": "s2dc", "s2dc": "med3dinsight"}[preset]
+    assert main(["plan", "-d", "901", "-n", "second", "-p", "first", "--preset", other]) == 2
+    assert f"plan first ({preset}), preset {other} ({other})" in capsys.readouterr().err
+    assert main(["plan", "-d", "901", "-n", "again", "-p", "first", "--preset", f"{preset}-paper"]) == 0
+
+
+def test_a_block_from_before_is_left_alone(folder):
+    plan = read_json(folder / "nnUNetPlans.json") | {"pretraining": {"setting_of_old": 1}}
+    write_json(folder / "nnUNetPlans.json", plan)
+    assert main(["plan", "-d", "901", "-n", "fine", "--set", "finetuning.epochs=5"]) == 0
+    assert main(["plan", "-d", "901", "-n", "other", "--set", "epochs=5"]) == 2

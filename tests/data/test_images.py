@@ -118,3 +118,27 @@ def test_channels_of_different_size_are_refused(tmp_path):
 def test_voxels_of_another_size_than_in_training_are_told(tmp_path):
     found = read([write(tmp_path / "a_0000.nii.gz", spacing=(1.0, 1.0, 2.5))])
     assert "2.5 x 1 x 1 mm" in found.warnings[0] and "1 x 1 x 1 mm (median)" in found.warnings[0]
+
+
+def test_colour_and_other_units_are_named(tmp_path):
+    colour = np.zeros((9, 11, 7), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    colour["R"][4:] = 90
+    nibabel.save(nibabel.Nifti1Image(colour, np.eye(4)), tmp_path / "c_0000.nii.gz")
+    with pytest.raises(UnusableCase, match="cannot be read"):
+        read([tmp_path / "c_0000.nii.gz"])
+    image = nibabel.Nifti1Image(np.random.default_rng(0).normal(size=(9, 11, 7)), np.diag([1000.0, 1000, 1000, 1]))
+    image.header.set_xyzt_units("micron")
+    nibabel.save(image, tmp_path / "m_0000.nii.gz")
+    with pytest.raises(UnusableCase, match=r"unit of length of 0\.001 mm"):
+        read([tmp_path / "m_0000.nii.gz"])
+    assert read([tmp_path / "m_0000.nii.gz"], reader="SimpleITKIO").data.shape == (1, 7, 11, 9)  # ITK converts it
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+@pytest.mark.parametrize("change", [np.diag([-1.0, 1, 1, 1]), np.eye(4) + np.eye(4, k=3) * 9])
+def test_a_segmentation_of_another_place_is_refused(tmp_path, reader, change):
+    labels = np.zeros((9, 11, 7), dtype=np.uint8)
+    labels[2:5] = 1
+    nibabel.save(nibabel.Nifti1Image(labels, change), tmp_path / "a.nii.gz")
+    with pytest.raises(UnusableCase, match="does not lie on it"):
+        read([write(tmp_path / "a_0000.nii.gz")], segmentation=tmp_path / "a.nii.gz", reader=reader)

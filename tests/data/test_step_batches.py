@@ -8,24 +8,57 @@ from fake_dataset import NAME, write_fake_dataset
 from nnssl_plugin.data.batch import Needs
 from nnssl_plugin.data.batches import BatchStream, StepBatches
 from nnssl_plugin.data.cases import Cases, available_channels
-from nnssl_plugin.data.triplets import read_embeddings, read_triplets
-from nnssl_plugin.data.windows import random_origin, read_window, resize
+from nnssl_plugin.data.triplets import (
+    Embeddings,
+    Triplet,
+    by_case,
+    place_of,
+    read_embeddings,
+    read_triplets,
+    text_sha256,
+    write_embeddings,
+    write_triplets,
+)
+from nnssl_plugin.data.windows import random_origin, random_place, read_window, resize
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
+from nnssl_plugin.nnunet.planes import PLANES
 
 NAMES = [f"case_{i:02d}" for i in range(6)]
+
+SHAPE = (18, 20, 17)
+AXES = {"axial": 0, "coronal": 1, "sagittal": 2}
+"""Axis (z, y, x) of the fake cases that each plane is normal to."""
+
+
+def write_more_slices(raw, count):
+    """``count`` slices per case, the planes in turn, each at another place, with embeddings."""
+    triplets = []
+    for name in NAMES:
+        for number in range(count):
+            plane = PLANES[number % 3]
+            size = SHAPE[AXES[plane]]
+            place = (5 * number + 2 * NAMES.index(name)) % size
+            triplets.append(Triplet(name, plane, place, size, f"{name} {plane} {place}", "test"))
+    write_triplets(raw, triplets)
+    hashes = np.array([text_sha256(t.text) for t in triplets])
+    vectors = np.random.default_rng(0).normal(size=(2, len(triplets), 8))
+    places = np.array([place_of(t) for t in triplets])
+    write_embeddings(raw, Embeddings(np.array([t.case for t in triplets]), hashes, hashes, *vectors, "test", places))
 
 
 @pytest.fixture
 def open_batches(nnunet_environment):
-    def make(needs=None, *, channels=2, patch=(16, 16, 16), **kwargs):
+    def make(needs=None, *, channels=2, patch=(16, 16, 16), slices=1, shape=SHAPE, **kwargs):
         needs = needs or Needs()
-        write_fake_dataset(channels=channels)
+        write_fake_dataset(channels=channels, shape=shape)
         from pathlib import Path
 
         folder = Path(nnunet_environment["nnUNet_preprocessed"]) / NAME / "fake_data"
         raw = Path(nnunet_environment["nnUNet_raw"]) / NAME
-        triplets = read_triplets(raw) if needs.triplets else None
+        if needs.triplets and slices > 1:
+            write_more_slices(raw, slices)
+        triplets = by_case(read_triplets(raw)) if needs.triplets else None
         return StepBatches(
             Cases(folder, NAMES, transpose_forward=(0, 1, 2), triplets=triplets),
             needs,
@@ -33,7 +66,7 @@ def open_batches(nnunet_environment):
             batch_size=kwargs.pop("batch_size", 2),
             available=available_channels(raw, NAMES, channels),
             stream=kwargs.pop("stream", (1, 0)),
-            embeddings=read_embeddings(raw, triplets) if triplets else None,
+            embeddings=read_embeddings(raw, read_triplets(raw)) if triplets else None,
             triplets=triplets,
             **kwargs,
         )
@@ -90,7 +123,7 @@ def test_slice_window_contains_the_slice(open_batches):
         batch = batches[step]
         for i, case in enumerate(batch["cases"]):
             axis = int(batch["slice_axis"][i])
-            index = batches.triplets[case].slice  # axial, no flip, no crop: the first axis
+            index = batches.triplets[case][0].slice  # axial, no flip, no crop: the first axis
             assert axis == 0 and batch["origin"][i, 0] <= index < batch["origin"][i, 0] + 6
             position = (index + 0.5 - float(batch["origin"][i, 0])) / 6
             assert float(batch["slice_position"][i]) == pytest.approx(position)
@@ -101,7 +134,7 @@ def test_whole_case_is_resized_and_keeps_the_relative_position(open_batches):
     batch = batches[0]
     assert batch["image"].shape == (2, 2, 16, 16, 16)
     for i, case in enumerate(batch["cases"]):
-        triplet = batches.triplets[case]
+        (triplet,) = batches.triplets[case]
         assert float(batch["slice_position"][i]) == pytest.approx((triplet.slice + 0.5) / triplet.n_slices)
         assert batch["extent"][i].tolist() == [18, 20, 17]
 
@@ -111,12 +144,115 @@ def test_2d_windows(open_batches):
     assert batch["image"].shape == (2, 2, 16, 12) and batch["origin"].shape == (2, 2)
 
 
-def test_triplets_bring_the_embeddings_of_their_case(open_batches, nnunet_environment):
-    batches = open_batches(Needs(window="slice", triplets=True))
-    batch = batches[1]
+def test_triplets_bring_the_embeddings_of_the_slice_that_is_shown(open_batches):
+    batches = open_batches(Needs(window="slice", triplets=True), slices=6)
+    for step in range(8):
+        batch = batches[step]
+        for i, (case, number) in enumerate(zip(batch["cases"], batches.slices_of_step(step), strict=True)):
+            triplet = batches.triplets[case][number]
+            image, text = batches.embeddings[triplet.key]
+            np.testing.assert_array_equal(batch["image_embedding"][i], image)
+            np.testing.assert_array_equal(batch["text_embedding"][i], text)
+            assert int(batch["plane"][i]) == PLANES.index(triplet.plane)
+            assert int(batch["slice_axis"][i]) == AXES[triplet.plane]
+
+
+def test_a_case_shows_another_slice_from_step_to_step_and_a_step_shows_one_plane(open_batches):
+    batches = open_batches(Needs(window="slice", triplets=True), slices=8, batch_size=3)
+    seen = {case: set() for case in NAMES}
+    planes = []
+    for step in range(200):
+        drawn = list(zip(batches.cases_of_step(step), batches.slices_of_step(step), strict=True))
+        (plane,) = {batches.triplets[case][number].plane for case, number in drawn}
+        planes.append(plane)
+        for case, number in drawn:
+            seen[case].add(number)
+    assert all(numbers == set(range(8)) for numbers in seen.values())
+    assert all(40 < planes.count(plane) < 95 for plane in PLANES)
+
+
+def test_ranks_of_a_step_share_its_plane_and_know_each_others_slices(open_batches):
+    one, two = (
+        open_batches(Needs(window="slice", triplets=True), slices=8, ranks=2, rank=rank, batch_size=3)
+        for rank in (0, 1)
+    )
+    for step in range(20):
+        assert one.cases_of_all_ranks(step) == one.cases_of_step(step) + two.cases_of_step(step)
+        assert one.slices_of_all_ranks(step) == one.slices_of_step(step) + two.slices_of_step(step)
+        assert len(set(one[step]["plane"].tolist() + two[step]["plane"].tolist())) == 1
+
+
+def test_a_case_that_comes_twice_in_a_step_shows_different_slices(open_batches):
+    batches = open_batches(Needs(window="slice", triplets=True), slices=6, batch_size=12)  # two slices per plane
+    for step in range(5):
+        drawn = list(zip(batches.cases_of_step(step), batches.slices_of_step(step), strict=True))
+        assert len(set(drawn)) == 12
+
+
+def test_cases_without_a_common_plane_show_what_they_have(open_batches):
+    batches = open_batches(Needs(window="slice", triplets=True), slices=1)
+    batches.triplets = {
+        name: [Triplet(name, PLANES[n % 3], 0, 9, "x", "test")] for n, name in enumerate(batches.triplets)
+    }
+    assert batches.slices_of_all_ranks(0) == [0, 0]
+
+
+@pytest.mark.parametrize("window", ["slice", "whole"])
+@pytest.mark.parametrize("patch", [(8, 8, 8), (24, 26, 22)])
+def test_free_windows_hold_the_slice_at_a_place_that_says_nothing_of_its_place_in_the_case(open_batches, window, patch):
+    """Whichever slice: its place in the window is drawn uniformly, and is the place where its voxels are."""
+    batches = open_batches(Needs(window=window, placement="free", triplets=True), patch=patch, slices=9)
+    places: dict[tuple[str, int], set[float]] = {}
+    for step in range(150):
+        batch = batches[step]
+        for i, (case, number) in enumerate(zip(batch["cases"], batches.slices_of_step(step), strict=True)):
+            triplet, axis = batches.triplets[case][number], int(batch["slice_axis"][i])
+            position = float(batch["slice_position"][i])
+            shown = float(batch["origin"][i, axis]) + position * float(batch["extent"][i, axis]) - 0.5
+            assert abs(shown - triplet.slice) <= 0.5  # the voxel of the slice
+            assert 0.25 <= position <= 0.75
+            places.setdefault((triplet.plane, triplet.slice), set()).add(round(position * patch[axis] - 0.5, 3))
+    few = [plane for plane in PLANES if not {p for (name, _), found in places.items() if name == plane for p in found}]
+    assert few == []
+    for plane in PLANES:
+        size = patch[AXES[plane]]
+        allowed = set(range(size // 4, size - size // 4))
+        together = set().union(*(found for (name, _), found in places.items() if name == plane))
+        assert together == allowed
+    first, last = (
+        np.concatenate([list(found) for (plane, index), found in places.items() if chosen(index, SHAPE[AXES[plane]])])
+        for chosen in (lambda index, size: index < size / 3, lambda index, size: index >= 2 * size / 3)
+    )
+    assert abs(first.mean() - last.mean()) < max(patch) / 16  # slices of both ends lie alike
+
+
+def test_free_windows_read_what_they_claim_and_pad_with_zeros(open_batches):
+    batches = open_batches(Needs(window="slice", placement="free", triplets=True), patch=(12, 30, 12), slices=3)
+    batch = batches[3]
     for i, case in enumerate(batch["cases"]):
-        np.testing.assert_array_equal(batch["image_embedding"][i], batches.embeddings[case][0])
-        np.testing.assert_array_equal(batch["text_embedding"][i], batches.embeddings[case][1])
+        data = np.asarray(batches.cases.load(case)[0][:])
+        padded = np.pad(data, ((0, 0), *[(40, 40)] * 3))
+        start = (batch["origin"][i].int() + 40).tolist()
+        piece = padded[:, start[0] : start[0] + 12, start[1] : start[1] + 30, start[2] : start[2] + 12]
+        np.testing.assert_array_equal(batch["image"][i], piece)
+
+
+def test_free_crops_move_where_the_case_is_smaller_and_are_repeatable(open_batches):
+    batches = open_batches(Needs(placement="free"), patch=(24, 16, 24))
+    origins = np.array([origin for step in range(60) for origin in batches[step]["origin"].tolist()])
+    assert set(origins[:, 0]) == set(range(-6, 1)) and set(origins[:, 2]) == set(range(-7, 1))
+    assert origins[:, 1].min() == 0 and origins[:, 1].max() == 4
+    assert same(batches[7], open_batches(Needs(placement="free"), patch=(24, 16, 24))[7])
+    centred = open_batches(patch=(24, 16, 24))[7]
+    assert set(centred["origin"][:, 0].tolist()) == {-3}
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(1, {0}), (2, {0, 1}), (4, {1, 2}), (7, {1, 2, 3, 4, 5}), (8, {2, 3, 4, 5})]
+)
+def test_places_lie_in_the_middle_half(size, expected):
+    rng = np.random.default_rng(0)
+    assert {random_place(size, rng) for _ in range(200)} == expected
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from nnssl_plugin.doctor.asking import Answer
 from nnssl_plugin.doctor.examination import examine
 from nnssl_plugin.doctor.finding import OK, PROBLEM, STATUSES, WARNING, Finding
 from nnssl_plugin.doctor.report import section_lines, summary
-from nnssl_plugin.doctor.trainers import expected_trainers, own_shelf
+from nnssl_plugin.doctor.trainers import expected_trainers, own_folder
 
 TORCH = Answer(
     {
@@ -30,11 +30,12 @@ TORCH = Answer(
 def answers(monkeypatch):
     """torch and nnU-Net as they answer when all is well, without the seconds that asking takes."""
     trainers = {
-        name: {"module": module, "file": "f.py", "error": ""} for name, module in expected_trainers(own_shelf()).items()
+        name: {"module": module, "file": "f.py", "error": ""}
+        for name, module in expected_trainers(own_folder()).items()
     }
     monkeypatch.setattr(asking, "ask_torch", lambda environment: TORCH)
     monkeypatch.setattr(asking, "ask_nnunet", lambda environment, names: Answer({"trainers": trainers}))
-    monkeypatch.setenv("nnUNet_extTrainer", str(own_shelf()))
+    monkeypatch.setenv("nnUNet_extTrainer", str(own_folder()))
 
 
 def test_a_machine_in_order_exits_with_0_and_writes_the_findings(answers, nnunet_environment, capsys, tmp_path):
@@ -99,7 +100,7 @@ def test_a_broken_torchvision_and_unset_folders_are_found_in_one_run(tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
-    environment |= {"PYTHONPATH": str(tmp_path), "nnUNet_extTrainer": str(own_shelf())}
+    environment |= {"PYTHONPATH": str(tmp_path), "nnUNet_extTrainer": str(own_folder())}
     problems = {f.topic: f for f in examine(environment) if f.status == PROBLEM}
     assert {"nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "torch + torchvision", "none found"} <= set(problems)
     assert "torchvision::nms" in problems["torch + torchvision"].message

@@ -6,7 +6,6 @@ predicted. The same file of weights serves stock nnU-Net, and a network that doe
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from fake_dataset import NAME, fake_plan, write_fake_dataset
+from in_process import attempt, command, run_with
+from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs import nnUNetTrainer_1epoch
 from small_primus import with_primus
 
-from nnssl_plugin.cli.env import search_path
+from nnssl_plugin.cli.env import VARIABLE, search_path
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.methods.med3dinsight.trainer import Med3DInsightPretrainer
@@ -109,18 +110,6 @@ def adapt(root, kind):
     assert main(["adapt", "-d", TARGET_ID, "-w", weights, "-p", kind, "-n", "pre"]) == 0
 
 
-def command(root, *words):
-    """One of nnU-Net's commands on these folders; what it printed."""
-    environment = environment_for(root, search_path()) | {"OMP_NUM_THREADS": "2"}
-    if words[0] == "nnUNetv2_train":
-        environment["nnUNet_n_proc_DA"] = "0"  # planning fails on it
-    finished = subprocess.run(
-        words, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    return finished.stdout
-
-
 def train(root, plan, trainer, *more):
     """Fine-tune fold 0 and return its checkpoint and what was printed."""
     printed = command(
@@ -180,9 +169,9 @@ def test_it_fine_tunes_and_predicts(folder, kind):
         "1",
         "--disable_tta",
         "-npp",
-        "1",
+        "0",
         "-nps",
-        "1",
+        "0",
     )
     (predicted,) = out.glob("*.nii.gz")
     image = nibabel.load(folder / "nnUNet_raw" / TARGET / "imagesTs" / "phantom_000_0000.nii.gz")
@@ -191,18 +180,38 @@ def test_it_fine_tunes_and_predicts(folder, kind):
     np.testing.assert_allclose(prediction.affine, image.affine, atol=1e-4)
 
 
+@pytest.fixture
+def few_stock_steps(monkeypatch):
+    """nnU-Net's own trainers have no setting for the length of an epoch."""
+    start = nnUNetTrainer_1epoch.on_train_start
+
+    def shorten(trainer):
+        trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 4, 1
+        start(trainer)
+
+    monkeypatch.setattr(nnUNetTrainer_1epoch, "on_train_start", shorten)
+
+
 @pytest.mark.parametrize("kind", UNETS)
-def test_stock_nnunet_takes_the_same_file(folder, kind):
+def test_stock_nnunet_takes_the_same_file(folder, kind, few_stock_steps):
     weights = folder / "nnUNet_preprocessed" / TARGET / f"{kind}-pre_3d_fullres.pth"
     checkpoint, printed = train(folder, kind, STOCK, "-pretrained_weights", str(weights))
     assert str(weights) in printed
     assert checkpoint["trainer_name"] == STOCK and checkpoint["current_epoch"] == 1
 
 
+def route_command(_routes, *words):
+    """What the benchmark runs in a process of its own."""
+    trainers = os.pathsep.join([search_path(), str(weight_routes.STOCK_TRAINER)])
+    code, printed = run_with({**os.environ, VARIABLE: trainers, "nnUNet_n_proc_DA": "0"}, words)
+    assert code == 0, printed[-6000:]
+
+
 def test_every_route_brings_the_same_weights_and_losses(folder, monkeypatch):
     environment = environment_for(folder, search_path())
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "PATH"):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, environment[name])
+    monkeypatch.setattr(weight_routes.Routes, "_command", route_command)
     *rows, scratch = weight_routes.main(
         [
             "-d",
@@ -243,17 +252,10 @@ def test_training_with_weights_of_another_network_fails_loudly(folder):
     plan = read_json(preprocessed / "plain-pre.json") | {"plans_name": "mixed"}
     plan["configurations"] = read_json(preprocessed / "residual.json")["configurations"]
     write_json(preprocessed / "mixed.json", plan)
-    environment = environment_for(folder, search_path()) | {"nnUNet_n_proc_DA": "0"}
-    finished = subprocess.run(
-        ["nnUNetv2_train", TARGET_ID, "3d_fullres", "0", "-p", "mixed", "-tr", TRAINER, "-device", "cpu"],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
+    code, printed = attempt(
+        folder, "nnUNetv2_train", TARGET_ID, "3d_fullres", "0", "-p", "mixed", "-tr", TRAINER, "-device", "cpu"
     )
-    assert finished.returncode != 0
-    assert "of the encoder's parameters come from the checkpoint" in finished.stderr
-    assert not os.path.exists(
-        folder / "nnUNet_results" / TARGET / f"{TRAINER}__mixed__3d_fullres" / "fold_0" / "checkpoint_final.pth"
-    )
+    assert code != 0
+    assert "of the encoder's parameters come from the checkpoint" in printed
+    fold = folder / "nnUNet_results" / TARGET / f"{TRAINER}__mixed__3d_fullres" / "fold_0"
+    assert not (fold / "checkpoint_final.pth").exists()

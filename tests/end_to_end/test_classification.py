@@ -1,27 +1,25 @@
 """Classification through nnU-Net's commands: plan, preprocess, train folds, validate; 2D and 3D, every kind of target.
 
-The images are generated: a body in which bright and dark blobs say what the classes are. ``road`` trains both folds of
-both datasets; tests append to it what comes after.
+The images are generated: a body in which bright and dark blobs say what the classes are. ``trained`` trains both
+folds of both datasets; tests append to it what comes after.
 """
 
 import csv
-import subprocess
 from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from in_process import command
 from nnunetv2.run.run_training import run_training
 from skimage import io
 
 from nnssl_plugin.checkpoints.format.files import save_checkpoint
-from nnssl_plugin.cli.env import search_path
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.nnunet.case_labels import ClassLabels, Target, write_class_labels
 from nnssl_plugin.nnunet.plans import build_network
-from nnssl_plugin.quickstart.commands import environment_for
 from nnssl_plugin.tasks.classification.folds import check_splits, make_class_splits
 from nnssl_plugin.tasks.classification.loading import load_classifier
 
@@ -101,18 +99,6 @@ def solid_labels():
     )
 
 
-def command(root, *words):
-    """One of nnU-Net's commands on these folders; what it printed."""
-    environment = environment_for(root, search_path())
-    if words[0] == "nnUNetv2_train":
-        environment["nnUNet_n_proc_DA"] = "0"  # planning fails on it
-    finished = subprocess.run(
-        words, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    return finished.stdout
-
-
 def dataset(root, number, name, labels, blobs_of, *, configuration, shape, ending, settings):
     """Everything from files to two trained folds; fold 0 by the command, fold 1 by the function that it calls."""
     write_dataset(root, name, labels, blobs_of, shape=shape, ending=ending)
@@ -160,7 +146,7 @@ def train(number, configuration, fold, *, plan="small", **more):
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory):
+def trained(tmp_path_factory):
     """The root of nnU-Net's folders, and both datasets with their trained folds."""
     root = tmp_path_factory.mktemp("classify")
     with pytest.MonkeyPatch.context() as patch:
@@ -210,8 +196,8 @@ def rows_of(which, target, fold=0):
 
 
 @pytest.mark.parametrize(("which", "target"), [("flat", BLOB), ("solid", LESION), ("solid", SIGNS)])
-def test_the_validation_cases_of_the_folds_are_all_cases_with_their_labels(road, which, target):
-    which = getattr(road, which)
+def test_the_validation_cases_of_the_folds_are_all_cases_with_their_labels(trained, which, target):
+    which = getattr(trained, which)
     splits = read_json(which.preprocessed / "splits_final.json")
     check_splits(splits, which.labels)
     rows = [row for fold in range(FOLDS) for row in rows_of(which, target, fold)]
@@ -224,8 +210,8 @@ def test_the_validation_cases_of_the_folds_are_all_cases_with_their_labels(road,
 
 
 @pytest.mark.parametrize(("which", "target"), [("flat", BLOB), ("solid", LESION), ("solid", SIGNS)])
-def test_what_can_be_seen_is_learned(road, which, target):
-    which = getattr(road, which)
+def test_what_can_be_seen_is_learned(trained, which, target):
+    which = getattr(trained, which)
     several = len(which.labels.targets) > 1
     for fold in range(FOLDS):
         summary = read_json(
@@ -235,34 +221,34 @@ def test_what_can_be_seen_is_learned(road, which, target):
 
 
 @pytest.mark.parametrize("which", ["flat", "solid"])
-def test_a_fold_holds_what_a_person_looks_for(road, which):
-    which = getattr(road, which)
+def test_a_fold_holds_what_a_person_looks_for(trained, which):
+    which = getattr(trained, which)
     fold = which.model / "fold_0"
     assert (fold / "progress.png").stat().st_size > 0
     assert {path.name for path in fold.glob("*.pth")} == {"checkpoint_best.pth", "checkpoint_final.pth"}
     assert "Validation of" in which.printed and "Best epoch so far" in which.printed
 
 
-def test_validating_again_gives_the_same_table(road):
-    before = rows_of(road.flat, BLOB)
+def test_validating_again_gives_the_same_table(trained):
+    before = rows_of(trained.flat, BLOB)
     train("903", "2d", 0, only_run_validation=True)
-    assert rows_of(road.flat, BLOB) == before
+    assert rows_of(trained.flat, BLOB) == before
 
 
-def test_going_on_after_the_end_changes_nothing(road):
-    path = road.flat.model / "fold_0" / "checkpoint_final.pth"
+def test_going_on_after_the_end_changes_nothing(trained):
+    path = trained.flat.model / "fold_0" / "checkpoint_final.pth"
     before = torch.load(path, weights_only=True)["network_weights"]
     train("903", "2d", 0, continue_training=True)
     after = torch.load(path, weights_only=True)["network_weights"]
     assert all(torch.equal(value, before[key]) for key, value in after.items())
 
 
-def test_pretrained_weights_reach_the_classifier_through_adapt(road):
-    plans = read_json(road.solid.preprocessed / "small.json")
-    dataset_json = read_json(road.solid.preprocessed / "dataset.json")
+def test_pretrained_weights_reach_the_classifier_through_adapt(trained):
+    plans = read_json(trained.solid.preprocessed / "small.json")
+    dataset_json = read_json(trained.solid.preprocessed / "dataset.json")
     torch.manual_seed(5)
     weights = build_network(plans, "3d_fullres", dataset_json).state_dict()
-    save_checkpoint({"network_weights": weights}, road.root / "pretrained.pth")
+    save_checkpoint({"network_weights": weights}, trained.root / "pretrained.pth")
     assert (
         main(
             [
@@ -281,17 +267,17 @@ def test_pretrained_weights_reach_the_classifier_through_adapt(road):
         )
         == 0
     )
-    assert main(["adapt", "-d", "904", "-w", str(road.root / "pretrained.pth"), "-p", "probe", "-n", "pre"]) == 0
+    assert main(["adapt", "-d", "904", "-w", str(trained.root / "pretrained.pth"), "-p", "probe", "-n", "pre"]) == 0
     train("904", "3d_fullres", "all", plan="probe-pre")
-    model = road.solid.model.with_name(f"{TRAINER}__probe-pre__3d_fullres")
-    trained = load_classifier(model, "all").classifier.backbone.network.state_dict()
+    model = trained.solid.model.with_name(f"{TRAINER}__probe-pre__3d_fullres")
+    loaded = load_classifier(model, "all").classifier.backbone.network.state_dict()
     encoder = [key for key in weights if key.startswith("encoder.")]
-    assert encoder and all(torch.equal(trained[key], weights[key]) for key in encoder)
+    assert encoder and all(torch.equal(loaded[key], weights[key]) for key in encoder)
 
 
 @pytest.mark.parametrize(("which", "target"), [("flat", BLOB), ("solid", LESION)])
-def test_the_folds_are_pooled_by_the_command(road, which, target, capsys):
-    which = getattr(road, which)
+def test_the_folds_are_pooled_by_the_command(trained, which, target, capsys):
+    which = getattr(trained, which)
     assert (
         main(
             ["evaluate", "classification", "-d", which.number, "-p", "small", "-c", which.configuration, "-f", "0", "1"]
@@ -307,9 +293,9 @@ def test_the_folds_are_pooled_by_the_command(road, which, target, capsys):
 
 
 @pytest.mark.parametrize(("which", "targets"), [("flat", (BLOB,)), ("solid", (LESION, SIGNS))])
-def test_new_images_get_the_probabilities_that_validation_gave_them(road, which, targets, tmp_path):
-    which = getattr(road, which)
-    pictures = ["--explain", str(tmp_path / "pictures")] if which is road.flat else []
+def test_new_images_get_the_probabilities_that_validation_gave_them(trained, which, targets, tmp_path):
+    which = getattr(trained, which)
+    pictures = ["--explain", str(tmp_path / "pictures")] if which is trained.flat else []
     for fold in range(FOLDS):
         images = tmp_path / f"images_{fold}"
         images.mkdir()

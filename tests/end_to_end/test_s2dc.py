@@ -1,16 +1,13 @@
 """S2DC through nnU-Net's own commands: plan, pretrain, adapt, fine-tune and predict labelled phantoms, in few steps."""
 
-import subprocess
-
 import nibabel
 import numpy as np
 import pytest
 import torch
+from in_process import command
 
-from nnssl_plugin.cli.env import search_path
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json, write_json
-from nnssl_plugin.quickstart.commands import environment_for
 from nnssl_plugin.quickstart.phantoms import write_phantoms
 
 pytestmark = pytest.mark.slow
@@ -27,7 +24,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """nnU-Net's folders after the whole road."""
+    """nnU-Net's folders after all commands."""
     root = tmp_path_factory.mktemp("s2dc")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -63,9 +60,9 @@ def folder(tmp_path_factory):
             "1",
             "--disable_tta",
             "-npp",
-            "1",
+            "0",
             "-nps",
-            "1",
+            "0",
         )
         yield root
 
@@ -94,17 +91,6 @@ def shrink(root):
     features = [4 * 2**stage for stage in range(stages)]
     key = "configurations.3d_fullres.architecture.arch_kwargs.features_per_stage"
     assert main(["plan", "-d", ID, "-n", PLAN, "--preset", "s2dc", "--set", f"{key}={features}", *SETTINGS]) == 0
-
-
-def command(root, *words):
-    """One of nnU-Net's commands on these folders."""
-    environment = environment_for(root, search_path()) | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    if words[0] == "nnUNetv2_train":
-        environment["nnUNet_n_proc_DA"] = "0"  # planning fails on it
-    finished = subprocess.run(
-        words, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
 
 
 def train(root, fold, plan, trainer):

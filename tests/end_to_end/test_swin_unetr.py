@@ -4,7 +4,6 @@ One channel is pretrained; two channels with one more class are fine-tuned.
 """
 
 import re
-import subprocess
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -13,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from fake_dataset import NAME, write_fake_dataset
+from in_process import command
 from small_swin import ARGUMENTS
 
-from nnssl_plugin.cli.env import search_path
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.methods.med3dinsight.trainer import Med3DInsightPretrainer
-from nnssl_plugin.quickstart.commands import environment_for
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +50,7 @@ FINETUNING = ["finetuning.epochs=1", "finetuning.iterations_per_epoch=2", "finet
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory):
+def finished(tmp_path_factory):
     """Folders of source and target, the pretraining's checkpoint, and what fine-tuning and prediction left."""
     source, target = (tmp_path_factory.mktemp(name) for name in ("source", "target"))
     checkpoint = pretrain(source)
@@ -87,9 +85,9 @@ def walked(tmp_path_factory):
         "1",
         "--disable_tta",
         "-npp",
-        "1",
+        "0",
         "-nps",
-        "1",
+        "0",
     )
     return SimpleNamespace(source=source, target=target, checkpoint=checkpoint, printed=printed)
 
@@ -162,22 +160,12 @@ def write_image(path, values_zyx):
     nibabel.save(nibabel.Nifti1Image(values_zyx.T, np.eye(4)), path)
 
 
-def command(root, *words):
-    """One of nnU-Net's commands on these folders; what it printed."""
-    environment = environment_for(root, search_path()) | {"nnUNet_n_proc_DA": "0"}
-    finished = subprocess.run(
-        words, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    return finished.stdout
-
-
 def weights_of(path):
     return torch.load(path, weights_only=True)["network_weights"]
 
 
-def test_the_pretraining_trained_the_whole_network_but_its_head(walked):
-    content = torch.load(walked.checkpoint, weights_only=True)
+def test_the_pretraining_trained_the_whole_network_but_its_head(finished):
+    content = torch.load(finished.checkpoint, weights_only=True)
     assert content["current_epoch"] == 2 and content["ssl_state"]["step"] == 4
     provenance = content["provenance"]
     assert provenance["network"]["class"] == "nnssl_plugin.networks.swin_unetr.SwinUNETR"
@@ -188,21 +176,21 @@ def test_the_pretraining_trained_the_whole_network_but_its_head(walked):
     assert all(torch.isfinite(value).all() for value in values if value.is_floating_point())
 
 
-def test_everything_trained_reaches_two_channels_and_three_classes(walked):
-    preprocessed = walked.target / "nnUNet_preprocessed" / NAME
+def test_everything_trained_reaches_two_channels_and_three_classes(finished):
+    preprocessed = finished.target / "nnUNet_preprocessed" / NAME
     report = read_json(preprocessed / "like-pre_3d_fullres_report.json")
     assert report["coverage"] == {"encoder": 1.0, "decoder": 1.0, "head": 0.0}
-    source, adapted = weights_of(walked.checkpoint), weights_of(preprocessed / "like-pre_3d_fullres.pth")
+    source, adapted = weights_of(finished.checkpoint), weights_of(preprocessed / "like-pre_3d_fullres.pth")
     stem, head = "swinViT.patch_embed.proj.weight", "out.conv.conv.weight"
     torch.testing.assert_close(adapted[stem].sum(1), source[stem].sum(1))
     assert adapted[stem].shape[1] == CHANNELS and adapted[head].shape[0] == len(CLASSES)
     assert all(torch.equal(adapted[key], source[key]) for key in source if key.startswith("swinViT.layers"))
 
 
-def test_it_was_fine_tuned_and_validated(walked):
-    assert re.search(r"encoder\s+[\d,]+\s+[\d,]+\s+100\.0%", walked.printed)
-    fold = walked.target / "nnUNet_results" / NAME / f"{TRAINER}__like-pre__3d_fullres" / "fold_0"
-    adapted = weights_of(walked.target / "nnUNet_preprocessed" / NAME / "like-pre_3d_fullres.pth")
+def test_it_was_fine_tuned_and_validated(finished):
+    assert re.search(r"encoder\s+[\d,]+\s+[\d,]+\s+100\.0%", finished.printed)
+    fold = finished.target / "nnUNet_results" / NAME / f"{TRAINER}__like-pre__3d_fullres" / "fold_0"
+    adapted = weights_of(finished.target / "nnUNet_preprocessed" / NAME / "like-pre_3d_fullres.pth")
     tuned = torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
     moved = [key for key in tuned if not torch.equal(tuned[key], adapted[key])]
     assert any(key.startswith("swinViT.layers1.") for key in moved) and "out.conv.conv.weight" in moved
@@ -210,8 +198,8 @@ def test_it_was_fine_tuned_and_validated(walked):
     assert (fold / "validation" / "summary.json").is_file()
 
 
-def test_the_prediction_lies_on_the_grid_of_its_image(walked):
-    prediction = nibabel.load(walked.target / "predictions" / "new.nii.gz")
-    image = nibabel.load(walked.target / "images" / "new_0000.nii.gz")
+def test_the_prediction_lies_on_the_grid_of_its_image(finished):
+    prediction = nibabel.load(finished.target / "predictions" / "new.nii.gz")
+    image = nibabel.load(finished.target / "images" / "new_0000.nii.gz")
     assert prediction.shape == image.shape and set(np.unique(prediction.get_fdata())) <= set(CLASSES.values())
     np.testing.assert_allclose(prediction.affine, image.affine)

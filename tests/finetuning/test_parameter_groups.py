@@ -14,12 +14,12 @@ from nnssl_plugin.finetuning.parameter_groups import (
     OPTIMISATIONS,
     build_optimizer,
     freeze_the_rest,
-    network_parts,
     optimisation_for,
     parameter_groups,
     rest_at_test_mode,
 )
 from nnssl_plugin.finetuning.settings import FinetuningSettings, read_settings
+from nnssl_plugin.networks.family import parts_of
 from nnssl_plugin.nnunet.plans import build_network
 from nnssl_plugin.training.schedules import PolySchedule
 
@@ -97,7 +97,7 @@ def test_by_default_everything_moves_at_one_rate_whatever_the_network():
     for settings in ({"layer_decay": 0.9}, {"trains": "head"}, {"frozen_until": 2}):
         with pytest.raises(UserError, match="no encoder stages"):
             parameter_groups(nn.Linear(2, 2), **settings)
-    assert network_parts(nn.Linear(2, 2)) is None
+    assert parts_of(nn.Linear(2, 2)) is None
 
 
 def test_the_optimiser_is_that_of_nnunets_own_trainer():
@@ -195,8 +195,8 @@ def test_teeth_that_do_not_fit_are_refused():
         ({"frozen_encoder_epochs": 1, "decoder_warmup_epochs": 1}, "both say how long"),
         ({"trains": "encoder"}, "one of all, decoder, head"),
         ({"optimiser": "lion"}, "sgd, adamw or null"),
-        ({"weight_decay": -1}, "positive number"),
-        ({"decoder_warmup_epochs": -1}, "number of epochs"),
+        ({"weight_decay": -1}, "a number from 0 or null"),
+        ({"decoder_warmup_epochs": -1}, "a whole number from 0"),
     ],
 )
 def test_contradictions_and_unknown_values_are_refused(block, said):

@@ -5,15 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import command
 from PIL import Image
 
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.label_tables import infer_targets, match_scans
-from nnssl_plugin.intake.labelled import describe, label_dataset, prepare_class_dataset, warn_of_rare_classes
+from nnssl_plugin.intake.labelled import (
+    describe,
+    label_dataset,
+    prepare_class_dataset,
+    warn_of_rare_classes,
+    warn_of_similar_classes,
+)
 from nnssl_plugin.intake.unlabelled import prepare_dataset
 from nnssl_plugin.io.files import read_json
-from nnssl_plugin.nnunet.case_labels import read_class_labels, read_targets
+from nnssl_plugin.nnunet.case_labels import ClassLabels, Target, read_class_labels, read_targets
 
 
 @pytest.fixture
@@ -210,27 +217,14 @@ def test_flags_that_do_not_make_a_whole_are_refused(raw, arguments, capsys):
 
 @pytest.mark.slow
 def test_2d_images_pass_planning_and_preprocessing(nnunet_environment, raw, source, table):
-    import subprocess
-
     rng = np.random.default_rng(0)
     rows = []
     for number in range(6):
         Image.fromarray(rng.integers(0, 255, (40, 48), dtype=np.uint8)).save(source / f"{number}.png")
         rows.append(f"{number}.png,{'ab'[number % 2]}")
     prepare(source, table("case,x", *rows))
-    command = [
-        "nnUNetv2_plan_and_preprocess",
-        "-d",
-        "501",
-        "-c",
-        "2d",
-        "--verify_dataset_integrity",
-        "-np",
-        "1",
-        "-npfp",
-        "1",
-    ]
-    subprocess.run(command, env=nnunet_environment, check=True, capture_output=True, timeout=300)
+    flags = ("-d", "501", "-c", "2d", "--verify_dataset_integrity", "-np", "1", "-npfp", "1")
+    command(raw.parent, "nnUNetv2_plan_and_preprocess", *flags)
     preprocessed = Path(nnunet_environment["nnUNet_preprocessed"]) / "Dataset501_Classes"
     assert len(list((preprocessed / "nnUNetPlans_2d").glob("*.pkl"))) == 6
     assert "classification" in read_json(preprocessed / "dataset.json")
@@ -248,3 +242,26 @@ def test_real_ultrasound_images_become_a_three_class_dataset(raw, data_folder, t
     assert (len(summary.added), summary.rejected) == (15, ())
     assert labelled.labels.targets[0].classes == ("benign", "malignant", "normal")
     assert np.bincount(list(labelled.labels.labels["diagnosis"].values())).tolist() == [5, 5, 5]
+
+
+def test_words_for_no_value_make_no_class():
+    assert target("benign", "malignant", "NA", "benign") == ("binary", ("benign", "malignant"))
+    assert target("benign", "malignant", "none") == ("binary", ("benign", "malignant"))
+    assert target("none", "tumour", spec="x:binary:none,tumour") == ("binary", ("none", "tumour"))
+
+
+def test_names_that_differ_in_case_and_signs_alone_are_warned_of():
+    names = ("benign", "Benign", "grade 1", "grade_1", "malignant")
+    labels = ClassLabels((Target("x", "multiclass", names),), {}, {"x": {}})
+    first, second = warn_of_similar_classes(labels)
+    assert "x: benign and Benign" in first and "grade 1 and grade_1" in second
+    assert warn_of_similar_classes(ClassLabels((Target("x", "binary", ("0", "1")),), {}, {"x": {}})) == []
+
+
+def test_absolute_paths_name_scans(scans, tmp_path):
+    files = [scans / "a/x.nii.gz", scans / "b/y.nrrd", scans / "b/z.nrrd"]
+    rows = [{"case": str(scans / "a/x.nii.gz")}, {"case": f"{scans}/b/y"}, {"case": f"{scans}/b/../b/z.nrrd"}]
+    found = match_scans(rows, files, source=scans, where=tmp_path)
+    assert [scan for scan, _ in found.items()] == files
+    with pytest.raises(UserError, match="not below"):
+        match_scans([{"case": "/elsewhere/a/x.nii.gz"}], files, source=scans, where=tmp_path)

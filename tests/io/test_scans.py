@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnssl_plugin.io.scans import RejectedScan, file_parts, load_scan, stored_bytes
+from nnssl_plugin.io.scans import RejectedScan, file_parts, load_scan, read_volume, stored_bytes
 
 
 def refusal(path):
@@ -221,3 +221,53 @@ def _with_sform(path, affine):
     """Store an sform that nibabel would not write, with a spacing of 1 mm."""
     patched(path, offset=252, content=struct.pack("<2h", 0, 1))
     return patched(path, offset=280, content=np.asarray(affine[:3], dtype="<f4").tobytes())
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize(("unit", "size"), [("micron", 1000.0), ("meter", 0.001), ("mm", 1.0), ("unknown", 1.0)])
+def test_the_unit_of_a_nifti_header_is_read(source, phantom, kind, unit, size):
+    affine = np.array([[0, -size, 0, 30 * size], [2 * size, 0, 0, -20 * size], [0, 0, 3 * size, 0], [0, 0, 0, 1]])
+    image = kind((phantom() * 10).astype(np.int16), affine)
+    image.header.set_xyzt_units(unit)
+    image.header.set_slope_inter(0.5, 3)
+    nibabel.save(image, source / "a.nii.gz")
+    scan = load_scan(source / "a.nii.gz")
+    expected = np.array([[0, -1, 0, 30], [2, 0, 0, -20], [0, 0, 3, 0], [0, 0, 0, 1]])
+    np.testing.assert_allclose(scan.image.affine, expected, atol=1e-5)
+    np.testing.assert_allclose(scan.spacing, (2, 1, 3), rtol=1e-6)
+    assert scan.in_mm == (unit in ("mm", "unknown"))
+    array, affine = read_volume(source / "a.nii.gz")
+    np.testing.assert_allclose(affine, expected, atol=1e-5)
+    np.testing.assert_array_equal(array, scan.array)
+    (source / "b.nii.gz").write_bytes(stored_bytes(scan.image))
+    again = load_scan(source / "b.nii.gz")
+    np.testing.assert_allclose(again.image.affine, expected, atol=1e-5)
+    np.testing.assert_allclose(again.array, scan.array, atol=0.01)
+
+
+def test_a_unit_that_cannot_be_meant_is_refused(source, phantom):
+    image = nibabel.Nifti1Image(phantom(), np.eye(4))
+    image.header.set_xyzt_units("meter")
+    nibabel.save(image, source / "a.nii.gz")
+    assert "unit" in refusal(source / "a.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "stated"),
+    [
+        ("a.mha", b"ElementDataFile", b"DistanceUnits = UM\n"),
+        ("a.nrrd", b"encoding:", b'space units: "um" "um" "um"\n'),
+    ],
+)
+def test_units_of_nrrd_and_metaimage_are_read(source, phantom, name, before, stated):
+    image = SimpleITK.GetImageFromArray(phantom())
+    image.SetSpacing((1000, 2000, 3000))
+    image.SetOrigin((5000, 0, 0))
+    SimpleITK.WriteImage(image, str(source / name))
+    content = (source / name).read_bytes()
+    (source / name).write_bytes(content.replace(before, stated + before, 1))
+    scan = load_scan(source / name)
+    np.testing.assert_allclose(scan.image.affine, np.array([[-1, 0, 0, -5], [0, -2, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]]))
+    other = stated.replace(b"um", b"furlong").replace(b"UM", b"furlong")
+    (source / name).write_bytes(content.replace(before, other + before, 1))
+    assert "unit of length furlong" in refusal(source / name)

@@ -175,3 +175,39 @@ def test_cells_are_stripped_and_blank_lines_left_out(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("case , x\n a ,1\n\n , \nb,2")
     assert read_table(path) == [{"case": "a", "x": "1"}, {"case": "b", "x": "2"}]
+
+
+@pytest.mark.parametrize("word", ["NA", "N/A", "nan", "NaN", "none", "None", "NULL", "#N/A", "<NA>", "missing"])
+def test_words_for_no_value_are_missing_labels_and_no_classes(dataset, word):
+    table = f"case,diagnosis\na,benign\nb,normal\nc,{word}\n"
+    assert "no diagnosis for c" in problem(dataset(table, {"diagnosis": DIAGNOSIS}))
+    named = {"diagnosis": {"kind": "multiclass", "classes": ["benign", "normal", word]}}
+    assert read_class_labels(dataset(table, named)).labels["diagnosis"]["c"] == 2
+
+
+def test_none_is_no_class_of_a_multilabel_target_and_other_words_are_missing(dataset):
+    table = "case,findings\na,none\nb,nodule\nc,{}\n"
+    assert read_class_labels(dataset(table.format("none"), {"findings": FINDINGS})).labels["findings"]["c"] == ()
+    for word in ("None", "NA", ""):
+        assert "no findings for c" in problem(dataset(table.format(word), {"findings": FINDINGS}))
+
+
+def test_a_missing_subject_is_the_case_itself(dataset):
+    table = "case,subject,diagnosis\na,NA,benign\nb,NA,normal\nc,,benign\nd,p,benign\n"
+    subjects = read_class_labels(dataset(table, {"diagnosis": DIAGNOSIS})).subjects
+    assert subjects == {"a": "a", "b": "b", "c": "c", "d": "p"}
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_what_ends_no_line_of_a_csv_may_stand_in_a_cell(tmp_path, inside, newline):
+    path = tmp_path / "t.csv"
+    text = newline.join(["case,note", f'a,"left{inside}right"', "b,x", ""])
+    path.write_bytes(text.encode())
+    assert read_table(path) == [{"case": "a", "note": f"left{inside}right"}, {"case": "b", "note": "x"}]
+
+
+def test_a_cell_beyond_the_limit_of_csv_is_told(tmp_path):
+    (tmp_path / "t.csv").write_text(f'case,note\na,"{"x" * 200_000}"\n')
+    with pytest.raises(UserError, match=r"t\.csv, line .*field larger"):
+        read_table(tmp_path / "t.csv")

@@ -136,3 +136,89 @@ def test_the_command_prints_folds_counts_and_what_to_run(dataset, capsys):
 def test_the_command_refuses_more_than_everything(dataset, capsys):
     assert main(["split", "-d", "907", "--fractions", "120"]) == 2
     assert "100 %" in capsys.readouterr().err
+
+
+def subject_table(folder, of_subject=3):
+    """classification.csv of the raw dataset, ``of_subject`` cases in a row per subject."""
+    rows = [f"{case},p{number // of_subject}" for number, case in enumerate(CASES)]
+    path = folder / "subjects.csv"
+    path.write_text("\n".join(["case,subject", *rows]) + "\n")
+    return path
+
+
+def test_subjects_are_drawn_with_all_of_their_cases():
+    subjects = {case: f"p{number // 4}" for number, case in enumerate(CASES)}
+    subsets = nested_subsets(CASES, [0.1, 0.5, 0.9, 1.0], seed=3, subjects=subjects)
+    sets = [set(cases) for cases in subsets.values()]
+    assert all(small <= large for small, large in itertools.pairwise(sets)) and sets[-1] == set(CASES)
+    for fraction, cases in subsets.items():
+        taken = {subjects[case] for case in cases}
+        assert {case for case in CASES if subjects[case] in taken} == set(cases)
+        assert fraction * len(CASES) <= len(cases) < fraction * len(CASES) + 4
+
+
+def test_one_case_per_subject_is_drawn_as_cases_are():
+    subjects = {case: f"p{number}" for number, case in enumerate(CASES[::-1])}
+    assert nested_subsets(CASES, [0.3], seed=2, subjects=subjects) == nested_subsets(CASES, [0.3], seed=2)
+
+
+def test_the_table_of_the_raw_dataset_or_of_the_command_names_the_subjects(dataset, capsys, caplog):
+    write_json(dataset / "splits_final.json", [{"train": CASES[:15], "val": CASES[15:]}])
+    assert write_fraction_folds(NAME, fractions=[0.2]) == {0.2: 1}
+    table = subject_table(dataset)
+    assert main(["split", "-d", "907", "--fractions", "20", "--subjects", str(table)]) == 0
+    assert re.search(r"^ +2 +20% +3 +8$", capsys.readouterr().out, re.MULTILINE)
+    (Path(os.environ["nnUNet_raw"]) / NAME / "classification.csv").write_bytes(table.read_bytes())
+    assert write_fraction_folds(NAME, fractions=[0.2]) == {0.2: 2}
+    assert [entry.drawn for entry in read_fraction_folds(dataset)] == ["cases", "subjects"]
+    splits = read_json(dataset / "splits_final.json")
+    assert len({CASES.index(case) // 3 for case in splits[2]["train"]}) == 1
+    write_json(dataset / "splits_final.json", [*splits, {"train": CASES[:14], "val": CASES[14:]}])
+    write_fraction_folds(NAME, fold=3, fractions=[1.0])
+    assert "same subjects: p4" in caplog.text
+
+
+def test_a_table_that_lacks_a_case_or_gives_two_subjects_is_refused(dataset):
+    table = subject_table(dataset)
+    whole = table.read_text()
+    table.write_text(whole + "case_00,p9\n")
+    with pytest.raises(UserError, match="gives case 'case_00' the subjects 'p0' and 'p9'"):
+        write_fraction_folds(NAME, fractions=[0.2], subjects=table)
+    table.write_text("case,subject\ncase_00,a\n")
+    with pytest.raises(UserError, match="has no row for case_01"):
+        write_fraction_folds(NAME, fractions=[0.2], subjects=table)
+    table.write_text("case,patient\ncase_00,a\n")
+    with pytest.raises(UserError, match="no column 'subject'"):
+        write_fraction_folds(NAME, fractions=[0.2], subjects=table)
+
+
+@pytest.mark.parametrize(
+    ("fold", "said"),
+    [
+        ({"train": ["case_00.nii.gz"], "val": ["case_01"]}, r"not preprocessed: case_00\.nii\.gz(.|\n)*: case_00"),
+        ({"train": ["case_00", "zz"], "val": ["case_01"]}, "not preprocessed: zz"),
+        ({"train": ["case_00", "case_01"], "val": ["case_01"]}, "trains and validates on the same cases: case_01"),
+        ({"train": ["case_00", "case_00"], "val": ["case_01"]}, "twice"),
+        ({"train": ["case_00"], "validation": ["case_01"]}, 'under "val"'),
+        ({"train": "case_00", "val": ["case_01"]}, 'under "train"'),
+        (["case_00"], 'under "train"'),
+    ],
+)
+def test_folds_that_cannot_be_right_are_not_copied(dataset, fold, said):
+    write_json(dataset / "splits_final.json", [fold])
+    with pytest.raises(UserError, match=said):
+        write_fraction_folds(NAME, fractions=[0.5])
+    assert read_json(dataset / "splits_final.json") == [fold] and not (dataset / "label_fractions.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'[{"train": ["case_00"', b'{"train": [], "val": []}', b"[]"])
+def test_a_damaged_split_file_is_named(dataset, content):
+    (dataset / "splits_final.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"splits_final\.json is n"):
+        write_fraction_folds(NAME, fractions=[0.5])
+
+
+def test_a_split_file_with_a_byte_order_mark_is_read(dataset):
+    text = json.dumps([{"train": CASES[:15], "val": CASES[15:]}])
+    (dataset / "splits_final.json").write_text(text, encoding="utf-8-sig")
+    assert write_fraction_folds(NAME, fractions=[0.5]) == {0.5: 1}

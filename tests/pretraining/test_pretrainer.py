@@ -262,6 +262,20 @@ def test_wrong_settings_are_named(block, said):
         make_trainer(pretraining=block)
 
 
+def test_a_plan_for_another_method_is_refused_in_words():
+    with pytest.raises(UserError, match="is for the method s2dc, not for toy") as error:
+        make_trainer(pretraining={"method_name": "s2dc", "method": {"queue": 4}})
+    assert "--preset toy" in error.value.remedy
+    for name in ("toy", None):
+        assert make_trainer(pretraining={"method_name": name, "method": {"queue": 4}}).method_settings.queue == 4
+
+
+@pytest.mark.parametrize("block", [3, [1], {"method": 3}])
+def test_a_pretraining_block_that_is_none_is_refused(block):
+    with pytest.raises(UserError, match="expected a block of settings"):
+        make_trainer(pretraining=block)
+
+
 def test_null_keeps_the_planned_batch_size_where_the_method_has_its_own():
     class Larger(ToyPretrainer):
         training_defaults = TrainingSettings(batch_size=5)

@@ -120,34 +120,27 @@ def test_toy_has_equal_state_on_both_ranks_and_stops_together(environment, tmp_p
 
 
 @pytest.mark.slow
-def test_torchrun_with_the_train_command_trains_once_on_two_ranks(nnunet_environment, tmp_path):
-    write_fake_dataset(channels=1, pretraining=SMALL)
-    arguments = ["901", "3d_fullres", "all", "-tr", "Med3DInsightPretrainer", "-device", "cpu"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "nnssl_plugin.cli.main",
-        "train",
-        *arguments,
-    ]
-    finished = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=nnunet_environment | {"nnUNet_n_proc_DA": "0"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+def test_the_train_command_with_ranks_stops_with_75_goes_on_and_trains_once(nnunet_environment, tmp_path):
+    write_fake_dataset(channels=1, pretraining=SMALL | {"iterations_per_epoch": 12})
+    arguments = ["train", "901", "3d_fullres", "all", "-tr", "Med3DInsightPretrainer", "-device", "cpu", "--ranks", "2"]
+
+    def train(*more):
+        return subprocess.run(
+            [sys.executable, "-m", "nnssl_plugin.cli.main", *arguments, *more],
+            cwd=tmp_path,
+            env=nnunet_environment | {"nnUNet_n_proc_DA": "0"},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+
+    stopped = train("--time-limit", "1s")
+    assert stopped.returncode == 75, stopped.stderr[-3000:]
     fold = next(Path(nnunet_environment["nnUNet_results"]).glob("*/Med3DInsightPretrainer__*/fold_all"))
+    checkpoint = torch.load(fold / "checkpoint_latest.pth", weights_only=True)
+    assert checkpoint["ssl_state"]["step"] == 10  # the first step at which the ranks agree
+    finished = train("--c")
+    assert finished.returncode == 0, finished.stderr[-3000:]
     checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=True)
-    assert checkpoint["ssl_state"]["step"] == 6
-    alone = run(trainer_class=Med3DInsightPretrainer, channels=1, pretraining=SMALL)
-    weight = checkpoint["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"]
-    assert not torch.equal(weight, alone.task.backbone.network.state_dict()["encoder.stages.0.0.convs.0.conv.weight"])
-    assert (fold / "progress.png").is_file()
+    assert checkpoint["ssl_state"]["step"] == 24
+    assert (fold / "progress.png").is_file() and not list(fold.glob(".*"))

@@ -16,6 +16,7 @@ from nnssl_plugin.methods.med3dinsight.trainer import Med3DInsightPretrainer
 from nnssl_plugin.pretraining.pretext import PretextTask
 from nnssl_plugin.pretraining.settings import TrainingSettings
 from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks, encode_in_chunks
+from nnssl_plugin.settings import settings_from
 
 METHOD = {"queries": 4, "dim": 16, "heads": 2, "layers": 1, "mask_block": 4}
 ONE_EPOCH = {"epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1}
@@ -158,7 +159,7 @@ def test_a_run_in_chunks_resumes_exactly():
 
 def test_a_chunk_of_no_samples_is_refused():
     with pytest.raises(UserError, match="chunk_size"):
-        TrainingSettings(chunk_size=0)
+        settings_from({"chunk_size": 0}, TrainingSettings(), "plan")
 
 
 def gradients_on_a_rank(rank):

@@ -14,7 +14,7 @@ from nnssl_plugin.io.files import write_json
 from nnssl_plugin.quickstart.report import write_report
 from nnssl_plugin.quickstart.results import ALL_LABELS, describe_dice, read_scores, spread
 from nnssl_plugin.quickstart.scans import Selection, Setting
-from nnssl_plugin.quickstart.state import Journal
+from nnssl_plugin.quickstart.state import State
 from nnssl_plugin.quickstart.steps import ARMS, PRETRAINING, TARGET, fold_folder, titles
 from nnssl_plugin.training.pictures import draw_pictures
 
@@ -111,15 +111,15 @@ def pretend_finetuning(folder):
 
 
 def finished(folder, *, labelled):
-    journal = Journal(folder, Setting(images="/data/<my> scans", labels="/data/labels" if labelled else None))
+    state = State(folder, Setting(images="/data/<my> scans", labels="/data/labels" if labelled else None))
     tests = {"training": tuple("abcdef"), "test": CASES, "labels": LABELS} if labelled else {}
-    journal.select(Selection("CT", ("scan0", "scan1", "scan2"), notes=("2 of 5 <scans> & more",), **tests))
+    state.select(Selection("CT", ("scan0", "scan1", "scan2"), notes=("2 of 5 <scans> & more",), **tests))
     for number, title in enumerate(titles(labelled=labelled)[:-1]):
-        journal.enter(title, seconds=number + 0.4, done=True, command=f"run {title} <now>")
+        state.record(title, seconds=number + 0.4, done=True, command=f"run {title} <now>")
     pretend_pretraining(folder)
     if labelled:
         pretend_finetuning(folder)
-    path = write_report(folder, journal)
+    path = write_report(folder, state)
     return folder, path.read_text(encoding="utf-8")
 
 
@@ -202,6 +202,13 @@ def test_the_report_says_what_it_does_not_show(labelled):
     assert "prepare -i '/data/<my> scans' -d 501 -n Unlabelled --modality CT" in text
 
 
+def test_the_full_size_commands_train_on_embeddings_of_trained_encoders(labelled):
+    text = Page(labelled[1]).text
+    commands = text.partition("For real")[2].partition("All commands")[0]
+    assert commands.index("nnssl_plugin clip -d 501") < commands.index("-tr Med3DInsightPretrainer")
+    assert "random encoders" in text.partition("For real")[0]
+
+
 def test_without_labels_it_ends_with_pretraining(unlabelled):
     page = Page(unlabelled[1])
     assert "Dice" not in page.text.partition("For real")[0]
@@ -211,7 +218,7 @@ def test_without_labels_it_ends_with_pretraining(unlabelled):
 
 def test_first_and_last_reconstruction_are_shown(unlabelled):
     alts = [image["alt"] for image in Page(unlabelled[1]).images if "hidden" in image["alt"]]
-    assert ["epoch 1:" in alts[0], "epoch 3:" in alts[1], len(alts)] == [True, True, 2]
+    assert ["epoch 0:" in alts[0], "epoch 2:" in alts[1], len(alts)] == [True, True, 2]
 
 
 def test_scores_follow_the_order_of_the_cases(labelled):

@@ -14,10 +14,10 @@ import torch
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json, write_json
-from nnssl_plugin.quickstart import run as walking
-from nnssl_plugin.quickstart.commands import Stopped, continued, environment_for, run, shell_line
+from nnssl_plugin.quickstart import run as pipeline
+from nnssl_plugin.quickstart.commands import Stopped, continued, environment_for, run_step, shell_line
 from nnssl_plugin.quickstart.scans import Selection, Setting
-from nnssl_plugin.quickstart.state import FILE, Journal, locked
+from nnssl_plugin.quickstart.state import FILE, State, locked
 from nnssl_plugin.quickstart.steps import PRETRAINING, Step, titles
 from nnssl_plugin.training.interruption import TO_BE_CONTINUED
 
@@ -25,7 +25,7 @@ PHANTOMS = Setting()
 
 
 def environment():
-    return environment_for(Path("quick"), "shelf")
+    return environment_for(Path("quick"), "trainers")
 
 
 def step(code, title="hello", **more):
@@ -42,13 +42,13 @@ def silent(line):
 def test_the_output_of_a_command_is_kept_and_a_second_attempt_adds_to_it(tmp_path):
     code = "import os; print(os.environ['nnUNet_n_proc_DA'], os.environ['nnUNet_extTrainer'])"
     for _ in range(2):
-        run(
+        run_step(
             step(code, environment=(("nnUNet_n_proc_DA", "0"),)),
             tmp_path / "logs" / "a.log",
             environment=environment(),
             say=silent,
         )
-    assert (tmp_path / "logs" / "a.log").read_text().split() == ["0", "shelf"] * 2
+    assert (tmp_path / "logs" / "a.log").read_text().split() == ["0", "trainers"] * 2
 
 
 def test_the_shown_line_is_what_a_shell_takes():
@@ -59,7 +59,7 @@ def test_the_shown_line_is_what_a_shell_takes():
 def test_a_failing_step_names_the_command_and_the_log(tmp_path):
     broken = step("print('before'); raise SystemExit('it is broken')", "broken")
     with pytest.raises(UserError) as error:
-        run(broken, tmp_path / "b.log", environment=environment(), say=silent)
+        run_step(broken, tmp_path / "b.log", environment=environment(), say=silent)
     assert "raise SystemExit" in error.value.problem and "it is broken" in error.value.problem
     assert str(tmp_path / "b.log") in error.value.remedy
     assert "before" in (tmp_path / "b.log").read_text()
@@ -67,12 +67,14 @@ def test_a_failing_step_names_the_command_and_the_log(tmp_path):
 
 def test_a_missing_command_is_named(tmp_path):
     with pytest.raises(UserError, match="nnUNetv2_no_such"):
-        run(Step("x", "", ("nnUNetv2_no_such",)), tmp_path / "c.log", environment=environment(), say=silent)
+        run_step(Step("x", "", ("nnUNetv2_no_such",)), tmp_path / "c.log", environment=environment(), say=silent)
 
 
-def test_a_training_that_stopped_early_stops_the_road(tmp_path):
+def test_a_training_that_stopped_early_stops_the_pipeline(tmp_path):
     with pytest.raises(Stopped):
-        run(step(f"raise SystemExit({TO_BE_CONTINUED})"), tmp_path / "d.log", environment=environment(), say=silent)
+        run_step(
+            step(f"raise SystemExit({TO_BE_CONTINUED})"), tmp_path / "d.log", environment=environment(), say=silent
+        )
 
 
 def test_a_value_that_breaks_planning_is_not_passed_on(monkeypatch):
@@ -106,24 +108,24 @@ def test_a_damaged_checkpoint_makes_way_for_the_next_best(tmp_path):
 
 
 def test_seconds_of_interrupted_attempts_add_up(tmp_path):
-    journal = Journal(tmp_path, PHANTOMS)
-    journal.enter("plan", seconds=3, done=False, command="a")
-    assert not journal.is_done("plan")
-    journal.enter("plan", seconds=4, done=True, command="a --c")
-    again = Journal(tmp_path, PHANTOMS)
+    state = State(tmp_path, PHANTOMS)
+    state.record("plan", seconds=3, done=False, command="a")
+    assert not state.is_done("plan")
+    state.record("plan", seconds=4, done=True, command="a --c")
+    again = State(tmp_path, PHANTOMS)
     assert again.seconds == {"plan": 7} and again.commands == {"plan": "a --c"}
 
 
 def test_a_folder_of_another_setting_is_refused(tmp_path):
-    Journal(tmp_path, Setting(images="/a"))
+    State(tmp_path, Setting(images="/a"))
     with pytest.raises(UserError, match="begun with --images /a, this run has --images /b"):
-        Journal(tmp_path, Setting(images="/b"))
+        State(tmp_path, Setting(images="/b"))
 
 
-def test_a_damaged_journal_is_refused_by_name(tmp_path):
+def test_a_damaged_state_is_refused_by_name(tmp_path):
     (tmp_path / FILE).write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        Journal(tmp_path, PHANTOMS)
+        State(tmp_path, PHANTOMS)
 
 
 def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path, capsys):
@@ -158,16 +160,16 @@ def test_a_folder_is_held_by_the_command_even_when_its_quickstart_is_gone(tmp_pa
 def test_folders_that_cannot_be_meant_are_refused(tmp_path, setting, problem):
     setting = Setting(setting.images and setting.images.format(tmp=tmp_path), setting.labels)
     with pytest.raises(UserError, match=problem):
-        walking.walk(tmp_path / "out", setting, device="cpu", trainers="", say=silent)
+        pipeline.run_quickstart(tmp_path / "out", setting, device="cpu", trainers="", say=silent)
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------ the whole walk, with small scripts as commands
+# ------------------------------------------------------------------ the whole pipeline, with small scripts as commands
 
 
 @pytest.fixture
 def short(tmp_path, monkeypatch):
-    """A road of scripts that leave a file each; ``pretrain`` fails while ``tmp_path/fail`` exists."""
+    """A pipeline of scripts that leave a file each; ``pretrain`` fails while ``tmp_path/fail`` exists."""
 
     def steps(*names):
         code = (
@@ -180,18 +182,18 @@ def short(tmp_path, monkeypatch):
         write_json(folder / "nnUNet_preprocessed" / PRETRAINING / "nnUNetPlans.json", {})
         return Selection("MR", ("a",), notes=("cut",))
 
-    monkeypatch.setattr(walking, "write_scans", scans)
-    monkeypatch.setattr(walking, "planning_steps", lambda folder, modality: steps("prepare", "plan", "caption"))
-    monkeypatch.setattr(walking, "pretraining_steps", lambda folder, plan, device: steps("shrink", "pretrain"))
-    monkeypatch.setattr(walking, "write_report", lambda folder, journal: (folder / "report.html").write_text("done"))
+    monkeypatch.setattr(pipeline, "write_scans", scans)
+    monkeypatch.setattr(pipeline, "planning_steps", lambda folder, modality: steps("prepare", "plan", "caption"))
+    monkeypatch.setattr(pipeline, "pretraining_steps", lambda folder, plan, device: steps("shrink", "pretrain"))
+    monkeypatch.setattr(pipeline, "write_report", lambda folder, state: (folder / "report.html").write_text("done"))
     setting = Setting(images=str(tmp_path / "images"))
 
-    def walk():
+    def whole():
         said = []
-        report = walking.walk(tmp_path / "out", setting, device="cpu", trainers="shelf", say=said.append)
+        report = pipeline.run_quickstart(tmp_path / "out", setting, device="cpu", trainers="trainers", say=said.append)
         return report, said
 
-    return walk
+    return whole
 
 
 def test_steps_are_counted_timed_and_noted(short, tmp_path):
@@ -237,7 +239,7 @@ def test_interrupting_stops_the_command_and_says_how_to_go_on(tmp_path):
         "try:\n"
         "    with commands.termination_as_interrupt():\n"
         "        environment = commands.environment_for(Path('.'), '')\n"
-        "        commands.run(step, Path('log'), environment=environment, say=print)\n"
+        "        commands.run_step(step, Path('log'), environment=environment, say=print)\n"
         "except commands.Stopped: print('stopped')"
     )
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -257,7 +259,7 @@ def test_the_command_line_ends_with_the_line_to_go_on(tmp_path, monkeypatch, cap
     def stopped(*args, **kwargs):
         raise Stopped
 
-    monkeypatch.setattr(walking, "walk", stopped)
+    monkeypatch.setattr(pipeline, "run_quickstart", stopped)
     monkeypatch.setattr(sys, "argv", ["nnssl_plugin", "quickstart", "--output", "a folder"])
     assert main(["quickstart", "--output", "a folder"]) == TO_BE_CONTINUED
     assert capsys.readouterr().out.strip().endswith("nnssl_plugin quickstart --output 'a folder'")

@@ -1,10 +1,10 @@
-"""The list of commands of the quickstart. The whole road runs in test_end_to_end.py."""
+"""The list of commands of the quickstart. The whole pipeline runs in end_to_end/test_med3dinsight.py."""
 
 import math
 
 import pytest
 
-from nnssl_plugin.quickstart import steps as road
+from nnssl_plugin.quickstart import steps as pipeline
 from nnssl_plugin.quickstart.steps import finetuning_steps, fitting_patch, planning_steps, pretraining_steps, titles
 
 PLAN = {
@@ -31,7 +31,7 @@ def commands(folder):
     return [step.command for step in every_step(folder)]
 
 
-def test_the_road_goes_through_nnunets_own_commands(tmp_path):
+def test_the_pipeline_goes_through_nnunets_own_commands(tmp_path):
     names = [command[0] for command in commands(tmp_path)]
     assert {"nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict"} <= set(names)
     assert set(names) <= {"nnssl_plugin"} | {name for name in names if name.startswith("nnUNetv2_")}
@@ -45,7 +45,7 @@ def test_the_numbered_titles_are_those_of_the_steps(tmp_path):
 
 
 def test_it_is_estimated_to_take_less_than_ten_minutes():
-    assert sum(road.SECONDS.values()) < 600
+    assert sum(pipeline.SECONDS.values()) < 600
 
 
 def test_workers_are_switched_off_for_training_only(tmp_path):
@@ -56,7 +56,7 @@ def test_workers_are_switched_off_for_training_only(tmp_path):
 
 
 def test_both_arms_differ_in_their_weights_alone(tmp_path):
-    arms = {arm: [c for c in commands(tmp_path) if arm in " ".join(c)] for arm in road.ARMS}
+    arms = {arm: [c for c in commands(tmp_path) if arm in " ".join(c)] for arm in pipeline.ARMS}
     adapt = {arm: next(c for c in lines if c[1] == "adapt") for arm, lines in arms.items()}
     assert adapt["scratch"][-1] == "--from-scratch"
     assert [*(word.replace("scratch", "pretrained") for word in adapt["scratch"][:-1])] == list(adapt["pretrained"])
@@ -84,12 +84,12 @@ def test_a_large_patch_is_cut_to_what_the_strides_divide(patch, stride):
     assert all(
         size % s == 0 and 2 * s <= size <= planned for size, s, planned in zip(fitting, stride, patch, strict=True)
     )
-    smallest = math.prod(fitting) <= road.MOST_PATCH_VOXELS
+    smallest = math.prod(fitting) <= pipeline.MOST_PATCH_VOXELS
     assert smallest or all(size == 2 * s for size, s in zip(fitting, stride, strict=True))
-    if math.prod(patch) <= road.MOST_PATCH_VOXELS:
+    if math.prod(patch) <= pipeline.MOST_PATCH_VOXELS:
         assert fitting == patch
 
 
-def test_the_patch_of_the_road_is_small(tmp_path):
+def test_the_patch_of_the_pipeline_is_small(tmp_path):
     shrink = next(c for c in commands(tmp_path) if c[1] == "plan")
     assert "configurations.3d_fullres.patch_size=[32,32,32]" in shrink

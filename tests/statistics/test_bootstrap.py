@@ -1,10 +1,12 @@
 """The paired bootstrap against a naive loop, and against what an interval promises."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from nnssl_plugin.statistics import bootstrap as comparison
-from nnssl_plugin.statistics.bootstrap import paired_bootstrap
+from nnssl_plugin.statistics.bootstrap import paired_bootstrap, paired_permutation_p
 
 
 def test_the_interval_is_that_of_a_naive_loop():
@@ -70,3 +72,41 @@ def test_equal_runs_differ_by_nothing():
 def test_arguments_that_do_not_fit_are_refused(a, b, options):
     with pytest.raises(ValueError):
         paired_bootstrap(a, b, **options)
+
+
+def test_subjects_are_drawn_with_all_of_their_cases():
+    rng = np.random.default_rng(3)
+    a, b, subjects = rng.normal(size=17), rng.normal(size=17), rng.integers(6, size=17)
+    names, drawn, means = np.unique(subjects), np.random.default_rng(5), []
+    for _ in range(1000):
+        picked = names[drawn.integers(len(names), size=len(names))]
+        means.append(np.mean(np.concatenate([(a - b)[subjects == name] for name in picked])))
+    interval = paired_bootstrap(a, b, subjects=[f"p{s}" for s in subjects], samples=1000, seed=5)
+    assert interval.mean == pytest.approx(np.mean(a - b)) and interval.pairs == 17
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+
+
+def test_repeating_every_case_of_a_subject_does_not_narrow_the_interval():
+    rng = np.random.default_rng(8)
+    a, b = rng.normal(size=20), rng.normal(size=20)
+    once = paired_bootstrap(a, b)
+    repeated = [np.repeat(x, 4) for x in (a, b)]
+    by_subject = paired_bootstrap(*repeated, subjects=np.repeat(np.arange(20), 4))
+    assert (by_subject.low, by_subject.high) == pytest.approx((once.low, once.high))
+    by_case = paired_bootstrap(*repeated)
+    assert by_case.high - by_case.low < 0.7 * (once.high - once.low)
+
+
+def test_one_subject_has_no_interval():
+    one = paired_bootstrap([0.5, 0.9], [0.4, 0.6], subjects=["p", "p"])
+    assert one.mean == pytest.approx(0.2) and np.isnan([one.low, one.high]).all()
+
+
+def test_few_subjects_are_permuted_in_every_way():
+    rng = np.random.default_rng(1)
+    differences, subjects = rng.normal(0.4, 1, 16), np.repeat(np.arange(8), 2)
+    sums = differences.reshape(8, 2).sum(1)
+    signs = np.array(list(itertools.product((-1, 1), repeat=8)))
+    expected = np.mean(np.abs(signs @ sums) >= abs(sums.sum()) - 1e-12)
+    assert paired_permutation_p(differences, subjects) == pytest.approx(expected)
+    assert paired_permutation_p(np.zeros(4), np.arange(4)) == paired_permutation_p([1.0, 2.0], [0, 0]) == 1.0

@@ -24,3 +24,25 @@ def test_a_loss_that_is_not_finite_is_not_hidden():
     sums.add({"loss": torch.tensor(float("nan"))}, torch.tensor(True))
     sums.add({"loss": torch.tensor(1.0)}, torch.tensor(True))
     assert math.isnan(sums.means()["loss"])
+
+
+def test_the_first_skipped_step_is_remembered_across_a_stop_and_forgotten_with_the_epoch():
+    sums, again = EpochSums(torch.device("cpu")), EpochSums(torch.device("cpu"))
+    assert sums.first_skipped == -1
+    for applied in (True, True, False, True, False):
+        sums.add({"loss": torch.tensor(1.0)}, torch.tensor(applied))
+    assert sums.first_skipped == 2
+    again.load(sums.state())
+    again.add({"loss": torch.tensor(1.0)}, torch.tensor(False))
+    assert again.first_skipped == 2
+    again.reset()
+    assert again.first_skipped == -1
+
+
+def test_sums_of_a_checkpoint_of_before_are_taken_back():
+    sums = EpochSums(torch.device("cpu"))
+    sums.add({"loss": torch.tensor(1.0)}, torch.tensor(True))
+    state = {name: value for name, value in sums.state().items() if name != "first_skipped"}
+    again = EpochSums(torch.device("cpu"))
+    again.load(state)
+    assert again.applied == 1 and again.first_skipped == -1

@@ -21,7 +21,7 @@ FEWEST_CASES = 10
 
 @dataclass(frozen=True)
 class SliceTexts:
-    """N pairs, sorted by case; images and tokens as the encoders take them, up to scaling."""
+    """N pairs, sorted by case, plane and slice; images and tokens as the encoders take them, up to scaling."""
 
     cases: list[str]
     texts: list[str]
@@ -42,13 +42,14 @@ def prepare_pairs(raw_folder: Path, pair: ClipPair) -> SliceTexts:
     Raises:
         UserError: no triplets, or those of fewer than :data:`FEWEST_CASES` cases.
     """
-    triplets = dict(sorted(read_triplets(raw_folder).items()))
+    triplets = sorted(read_triplets(raw_folder), key=lambda triplet: triplet.key)
     pictures = tqdm(triplet_pictures(raw_folder, triplets), total=len(triplets), desc="prepare", unit="slice")
     made = [(triplet, _resized(picture, pair)) for triplet, picture in pictures]
-    if len(made) < FEWEST_CASES:
+    cases = len({triplet.case for triplet, _ in made})
+    if cases < FEWEST_CASES:
         raise UserError(
-            f"{raw_folder} has {len(made)} slice–text pairs; encoders are fine-tuned on {FEWEST_CASES} or more, of "
-            "which some are held out.",
+            f"{raw_folder} has slice–text pairs of {cases} cases; encoders are fine-tuned on {FEWEST_CASES} or more, "
+            "of which some are held out.",
             "Prepare and caption more scans, or embed with the encoders as they are: nnssl_plugin caption",
         )
     texts = [triplet.text for triplet, _ in made]

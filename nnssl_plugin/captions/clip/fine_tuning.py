@@ -13,7 +13,6 @@ import numpy as np
 from nnssl_plugin.captions.clip.data import SliceTexts, epoch_batches, prepare_pairs, split_cases
 from nnssl_plugin.captions.clip.figures import draw_retrieval, draw_training
 from nnssl_plugin.captions.clip.pairs import (
-    PAIR_FOLDER,
     ClipPair,
     check_can_be_saved,
     load_pair,
@@ -21,13 +20,13 @@ from nnssl_plugin.captions.clip.pairs import (
     save_pair,
 )
 from nnssl_plugin.captions.clip.training import FROM_SCRATCH, ClipSettings, TrainingState, embed_prepared, train_pair
+from nnssl_plugin.data.triplets import PAIR_FOLDER, PAIR_RECORD
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.statistics.ranking import TITLES, Retrieval, as_plain, chance_of_retrieval
 
 log = logging.getLogger(__name__)
 
-RECORD_FILE = "clip_pair.json"
 TRAINING_FIGURE, RETRIEVAL_FIGURE = "clip_training.png", "clip_retrieval.png"
 STATE_FILE = "clip_training_state.pt"
 FEW_HELD_OUT = 20
@@ -79,13 +78,14 @@ def fine_tune_pair(
     if record is not None:
         return _summary(folder, record, was_there=True)
     train, held_out = split_cases(pairs.cases, settings.holdout, seed=settings.seed)
-    _say_what_to_expect(pair, weights, len(train), len(held_out))
+    held_out_cases = len({pairs.cases[position] for position in held_out})
+    _say_what_to_expect(pair, weights, len(train), len(held_out), held_out_cases)
     state = train_pair(pair, pairs, (train, held_out), settings, state_path=state_path, key=key, device=device)
     record = _record(pair, pairs, held_out, settings, state) | {"key": key}
-    (folder / RECORD_FILE).unlink(missing_ok=True)  # it vouches for the rest, and comes back last
+    (folder / PAIR_RECORD).unlink(missing_ok=True)  # it vouches for the rest, and comes back last
     _draw(folder, pair, pairs, (train, held_out), settings, state)
     save_pair(pair, folder)
-    write_json(folder / RECORD_FILE, record)
+    write_json(folder / PAIR_RECORD, record)
     for path in (state_path, *raw_folder.glob(f".{STATE_FILE}.*")):  # and what a kill in mid-write left behind
         path.unlink(missing_ok=True)
     return _summary(folder, record, was_there=False)
@@ -98,7 +98,7 @@ def _check_device(device: str) -> None:
         raise UserError("There is no CUDA device here.", "Train on the processor: -device cpu")
 
 
-def _say_what_to_expect(pair: ClipPair, weights: str | None, train: int, held_out: int) -> None:
+def _say_what_to_expect(pair: ClipPair, weights: str | None, train: int, held_out: int, held_out_cases: int) -> None:
     if weights is None:
         log.warning(
             "No --weights given: a small pair is trained from scratch on %d slice–text pairs. It knows these pairs and "
@@ -106,8 +106,9 @@ def _say_what_to_expect(pair: ClipPair, weights: str | None, train: int, held_ou
             "with thousands of pairs. Otherwise give --weights.",
             train,
         )
-    if held_out < FEW_HELD_OUT:
-        log.warning("Only %d cases are held out: read their retrieval as a rough sign, or raise --holdout.", held_out)
+    if held_out_cases < FEW_HELD_OUT:
+        few = "Only %d cases are held out: read their retrieval as a rough sign, or raise --holdout."
+        log.warning(few, held_out_cases)
     log.info("Fine-tuning %s on %d pairs, %d held out.", pair.weights, train, held_out)
 
 
@@ -123,7 +124,8 @@ def _record(
         "preprocessing": pair.config["preprocess_cfg"],
         "settings": asdict(settings),
         "pairs": len(pairs.cases),
-        "held_out_cases": [pairs.cases[position] for position in held_out],
+        "held_out": len(held_out),
+        "held_out_cases": sorted({pairs.cases[position] for position in held_out}),
         "distinct_texts": len(set(pairs.texts)),
         "share_of_commonest_text": max(Counter(pairs.texts).values()) / len(pairs.texts),
         "best_epoch": state.best_epoch,
@@ -155,12 +157,12 @@ def _draw(
 
 def _finished(folder: Path, key: str) -> dict | None:
     """The record of an earlier run with the same key."""
-    path = folder / RECORD_FILE
+    path = folder / PAIR_RECORD
     if not path.is_file():
         return None
     try:
         record = read_json(path)
-    except ValueError:
+    except UserError:
         return None
     return record if isinstance(record, dict) and record.get("key") == key else None
 
@@ -174,7 +176,7 @@ def _summary(folder: Path, record: dict, *, was_there: bool) -> FineTuned:
         folder=folder,
         was_there=was_there,
         pairs=record["pairs"],
-        held_out=len(record["held_out_cases"]),
+        held_out=record.get("held_out", len(record["held_out_cases"])),  # absent where each case had one pair
         epochs=record["history"][-1]["epoch"],
         best_epoch=record["best_epoch"],
         **measured,

@@ -17,16 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nnssl_plugin.data.triplets import RANDOM_PAIR
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import atomic_path, write_json
 
 log = logging.getLogger(__name__)
-
-RANDOM_PAIR = "random-small"
-"""Beginning of the weights' name where no weights were given."""
-
-PAIR_FOLDER = "clip_pair"
-"""Folder in a raw dataset that holds the pair which was fine-tuned on its slices and texts."""
 
 WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 CONFIG_FILE = "open_clip_config.json"

@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from nnssl_plugin.checkpoints.adaptation.adapt import (
     architecture_differences,
     check_coverage,
 )
+from nnssl_plugin.checkpoints.adaptation.fitting_tables import fitting_tables
 from nnssl_plugin.checkpoints.adaptation.inputs import compare_ct_windows, compare_inputs, unstated
+from nnssl_plugin.checkpoints.adaptation.options import DEFAULT_OPTIONS, AdaptationOptions
 from nnssl_plugin.checkpoints.adaptation.report import LoadReport
 from nnssl_plugin.checkpoints.format.files import save_checkpoint
 from nnssl_plugin.checkpoints.format.provenance import describe_input, describe_network, weights_hash
@@ -43,18 +45,6 @@ OWN_KEYS = ("weights", "source", "twin_of", "configuration")
 
 
 @dataclass(frozen=True)
-class Changes:
-    """Changes of shape that are made only when asked for, and what a checkpoint may leave unsaid."""
-
-    inflate: bool = False
-    """Between 2D and 3D."""
-    resize_width: bool = False
-    """Layers of other widths, by their first channels."""
-    source_grid: tuple[int, ...] | None = None
-    """Tokens per axis of the checkpoint's positional embedding, where the checkpoint does not tell."""
-
-
-@dataclass(frozen=True)
 class Adapted:
     """What :func:`adapt_checkpoint` wrote."""
 
@@ -75,7 +65,8 @@ def adapt_checkpoint(
     from_scratch: bool = False,
     min_coverage: float = MIN_COVERAGE,
     mapping: str | Path | None = None,
-    changes: Changes = Changes(),
+    options: AdaptationOptions = DEFAULT_OPTIONS,
+    trust: bool = False,
 ) -> Adapted:
     """Write the plan ``PLANS-NAME.json`` for fine-tuning beside the plan of a preprocessed dataset.
 
@@ -91,7 +82,8 @@ def adapt_checkpoint(
         from_scratch: write a plan that trains on the same schedule from random weights.
         min_coverage: smallest accepted fraction of the encoder's parameters, in [0, 1].
         mapping: table by which the keys of foreign weights are renamed (``read_source``).
-        changes: changes of shape that are asked for.
+        options: changes of shape that are asked for.
+        trust: build the target's network whatever class its plan names.
 
     Raises:
         UserError: for something that is missing, weights that do not fit, or a name that is taken.
@@ -108,7 +100,7 @@ def adapt_checkpoint(
     block = _block(plans, configuration, file)
     if source is not None:
         digest = weights_hash(source.weights)
-        block["twin_of" if from_scratch else "source"] = _summary(source, digest, changes)
+        block["twin_of" if from_scratch else "source"] = _summary(source, digest, options)
     plan = {key: value for key, value in plans.items() if key != "pretraining"} | {"plans_name": new_name, BLOCK: block}
     plan_file = folder / f"{new_name}.json"
     _check_free(folder, plan, configuration)
@@ -116,13 +108,15 @@ def adapt_checkpoint(
         write_json(plan_file, plan)
         return Adapted(new_name, plan_file, None, None, None)
 
-    state, report = _fit(source, plans, configuration, dataset_json, changes)
+    state, report = _fit(source, plans, configuration, dataset_json, options, trust=trust)
     report = report.with_warnings(input_differences(source, digest, plans, configuration, dataset_json))
+    tables = [] if report.covers(min_coverage) else _other_tables(weights, mapping)
     check_coverage(
         report,
         minimum=min_coverage,
         differences=architecture_differences(source.network, network),
-        mend=_plan_like(dataset, plans_name, weights),
+        mend=_plan_like(dataset, plans_name, weights, mapping if not tables else tables[0]),
+        tables=tables,
     )
     save_checkpoint(_weights_file(source, state, report), file)
     report.save(report_file := file.with_name(f"{file.stem}_report.json"))
@@ -130,11 +124,17 @@ def adapt_checkpoint(
     return Adapted(new_name, plan_file, file, report_file, report)
 
 
-def _plan_like(dataset: str, plans_name: str, weights: str | Path) -> str:
+def _other_tables(weights: str | Path, mapping: str | Path | None) -> list[str]:
+    """Tables of this package that fit the file, where it was read with none of them."""
+    found = fitting_tables(read_source(weights))
+    return [] if mapping in found else found
+
+
+def _plan_like(dataset: str, plans_name: str, weights: str | Path, mapping: str | Path | None) -> str:
     """The command that writes a plan with the network of the checkpoint."""
     return (
         f"nnssl_plugin plan -d {dataset} -p {plans_name} --like {shlex.quote(str(weights))} "
-        f"-n {plans_name}-like-pretraining"
+        f"-n {plans_name}-like-pretraining" + (f" --mapping {shlex.quote(str(mapping))}" if mapping else "")
     )
 
 
@@ -145,17 +145,27 @@ def _block(plans: Mapping[str, Any], configuration: str, file: Path | None) -> d
 
 
 def _fit(
-    source: Source, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], changes: Changes
+    source: Source,
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    options: AdaptationOptions,
+    *,
+    trust: bool,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """The state dict of the target's freshly built network, and what became of every tensor."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        network = build_network(plans, configuration, dataset_json)
-    return fit_source(source, network, plans, configuration, changes)
+        network = build_network(plans, configuration, dataset_json, trust=trust)
+    return fit_source(source, network, plans, configuration, options)
 
 
 def fit_source(
-    source: Source, network: nn.Module, plans: Mapping[str, Any], configuration: str, changes: Changes = Changes()
+    source: Source,
+    network: nn.Module,
+    plans: Mapping[str, Any],
+    configuration: str,
+    options: AdaptationOptions = DEFAULT_OPTIONS,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """The state dict of a plan's network with what a checkpoint gives it, and what became of every tensor.
 
@@ -164,19 +174,15 @@ def fit_source(
         network: the network that the plan names; its values stay where the checkpoint has none.
         plans: the plan.
         configuration: one of its configurations.
-        changes: changes of shape that are asked for.
+        options: changes of shape that are asked for.
     """
-    return adapt_weights(
-        source.weights,
-        network,
-        trained=source.trained,
-        inflate=changes.inflate,
-        resize_width=changes.resize_width,
-        source_grid=changes.source_grid or _token_grid(source.network, _patch_size(source)),
-        target_grid=_token_grid(
-            describe_network(plans, configuration), resolve_configuration(plans, configuration)["patch_size"]
-        ),
+    here, patch = describe_network(plans, configuration), resolve_configuration(plans, configuration)["patch_size"]
+    known = replace(
+        options,
+        source_grid=options.source_grid or _token_grid(source.network, _patch_size(source)),
+        target_grid=options.target_grid or _token_grid(here, patch),
     )
+    return adapt_weights(source.weights, network, trained=source.trained, options=known)
 
 
 def input_differences(
@@ -220,9 +226,9 @@ def _weights_file(source: Source, state: dict[str, Tensor], report: LoadReport) 
     }
 
 
-def _summary(source: Source, digest: str, changes: Changes) -> dict[str, Any]:
+def _summary(source: Source, digest: str, options: AdaptationOptions) -> dict[str, Any]:
     """What the plan repeats of the checkpoint, and what was asked for beyond the rule."""
-    asked = {name: value for name, value in asdict(changes).items() if value}
+    asked = {name: value for name, value in asdict(options).items() if value}
     summary = {key: source.provenance[key] for key in SUMMARY if key in source.provenance}
     summary = {"checkpoint": source.path.name, **summary, "weights_sha256": digest}
     return json.loads(json.dumps(summary | asked))  # as it reads back from the plan: tuples become lists

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nnssl_plugin.checkpoints.adaptation import rules
 from nnssl_plugin.checkpoints.adaptation.correspondence import Role
+from nnssl_plugin.checkpoints.adaptation.options import DEFAULT_OPTIONS, AdaptationOptions
 from nnssl_plugin.errors import UserError
 
 RESIZED = {
@@ -20,11 +21,9 @@ RESIZED = {
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What was asked for, and what is known of positional embeddings."""
+class TokenLayout:
+    """What is known of the tokens of the checkpoint and of the network; nothing where both are convolutional."""
 
-    inflate: bool = False
-    resize_width: bool = False
     transformer: bool = False
     """Attention heads are cut out of the width, so it is never resized."""
     source_grid: tuple[int, ...] | None = None
@@ -46,37 +45,44 @@ class Fitted:
     """How many numbers of ``value`` come from the checkpoint."""
 
 
-def fit(values: Tensor, fresh: Tensor, role: Role, wishes: Wishes) -> Fitted:
+def fit(
+    values: Tensor,
+    fresh: Tensor,
+    role: Role,
+    options: AdaptationOptions = DEFAULT_OPTIONS,
+    layout: TokenLayout = TokenLayout(),
+) -> Fitted:
     """``values`` in the shape of ``fresh``, by the rules for its role; an equal shape is an exact copy.
 
     Args:
         values: tensor of the checkpoint, of the type of ``fresh``.
         fresh: initialised tensor of the network; what has no counterpart keeps its values.
         role: what the tensor is for.
-        wishes: what was asked for.
+        options: what is asked for.
+        layout: of the tokens, where the network is a transformer.
 
     Raises:
         UserError: for a positional embedding whose grid of tokens is needed and not known.
     """
     if role.kind == "positions":
-        return _fit_positions(values, fresh, wishes)
+        return _fit_positions(values, fresh, options, layout)
     if values.shape == fresh.shape:
         return Fitted(values, taken=values.numel())
     if role.kind == "tokens" and values.shape[2:] == fresh.shape[2:]:
         value, kept = _tokens(values, fresh)
         return Fitted(value, f"tokens {values.shape[1]} → {fresh.shape[1]}", kept * fresh.shape[2])
     if role.kind == "per channel" and values.dim() == 1:
-        return _fit_width(values, fresh, role, wishes, [])
+        return _fit_width(values, fresh, role, options, layout, [])
     if role.kind in RESIZED and values.dim() in (4, 5):
-        return _fit_kernel(values, fresh, role, wishes)
+        return _fit_kernel(values, fresh, role, options, layout)
     return Fitted(None, f"shape {_by(values.shape)} in the checkpoint, {_by(fresh.shape)} here")
 
 
-def _fit_kernel(values: Tensor, fresh: Tensor, role: Role, wishes: Wishes) -> Fitted:
+def _fit_kernel(values: Tensor, fresh: Tensor, role: Role, options: AdaptationOptions, layout: TokenLayout) -> Fitted:
     steps = []
     if values.dim() != fresh.dim():
         change = f"{values.dim() - 2}D → {fresh.dim() - 2}D"
-        if not wishes.inflate:
+        if not options.inflate:
             return Fitted(None, f"{change} (--inflate adapts it)")
         mean = role.kind == "upsampling"
         values = (
@@ -94,35 +100,37 @@ def _fit_kernel(values: Tensor, fresh: Tensor, role: Role, wishes: Wishes) -> Fi
         values = rule(values, fresh.shape[2:])
     if values.shape == fresh.shape:
         return Fitted(values, "; ".join(steps), values.numel())
-    return _fit_width(values, fresh, role, wishes, steps)
+    return _fit_width(values, fresh, role, options, layout, steps)
 
 
-def _fit_width(values: Tensor, fresh: Tensor, role: Role, wishes: Wishes, steps: list[str]) -> Fitted:
+def _fit_width(
+    values: Tensor, fresh: Tensor, role: Role, options: AdaptationOptions, layout: TokenLayout, steps: list[str]
+) -> Fitted:
     axis = 1 if role.kind == "upsampling" else 0
-    if not wishes.resize_width or wishes.transformer:
-        advice = "a transformer's is never resized" if wishes.transformer else "--resize-width takes the first channels"
+    if not options.resize_width or layout.transformer:
+        advice = "a transformer's is never resized" if layout.transformer else "--resize-width takes the first channels"
         return Fitted(None, f"width {_by(values.shape[:2])} in the checkpoint, {_by(fresh.shape[:2])} here ({advice})")
     value, taken = rules.first_channels(values, fresh, out_axis=axis, parts=role.parts)
     return Fitted(value, "; ".join([*steps, f"width {_by(values.shape[:2])} → {_by(fresh.shape[:2])}"]), taken)
 
 
-def _fit_positions(values: Tensor, fresh: Tensor, wishes: Wishes) -> Fitted:
+def _fit_positions(values: Tensor, fresh: Tensor, options: AdaptationOptions, layout: TokenLayout) -> Fitted:
     if values.shape[-1] != fresh.shape[-1]:
         return Fitted(
             None,
             f"width {values.shape[-1]} in the checkpoint, {fresh.shape[-1]} here (a transformer's is never resized)",
         )
-    before, after = wishes.source_grid, wishes.target_grid
+    before, after = layout.source_grid, layout.target_grid
     moved = before is not None and after is not None and before != after
     if values.shape == fresh.shape and not moved:
         return Fitted(values, taken=values.numel())
-    first, own = values[:, : wishes.source_prefix], values[:, wishes.source_prefix :]
-    prefix, tokens = wishes.target_prefix, fresh.shape[1] - wishes.target_prefix
+    first, own = values[:, : layout.source_prefix], values[:, layout.source_prefix :]
+    prefix, tokens = layout.target_prefix, fresh.shape[1] - layout.target_prefix
     steps = [f"prefix tokens {first.shape[1]} → {prefix}"] if first.shape[1] != prefix else []
     if moved or own.shape[1] != tokens:
         after = _grid(after, tokens, "network", len(before or (0, 0, 0)))
         before = _grid(before, own.shape[1], "checkpoint", len(after))
-        if len(before) > len(after) or (len(before) < len(after) and not wishes.inflate):
+        if len(before) > len(after) or (len(before) < len(after) and not options.inflate):
             return Fitted(None, f"{len(before)}D → {len(after)}D (--inflate adapts 2D ones)")
         steps.append(f"positions {_by(before)} → {_by(after)}")
         own = rules.positions(own, (1,) * (len(after) - len(before)) + before, after)

@@ -7,6 +7,8 @@ SPACING_TOLERANCE = 0.25
 """Relative difference in spacing (mm) below which nothing is said."""
 CT_TOLERANCE = 0.5
 """Difference in the normalised value of the same HU, in standard deviations, below which nothing is said."""
+WINDOW = ("mean", "std", "percentile_00_5", "percentile_99_5")
+"""What nnU-Net normalises a CT channel by."""
 MEANING = {
     "CTNormalization": "one window in HU for all images",
     "ZScoreNormalization": "every image by its own mean and standard deviation",
@@ -59,8 +61,7 @@ def compare_ct_windows(
         f"{_window(now[channel])} here"
         for channel in map(str, range(len(schemes)))
         if schemes[int(channel)] == "CTNormalization"
-        and channel in before
-        and channel in now
+        and all(set(WINDOW) <= set(values.get(channel, {})) for values in (before, now))
         and _windows_differ(before[channel], now[channel])
     ]
 

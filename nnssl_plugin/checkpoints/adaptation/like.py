@@ -10,12 +10,18 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+from torch import Tensor, nn
 
+from nnssl_plugin.checkpoints.format.provenance import as_architecture
+from nnssl_plugin.checkpoints.sources.mappings import shipped_mappings
 from nnssl_plugin.checkpoints.sources.source import Source
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.text import some
+from nnssl_plugin.nnunet.network_classes import check_architecture
 from nnssl_plugin.nnunet.plan_edits import (
     Assignment,
+    BlockCheck,
     EditedPlan,
     asked_for,
     check_new_name,
@@ -26,6 +32,7 @@ from nnssl_plugin.nnunet.plan_edits import (
     write_changed_plan,
 )
 from nnssl_plugin.nnunet.plans import (
+    UNBUILDABLE,
     build_network,
     dataset_folder,
     input_channels,
@@ -34,8 +41,6 @@ from nnssl_plugin.nnunet.plans import (
     resolve_configuration,
 )
 
-IMPORTED = ("conv_op", "norm_op", "dropout_op", "nonlin")
-"""Arguments of nnU-Net's networks that are dotted names."""
 NOT_TAKEN_OVER = ("inherits_from", "next_stage", "previous_stage")
 """Fields of a configuration that point to others; the new plan holds one configuration."""
 OF_OTHER_WEIGHTS = ("weights", "source", "twin_of", "configuration")
@@ -54,9 +59,12 @@ def plan_like(
     configuration: str = "3d_fullres",
     spacing: bool = False,
     normalisation: bool = False,
+    orientation: bool = False,
     presets: Sequence[str] = (),
     assignments: Sequence[str] = (),
     overwrite: bool = False,
+    trust: bool = False,
+    check_blocks: BlockCheck | None = None,
 ) -> EditedPlan:
     """Write a plan for a preprocessed dataset with the network of a checkpoint.
 
@@ -72,9 +80,12 @@ def plan_like(
         configuration: the configuration that gets the network.
         spacing: take over the voxel spacing too; the cases must then be preprocessed again.
         normalisation: take over the normalisation too, and the intensity statistics that CT is normalised by.
+        orientation: take over the reader of the images, which decides how they are oriented.
         presets: fragments of a plan, applied after what the checkpoint gives.
         assignments: ``key=value`` texts that are applied last.
         overwrite: replace an existing plan of this name that says something else.
+        trust: build the network whatever class the checkpoint names.
+        check_blocks: as for ``plan_edits.write_edited_plan``.
 
     Returns:
         what was written; its notes say what was chosen where the checkpoint's values do not fit the dataset.
@@ -91,18 +102,25 @@ def plan_like(
         taken += _spacing(source, plans, configuration)
     if normalisation:
         taken += _normalisation(source, len(resolved["normalization_schemes"]), configuration)
+    notes = []
+    if orientation:
+        reader, notes = _reader(source, plans, dataset_json)
+        taken += reader
     if taken:
         taken.append((("configurations", configuration, "data_identifier"), f"{name}_{configuration}"))
     shape = dict(taken).get(
         ("configurations", configuration, "median_image_size_in_voxels"), resolved["median_image_size_in_voxels"]
     )
     architecture = _architecture(source)
-    patch, notes = _patch(source, architecture, resolved["patch_size"], shape)
+    check_architecture(architecture, str(source.path), trust=trust)
+    patch, changed = _patch(source, architecture, resolved["patch_size"], shape)
     taken += network_assignments(configuration, architecture, patch)
+    asked = [*taken, *asked_for(plans, presets, assignments)]
     written = write_changed_plan(
-        folder, plans, name, [*taken, *asked_for(plans, presets, assignments)], overwrite=overwrite
+        folder, plans, name, asked, overwrite=overwrite, trust=trust, check_blocks=check_blocks
     )
-    return replace(written, notes=notes + _memory(plans, read_plan(folder, name), configuration, dataset_json))
+    memory = _memory(plans, read_plan(folder, name), configuration, dataset_json, trust=trust)
+    return replace(written, notes=[*changed, *notes, *memory])
 
 
 def _alone(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
@@ -122,16 +140,13 @@ def _alone(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
 def _architecture(source: Source) -> dict[str, Any]:
     if source.network is None:
         raise UserError(
-            f"{source.path} does not say which network its weights belong to.",
-            "Name a table that says it with --mapping, or set the architecture by hand: "
+            f"{source.path} does not say which network its weights belong to; its first keys: "
+            f"{some(list(source.weights))}.",
+            f"Name a table that says it with --mapping ({', '.join(shipped_mappings())}), or set the architecture by "
+            "hand: "
             "nnssl_plugin plan --set 'configurations.3d_fullres.architecture.…'",
         )
-    kwargs = deepcopy(dict(source.network["kwargs"]))
-    return {
-        "network_class_name": source.network["class"],
-        "arch_kwargs": kwargs,
-        "_kw_requires_import": [key for key in IMPORTED if key in kwargs],
-    }
+    return as_architecture(source.network)
 
 
 def _patch(
@@ -145,8 +160,7 @@ def _patch(
         planned: the target's planned patch, which counts where the checkpoint names none.
         shape: size of the target's median case, at the new spacing.
     """
-    recommended = (source.content.get("nnssl_adaptation_plan") or {}).get("recommended_downstream_patchsize")
-    stated = recommended or source.provenance.get("patch_size")
+    stated = source.patch_size
     wanted = list(stated or planned)
     if len(wanted) != len(planned):
         raise UserError(
@@ -199,6 +213,25 @@ def _normalisation(source: Source, channels: int, configuration: str) -> list[As
     return taken
 
 
+def _reader(
+    source: Source, plans: Mapping[str, Any], dataset_json: Mapping[str, Any]
+) -> tuple[list[Assignment], list[str]]:
+    """The checkpoint's reader of images, which must know the format of the target's, and what to look at then."""
+    reader, ending = _stated(source, "reader", "--orientation"), dataset_json.get("file_ending")
+    known = {io.__name__: io.supported_file_endings for io in LIST_OF_IO_CLASSES}
+    if reader not in known or ending not in known[reader]:
+        raise UserError(
+            f"{source.path.name} was trained on images read by {reader}, which nnU-Net does not use for {ending}.",
+            "Leave --orientation out, or convert the images: nnssl_plugin prepare",
+        )
+    if reader == plans["image_reader_writer"]:
+        return [], []
+    return [(("image_reader_writer",), reader)], [
+        f"orientation: images are read by {reader}, not by {plans['image_reader_writer']}. Spacing and patch stay in "
+        "the plan's order of axes: check them where the images are stored in another order than RAS"
+    ]
+
+
 def _for_channels(values: Sequence[Any], channels: int, source: Source) -> list[Any]:
     if len(values) == channels:
         return deepcopy(list(values))
@@ -210,19 +243,25 @@ def _for_channels(values: Sequence[Any], channels: int, source: Source) -> list[
     return [deepcopy(values[0]) for _ in range(channels)]
 
 
-def _stated(source: Source, field: str, flag: str) -> list[Any]:
+def _stated(source: Source, field: str, flag: str) -> Any:
     if not source.provenance.get(field):
         raise UserError(
             f"{source.path} does not say its {field}.", f"Leave {flag} out, or set the value by hand with --set."
         )
-    return list(source.provenance[field])
+    return source.provenance[field]
 
 
 def _memory(
-    before: Mapping[str, Any], after: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+    *,
+    trust: bool,
 ) -> list[str]:
     """A word on the batch size where training needs clearly more memory than what nnU-Net planned."""
-    ratio = training_bytes(after, configuration, dataset_json) / training_bytes(before, configuration, dataset_json)
+    needed, planned = (training_bytes(plans, configuration, dataset_json, trust=trust) for plans in (after, before))
+    ratio = needed / planned
     if ratio <= COMFORTABLE:
         return []
     batch = resolve_configuration(after, configuration)["batch_size"]
@@ -233,12 +272,14 @@ def _memory(
     ]
 
 
-def training_bytes(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> int:
+def training_bytes(
+    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any], *, trust: bool = False
+) -> int:
     """About what a training step holds in float32: what the backward pass needs of each sample, and three copies of
     the parameters (weights, gradients, momentum). Computed without memory of its own, on the meta device; attention
     counts as its fused kernels keep it, without the matrix of all pairs of tokens."""
     resolved = resolve_configuration(plans, configuration)
-    network = build_network(plans, configuration, dataset_json, device="meta")
+    network = build_network(plans, configuration, dataset_json, device="meta", trust=trust)
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
     kept: dict[int, int] = {}
 
@@ -253,10 +294,20 @@ def training_bytes(plans: Mapping[str, Any], configuration: str, dataset_json: M
         mock.patch.object(F, "scaled_dot_product_attention", _attention_without_matrix),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        outputs = network(image)  # held until all is counted, so that no storage's number is given twice
+        outputs = _run(network, image, plans["plans_name"])  # held until all is counted: no number of a storage twice
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())
     del outputs
     return resolved["batch_size"] * sum(kept.values()) + 3 * parameters
+
+
+def _run(network: nn.Module, image: Tensor, plans_name: str) -> Any:
+    try:
+        return network(image)
+    except UNBUILDABLE as error:
+        raise UserError(
+            f"The network of {plans_name} cannot take a patch of {_by(image.shape[2:])}: {error}",
+            "Mend the arch_kwargs of its architecture.",
+        ) from error
 
 
 def _attention_without_matrix(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

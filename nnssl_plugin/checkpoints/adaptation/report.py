@@ -41,11 +41,26 @@ class LoadReport:
     """Keys of the checkpoint that the target has no place for."""
     warnings: tuple[str, ...] = ()
     """Differences between what the weights were trained on and what they will see."""
+    placed: int = 0
+    """Parameters of the checkpoint that the encoder took."""
+    unplaced: int = 0
+    """Parameters of the checkpoint below the encoder's keys that this encoder has no place for, without those of
+    further stages and blocks, which a smaller network leaves out."""
 
     def coverage(self, part: Part) -> float:
         """Fraction of the parameters of a part that come from the checkpoint, in [0, 1]; 0 for a part of no size."""
         loaded, total = self.parameters(part)
         return loaded / total if total else 0.0
+
+    @property
+    def checkpoint_coverage(self) -> float:
+        """Fraction of the checkpoint's encoder that has a place in this one, in [0, 1]; 1 where it holds none."""
+        total = self.placed + self.unplaced
+        return self.placed / total if total else 1.0
+
+    def covers(self, minimum: float) -> bool:
+        """Whether enough of the encoder comes from the checkpoint, and enough of the checkpoint's has a place."""
+        return min(self.coverage("encoder"), self.checkpoint_coverage) >= minimum
 
     def parameters(self, part: Part) -> tuple[int, int]:
         """Parameters of a part that come from the checkpoint, and all of them; shared ones counted once."""
@@ -77,6 +92,11 @@ class LoadReport:
             lines.append("adapted: " + "; ".join(_shortened([f"{how} ({_tensors(n)})" for how, n in changes], limit=4)))
         if self.unused:
             lines.append(f"no place here for {_tensors(len(self.unused))} of the checkpoint, such as {self.unused[0]}")
+        if self.unplaced:
+            lines.append(
+                f"of the checkpoint's encoder {self.placed:,} of {self.placed + self.unplaced:,} parameters are here "
+                f"({self.checkpoint_coverage:.1%})"
+            )
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,6 +105,7 @@ class LoadReport:
         return {
             "coverage": {part: self.coverage(part) for part in PARTS},
             "parameters": {part: {"loaded": loaded, "total": total} for part, (loaded, total) in counts.items()},
+            "checkpoint": {"placed": self.placed, "unplaced": self.unplaced},
             "warnings": list(self.warnings),
             "unused": list(self.unused),
             "tensors": [asdict(record) for record in self.tensors],

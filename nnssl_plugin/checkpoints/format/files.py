@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_plugin.checkpoints.format.content import check_content
 from nnssl_plugin.checkpoints.format.pickled import UNKNOWN, check_size, numpy_globals, unsafe_globals
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import atomic_path
+from nnssl_plugin.io.files import atomic_path, disk_errors_in_words, keep_file
 
 logger = logging.getLogger(__name__)
 PLAIN = (bool, int, float, complex, str, bytes)
@@ -31,23 +32,34 @@ DAMAGED = (
     LookupError,
     AttributeError,
     AssertionError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
     zipfile.BadZipFile,
 )
 """What PyTorch raises for a file that it cannot read; which of them depends on where the damage is."""
 
 
-def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+def save_checkpoint(content: Mapping[str, Any], path: str | Path, *, keep_as: Path | None = None) -> None:
     """Write ``content`` with ``torch.save`` so that ``torch.load(path, weights_only=True)`` reads it back.
 
     The file appears whole or not at all. Tensors are stored on the CPU, so a file written on a GPU opens anywhere;
     tensors that share their memory are stored once.
 
+    Args:
+        content: plain types (:func:`to_plain`).
+        path: the file to write.
+        keep_as: where the file that ``path`` names until now is kept.
+
     Raises:
         TypeError: for a value that only unpickling code could read back; the message names its place.
+        UserError: the disk is full or may not be written; the file that ``path`` names until now is still there.
     """
     plain = to_plain(dict(content))
-    with atomic_path(path) as temporary:
-        torch.save(plain, temporary)
+    with disk_errors_in_words(path), atomic_path(path) as temporary:
+        _write(plain, temporary)
+        if keep_as is not None:
+            keep_file(Path(path), keep_as)
 
 
 def to_plain(value: Any) -> Any:
@@ -72,13 +84,17 @@ def read_checkpoint(path: str | Path, *, device: str | torch.device = "cpu") -> 
         device: where the tensors go, whatever device they were saved from.
 
     Raises:
-        UserError: when the file is missing, truncated, not a checkpoint, or would need code to be run.
+        UserError: when the file is missing, truncated, not a checkpoint, would need code to be run, or holds what
+            :func:`~nnssl_plugin.checkpoints.format.content.check_content` refuses; when there is no such device.
     """
     path = _existing(path)
+    _check_device(torch.device(device))
     try:
         check_size(path)
         with torch.serialization.safe_globals(numpy_globals()):
             content = torch.load(path, map_location=device, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{path} does not fit into the memory of {device}: {error}.", "Use -device cpu.") from error
     except DAMAGED as error:
         raise _unreadable(path, error) from error
     return _checkpoint(content, path)
@@ -148,9 +164,23 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = file.keys()  # the handle is no mapping: it cannot be iterated
-            return {key: file.get_tensor(key) for key in names}, dict(file.metadata() or {})
+            tensors, metadata = {key: file.get_tensor(key) for key in names}, dict(file.metadata() or {})
     except (SafetensorError, *DAMAGED) as error:
         raise _unreadable(path, error) from error
+    if not tensors:
+        raise UserError(f"{path} holds no tensors.", "Download it again.")
+    return tensors, metadata
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    """``torch.save``; its own writer hides the system's error, which one through a Python file has as its context."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def _existing(path: str | Path) -> Path:
@@ -168,7 +198,20 @@ def _checkpoint(content: Any, path: Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}, not a checkpoint.",
             "Give a file with network weights, such as checkpoint_final.pth.",
         )
+    check_content(content, path)
     return content
+
+
+def _check_device(device: torch.device) -> None:
+    """Refuse a device that this machine does not have, before the file is blamed for it."""
+    if device.type in ("cpu", "meta"):
+        return
+    module = getattr(torch, device.type, None)
+    if module is None or not module.is_available() or (device.index or 0) >= module.device_count():
+        raise UserError(
+            f"There is no usable GPU here: PyTorch {torch.__version__} cannot use {device}.",
+            "Use -device cpu, or see what is wrong with the GPU: nnssl_plugin doctor",
+        )
 
 
 def _plain(value: Any, place: str, moved: dict[tuple, Tensor]) -> Any:
@@ -226,6 +269,11 @@ def _unreadable(path: Path, error: Exception) -> UserError:
         )
     if isinstance(error, PermissionError):
         return UserError(f"{path} may not be read: permission denied.", f"chmod u+r {path}")
+    if path.name.endswith(".model.pkl"):
+        return UserError(
+            f"{path} is nnU-Net v1's description of a model, not its weights.",
+            "The weights lie beside it, in the .model file; v2 has no network for them.",
+        )
     return UserError(
         f"{path} is truncated, damaged or not a checkpoint of PyTorch.",
         "Copy or download it again, or use an earlier checkpoint of the same folder.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 
 from nnssl_plugin.errors import UserError
 
@@ -65,8 +66,6 @@ def unsafe_globals(path: str | Path) -> list[str]:
     Raises:
         UserError: when the file holds no pickle.
     """
-    from torch._weights_only_unpickler import _get_allowed_globals
-
     path = Path(path)
     found: set[str] = set()
     pickles = 0
@@ -79,11 +78,22 @@ def unsafe_globals(path: str | Path) -> list[str]:
         raise _no_pickle(path) from error
     if not pickles:
         raise _no_pickle(path)
-    numpy_names = {
-        entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
-        for entry in numpy_globals()
-    }
-    return sorted(found - set(_get_allowed_globals()) - numpy_names)
+    return sorted(name for name in found if not _is_allowed(name))
+
+
+def _is_allowed(name: str) -> bool:
+    """Whether PyTorch, or NumPy's numbers and arrays, allow a name; asked with an archive that does nothing but name
+    it."""
+    module, _, attribute = name.rpartition(".")
+    if not module or not name.isprintable() or " " in name:
+        return False
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02c" + f"{module}\n{attribute}\n".encode() + b".")
+        file.writestr("archive/version", "3\n")
+    archive.seek(0)
+    with torch.serialization.safe_globals(numpy_globals()):
+        return not torch.serialization.get_unsafe_globals_in_checkpoint(archive)
 
 
 def numpy_globals() -> list[Any]:

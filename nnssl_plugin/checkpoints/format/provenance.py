@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnssl_plugin.networks.family import known_family_of
 from nnssl_plugin.nnunet.plans import resolve_configuration
 
 FORMAT = 1
@@ -22,6 +23,8 @@ OWN_BLOCKS = ("pretraining", "finetuning")
 """Blocks that this package adds to a plan and nnU-Net ignores."""
 NNSSL_CLASSES = ("ResidualEncoderUNet", "PlainConvUNet")
 """Networks that nnssl and nnU-Net's fine-tuning know by their bare name; others keep their dotted name."""
+IMPORTED = ("conv_op", "norm_op", "dropout_op", "nonlin")
+"""Arguments of nnU-Net's networks that are dotted names."""
 NNSSL_PLAN = (
     "dataset_name",
     "plans_name",
@@ -125,6 +128,16 @@ def describe_network(plans: Mapping[str, Any], configuration: str) -> dict[str, 
     return {"class": architecture["network_class_name"], "kwargs": deepcopy(architecture["arch_kwargs"])}
 
 
+def as_architecture(network: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``architecture`` of a plan with the network that :func:`describe_network` describes."""
+    kwargs = deepcopy(dict(network["kwargs"]))
+    return {
+        "network_class_name": network["class"],
+        "arch_kwargs": kwargs,
+        "_kw_requires_import": [key for key in IMPORTED if key in kwargs],
+    }
+
+
 def nnssl_adaptation_plan(
     plans: Mapping[str, Any], configuration: str, network: nn.Module, input_channels: int
 ) -> dict[str, Any]:
@@ -137,11 +150,12 @@ def nnssl_adaptation_plan(
     Args:
         plans: nnU-Net's plan of the pretraining.
         configuration: the configuration that was trained.
-        network: the planned network (dynamic_network_architectures names its own parts).
+        network: the planned network, of a known family.
         input_channels: channels of its input.
     """
     resolved = resolve_configuration(plans, configuration)
     architecture = resolved["architecture"]
+    family = known_family_of(network)
     name = architecture["network_class_name"].rpartition(".")[2]
     pretrain_plan = {key: deepcopy(plans[key]) for key in NNSSL_PLAN if key in plans}
     pretrain_plan["configurations"] = {configuration: _nnssl_configuration(resolved)}
@@ -154,10 +168,10 @@ def nnssl_adaptation_plan(
         "pretrain_plan": pretrain_plan,
         "pretrain_num_input_channels": input_channels,
         "recommended_downstream_patchsize": list(resolved["patch_size"]),
-        "key_to_encoder": network.key_to_encoder,
-        "key_to_stem": network.key_to_stem,
-        "keys_to_in_proj": list(network.keys_to_in_proj),
-        "key_to_lpe": getattr(network, "key_to_lpe", None),
+        "key_to_encoder": family.encoder,
+        "key_to_stem": family.stem,
+        "keys_to_in_proj": list(family.image_layers),
+        "key_to_lpe": family.positions,
     }
 
 

@@ -4,7 +4,6 @@ Tensors go to safetensors, everything else to JSON; nothing in it can run code.
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -17,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnssl_plugin.checkpoints.format.content import check_content
 from nnssl_plugin.checkpoints.format.files import read_safetensors
 from nnssl_plugin.checkpoints.format.provenance import weights_hash
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import atomic_path, write_json
+from nnssl_plugin.io.files import atomic_path, read_json, write_json
 
 MODEL, ALIASES = "model.safetensors", "aliases.json"
 STATE, STATE_VALUES = "ssl_state.safetensors", "ssl_state.json"
@@ -156,15 +156,12 @@ def read_folder_json(path: Path) -> Any:
     Raises:
         UserError: when it is missing or not JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise UserError(
             f"{path.parent} holds no {path.name}: it is not a folder that nnssl_plugin exported.",
             "Download all of its files, or name a checkpoint.",
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.", "Download it again.") from error
+        )
+    return read_json(path)
 
 
 def read_shared_folder(folder: str | Path) -> dict[str, Any]:
@@ -178,8 +175,9 @@ def read_shared_folder(folder: str | Path) -> dict[str, Any]:
     try:
         _verify_files(folder, hashes["files"])
         content = _content(folder, state=STATE_VALUES in hashes["files"], plan=ADAPTATION_PLAN in hashes["files"])
+        check_content(content, folder)
         recorded = (hashes["network_weights"], content["provenance"].get("weights_sha256"))
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OSError) as error:
         raise UserError(
             f"{folder} is not laid out as nnssl_plugin exports it ({type(error).__name__}: {error}).", DOWNLOAD_AGAIN
         ) from error

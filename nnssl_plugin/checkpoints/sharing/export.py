@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from nnssl_plugin.checkpoints.format.files import read_checkpoint, save_checkpoint
+from nnssl_plugin.checkpoints.format.health import ENTRY as HEALTH
+from nnssl_plugin.checkpoints.format.health import health_of
 from nnssl_plugin.checkpoints.format.provenance import weights_hash
 from nnssl_plugin.checkpoints.format.shared_folder import (
     ADAPTATION_PLAN,
@@ -30,7 +32,10 @@ from nnssl_plugin.checkpoints.format.shared_folder import (
     new_folder,
     write_hashes,
 )
+from nnssl_plugin.checkpoints.format.tensors import check_finite
 from nnssl_plugin.checkpoints.sharing.model_card import PaperLike, model_card, read_results
+from nnssl_plugin.checkpoints.sources.description import ENTRIES, check_fields, check_plan, check_provenance, unreadable
+from nnssl_plugin.checkpoints.sources.state_dicts import is_state_dict
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 
@@ -46,7 +51,7 @@ DATASET_FIELDS = (
     "name",
 )
 """Fields of ``dataset.json`` that are exported; ``dataset`` lists every case, and free text may name anyone."""
-RUN_FIELDS = ("trainer_name", "current_epoch", "inference_allowed_mirroring_axes", "citations")
+RUN_FIELDS = ("trainer_name", "current_epoch", "inference_allowed_mirroring_axes", "citations", HEALTH)
 LOCAL_PATH = re.compile(r"(?<![\w:/.)\]}])(?:~[\w-]*[/\\]|/(?=\w)|[A-Za-z]:[/\\]|\\\\)|file://", re.ASCII)
 """Where an absolute path begins in a text: /home, ~/, C:\\, \\\\server and file:// do, https://… and a/b do not."""
 REMOVED = "(a path on the exporting machine, removed)"
@@ -90,7 +95,10 @@ def export_checkpoint(
     Raises:
         UserError: for a file that is no pretraining checkpoint, a damaged summary, or a folder that is there.
     """
-    content, removed = shareable(read_checkpoint(path), Path(path))
+    checkpoint = read_checkpoint(path)
+    content, removed = shareable(checkpoint, Path(path))
+    content[HEALTH] = health_of(checkpoint, Path(path))
+    check_finite(content["network_weights"], str(path))
     if licence is not None:
         content["provenance"]["licence"] = licence
     recorded, found = content["provenance"].get("weights_sha256"), weights_hash(content["network_weights"])
@@ -106,6 +114,7 @@ def export_checkpoint(
         sha256=found,
         results=[read_results(result) for result in results],
         papers=papers or {},
+        health=content[HEALTH],
     )
     with new_folder(folder) as temporary:
         WRITERS[layout](content, temporary)
@@ -125,24 +134,43 @@ def shareable(checkpoint: Mapping[str, Any], path: Path) -> tuple[dict[str, Any]
     """
     weights, provenance = checkpoint.get("network_weights"), checkpoint.get("provenance")
     arguments = checkpoint.get("init_args")
-    if not isinstance(weights, Mapping) or not isinstance(provenance, Mapping) or not isinstance(arguments, Mapping):
+    if not is_state_dict(weights) or not isinstance(provenance, Mapping) or not isinstance(arguments, Mapping):
         raise UserError(
             f"{path} is not the checkpoint of a pretraining: it has no provenance or no plan.",
             "Give its checkpoint_final.pth. For a fine-tuned model: nnssl_plugin export --stock",
         )
+    check_fields(checkpoint, ENTRIES, path, "")
+    check_provenance(provenance, path)
+    check_plan(arguments.get("plans"), arguments.get("configuration"), path)
+    if not isinstance(arguments.get("dataset_json"), Mapping):
+        raise unreadable(path, "its init_args hold no dataset_json")
     removed: list[str] = []
     public = {
         **{key: checkpoint[key] for key in RUN_FIELDS if key in checkpoint},
         "init_args": {
             "plans": arguments["plans"],
             "configuration": arguments["configuration"],
-            "fold": arguments["fold"],
+            "fold": arguments.get("fold"),
             "dataset_json": shared_dataset_json(arguments["dataset_json"]),
         },
         **{key: checkpoint[key] for key in ("ssl_state", "nnssl_adaptation_plan") if key in checkpoint},
-        "provenance": json.loads(json.dumps(provenance)),
+        "provenance": _as_json_holds_it(provenance, path),
     }
+    for name in ("init_args", "nnssl_adaptation_plan"):
+        _as_json_holds_it(public.get(name), path, name)
     return {"network_weights": dict(weights), **without_local_paths(public, "", removed)}, tuple(removed)
+
+
+def _as_json_holds_it(block: Any, path: Path, name: str = "provenance") -> Any:
+    """A block as it reads back from JSON.
+
+    Raises:
+        UserError: when it holds something else.
+    """
+    try:
+        return json.loads(json.dumps(block))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise unreadable(path, f"{name} holds more than JSON can ({error})") from error
 
 
 def shared_dataset_json(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,7 +228,7 @@ def _write_shared(content: Mapping[str, Any], folder: Path) -> None:
 
 def _write_nnunet(content: Mapping[str, Any], folder: Path) -> None:
     """One file with the complete network, for stock nnU-Net's ``-pretrained_weights``; the plan beside it."""
-    save_checkpoint({key: content[key] for key in ("network_weights", "provenance")}, folder / PRETRAINED)
+    save_checkpoint({key: content[key] for key in ("network_weights", "provenance", HEALTH)}, folder / PRETRAINED)
     write_json(folder / PLANS, content["init_args"]["plans"])
 
 
@@ -213,7 +241,7 @@ def _write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
     block = content.get("nnssl_adaptation_plan")
     if block is None:
         raise UserError("The checkpoint has no nnssl_adaptation_plan.", "Use --format safetensors or nnunet.")
-    kept = ("network_weights", "nnssl_adaptation_plan", "citations", "provenance", "trainer_name")
+    kept = ("network_weights", "nnssl_adaptation_plan", "citations", "provenance", "trainer_name", HEALTH)
     save_checkpoint({key: content[key] for key in kept if key in content}, folder / NNSSL_CHECKPOINT)
     write_json(folder / ADAPTATION_PLAN, block | {"trainer_name": content.get("trainer_name")})
     write_json(folder / "config.json", block["architecture_plans"])

@@ -19,9 +19,12 @@ from nnssl_plugin.checkpoints.format.pickled import unsafe_globals
 from nnssl_plugin.checkpoints.format.shared_folder import (
     read_shared_folder,
 )
-from nnssl_plugin.checkpoints.sources.state_dicts import is_state_dict
+from nnssl_plugin.checkpoints.sources.layouts import with_nnssl_block
+from nnssl_plugin.checkpoints.sources.source import source_of
+from nnssl_plugin.checkpoints.sources.state_dicts import is_state_dict, refuse_version_1
 from nnssl_plugin.errors import UserError
 
+TRUST = "If you know and trust its author: nnssl_plugin import --trust {} -o NEW.pth"
 SHOWN = 6
 """Names in a message."""
 logger = logging.getLogger(__name__)
@@ -48,7 +51,12 @@ def import_weights(source: str | Path, target: str | Path, *, trust: bool = Fals
     else:
         content = _plain_part(read_trusted(source)) if trust else _read_untrusted(source)
     content = {"network_weights": content} if is_state_dict(content) else content
-    save_checkpoint(content, target)
+    content = with_nnssl_block(content, source)  # what lies beside the file does not lie beside the new one
+    refuse_version_1(source_of(content, source).weights, source)  # what adapt could not read is not written
+    try:
+        save_checkpoint(content, target)
+    except TypeError as error:
+        raise UserError(f"{source} cannot be written as a checkpoint: {error}.", TRUST.format(source)) from error
     return target
 
 
@@ -63,7 +71,7 @@ def _read_untrusted(path: Path) -> dict[str, Any]:
         shown = ", ".join(called[:SHOWN]) + (f" and {len(called) - SHOWN} more" if len(called) > SHOWN else "")
         raise UserError(
             f"{path} runs code when it is opened; it was not opened. It would call:\n  {shown}",
-            f"If you know and trust its author: nnssl_plugin import --trust {path} -o NEW.pth",
+            TRUST.format(path),
         ) from error
 
 

@@ -1,8 +1,10 @@
 """The model card of shared weights, in the sections of Hugging Face's template, from what the provenance says.
 
-Template: ``huggingface_hub/templates/modelcard_template.md``. Nothing is claimed that the checkpoint does not say.
+Template: ``huggingface_hub/templates/modelcard_template.md``. Nothing is claimed that the checkpoint does not say, and
+what it says is text: HTML, Markdown and control characters in it are escaped.
 """
 
+import html
 import json
 import math
 import re
@@ -11,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
+from nnssl_plugin.checkpoints.format.health import SUM
+from nnssl_plugin.checkpoints.format.tensors import parameters_in
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
+from nnssl_plugin.io.text import printable
 
 LICENCES = {
     "apache-2.0",
@@ -65,6 +71,29 @@ nnUNetv2_preprocess_like_nnssl -d TARGET_ID -n {method} -pc checkpoint_final.pth
 The files are those that nnssl's repositories have, for the fine-tuning commands of nnssl and of nnU-Net.""",
 }
 """Layout of the folder → how to get started with it."""
+NEEDED = (
+    "method",
+    "network",
+    "licence",
+    "channels",
+    "normalisation",
+    "spacing_mm",
+    "patch_size",
+    "transpose_forward",
+    "orientation",
+    "reader",
+    "plans_name",
+    "configuration",
+    "data",
+    "training",
+    "settings",
+    "packages",
+    "trained",
+    "steps",
+    "date",
+    "citations",
+)
+"""Fields of a provenance that the card shows."""
 MODALITIES = {"CT": "computed-tomography", "MR": "magnetic-resonance-imaging"}
 
 
@@ -96,6 +125,7 @@ def model_card(
     sha256: str,
     results: Sequence[Results] = (),
     papers: Mapping[str, PaperLike] | None = None,
+    health: Mapping[str, float] | None = None,
 ) -> str:
     """The card as Markdown with YAML in front.
 
@@ -106,23 +136,35 @@ def model_card(
         sha256: hash of the weights (``provenance.weights_hash``).
         results: what :func:`read_results` gave.
         papers: method → its paper, for a full BibTeX entry.
+        health: what :func:`~nnssl_plugin.checkpoints.format.health.health_of` gave.
+
+    Raises:
+        UserError: for a provenance that leaves out what a card says.
     """
+    missing = [name for name in NEEDED if provenance.get(name) is None]
+    if missing:
+        raise UserError(
+            f"The provenance does not state {', '.join(missing)}, which the model card says.",
+            "Export the checkpoint that the pretraining wrote.",
+        )
+    paper = (papers or {}).get(provenance["method"])
+    front, bibtex = _front_matter(provenance), _bibtex(provenance, paper)
+    provenance = _escaped(provenance)
     method, network = provenance["method"], provenance["network"]["class"].rpartition(".")[2]
-    paper = (papers or {}).get(method)
     sections = [
-        _front_matter(provenance),
         f"# Model Card for {network} pretrained with {method}\n\n{_summary(provenance)}",
         _details(provenance, weights, paper, sha256),
         _uses(),
         _limitations(provenance),
         "## How to Get Started with the Model\n\n"
-        + USAGE[layout].format(method=method, configuration=provenance["configuration"]),
+        + USAGE[layout].format(method=_argument(method), configuration=_argument(provenance["configuration"])),
         _training(provenance),
-        f"## Evaluation\n\n{_results_table(results)}",
-        f"## Citation\n\n**BibTeX:**\n\n```bibtex\n{_bibtex(provenance, paper)}\n```\n\n"
+        f"## Evaluation\n\n{_results_table(results)}{_health(health or {})}",
+        f"## Citation\n\n**BibTeX:**\n\n```bibtex\n{bibtex}\n```\n\n"
         "**APA:**\n\n" + "\n".join(f"- {citation}" for citation in _citations(provenance)),
     ]
-    return "\n\n".join(sections) + "\n"
+    body = "\n\n".join(sections)
+    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{body}\n"))
 
 
 def read_results(text: str) -> Results:
@@ -136,8 +178,10 @@ def read_results(text: str) -> Results:
     """
     name, separator, file = text.rpartition("=")
     path = Path(file)
+    if not path.is_file():
+        raise UserError(f"There is no summary {path}.", "Name a summary.json that nnU-Net wrote.")
+    content = read_json(path)
     try:
-        content = read_json(path)
         mean = content["foreground_mean"]
         per_label = {label: float(values["Dice"]) for label, values in content["mean"].items()}
         return Results(
@@ -146,8 +190,6 @@ def read_results(text: str) -> Results:
             float(mean["IoU"]) if "IoU" in mean else None,
             per_label,
         )
-    except OSError as error:
-        raise UserError(f"There is no summary {path}.", "Name a summary.json that nnU-Net wrote.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a summary of nnU-Net's ({type(error).__name__}: {error}).",
@@ -161,21 +203,47 @@ def _name_of(path: Path) -> str:
     return ", ".join(parts) or "summary"
 
 
-def _front_matter(provenance: Mapping[str, Any]) -> str:
-    """YAML; JSON strings and lists are YAML too."""
-    licence = str(provenance["licence"])
+def _escaped(value: Any) -> Any:
+    """A copy in which every text is shown as it is by Markdown, on one line."""
+    if isinstance(value, str):
+        return _markdown(value)
+    if isinstance(value, Mapping):
+        return {_markdown(str(key)): _escaped(entry) for key, entry in value.items()}
+    return [_escaped(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _markdown(text: str) -> str:
+    text = html.escape(_line(text), quote=False)
+    return re.sub(r"([\[\]|])", r"\\\1", text)
+
+
+def _line(text: str) -> str:
+    """Without control characters, line breaks and backticks, which would end a block of code."""
+    return printable(" ".join(text.splitlines())).replace("`", "'")
+
+
+def _argument(text: str) -> str:
+    """As an argument in a shell's command."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-") or "pretrained"
+
+
+def _front_matter(provenance: Mapping[str, Any]) -> ModelCardData:
+    licence = _line(provenance["licence"])
     known = licence.lower() in LICENCES
-    lines = [f"license: {licence.lower() if known else 'unknown' if licence == 'not stated' else 'other'}"]
-    if not known and licence != "not stated":
-        lines.append(f"license_name: {json.dumps(licence)}")
     modalities = {MODALITIES[c] for channel in provenance["channels"] for c in MODALITIES if channel.startswith(c)}
-    tags = ["medical-imaging", "self-supervised-learning", "nnU-Net", provenance["method"], *sorted(modalities)]
-    lines += ["library_name: nnssl_plugin", "pipeline_tag: image-feature-extraction", f"tags: {json.dumps(tags)}"]
-    return "---\n" + "\n".join(lines) + "\n---"
+    method = _line(provenance["method"])
+    named = {} if known or licence == "not stated" else {"license_name": licence}
+    return ModelCardData(
+        license=licence.lower() if known else "unknown" if licence == "not stated" else "other",
+        library_name="nnssl_plugin",
+        pipeline_tag="image-feature-extraction",
+        tags=["medical-imaging", "self-supervised-learning", "nnU-Net", method, *sorted(modalities)],
+        **named,
+    )
 
 
 def _summary(provenance: Mapping[str, Any]) -> str:
-    cases = provenance["data"]["cases"]
+    cases = provenance["data"].get("cases", "an unstated number of")
     return (
         f"Weights for fine-tuning with nnU-Net v2, pretrained without labels on {cases} "
         f"case{'' if cases == 1 else 's'} ({', '.join(provenance['channels'])})."
@@ -183,10 +251,9 @@ def _summary(provenance: Mapping[str, Any]) -> str:
 
 
 def _details(provenance: Mapping[str, Any], weights: Mapping[str, Tensor], paper: PaperLike | None, sha256: str) -> str:
-    memory = {(t.data_ptr(), tuple(t.shape)): t.numel() for t in weights.values()}
     kwargs = provenance["network"]["kwargs"]
     lines = [
-        f"- **Model type:** `{provenance['network']['class']}`, {sum(memory.values()):,} parameters, "
+        f"- **Model type:** `{provenance['network']['class']}`, {parameters_in(weights):,} parameters, "
         f"{len(provenance['channels'])} input channel(s)",
         f"- **Method:** {provenance['method']}" + (f", {paper.title} ({', '.join(paper.authors)})" if paper else ""),
         f"- **License:** {provenance['licence']}",
@@ -230,13 +297,14 @@ def _limitations(provenance: Mapping[str, Any]) -> str:
 
 def _training(provenance: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in provenance["packages"].items() if number)
-    sizes = " × ".join(f"{size:g}" for size in provenance["spacing_mm"])
+    sizes = " × ".join("?" if size is None else f"{size:g}" for size in provenance["spacing_mm"])
     patch = " × ".join(map(str, provenance["patch_size"]))
     settings = {**provenance["training"], **{f"method.{k}": v for k, v in provenance["settings"].items()}}
     rows = "\n".join(f"| `{name}` | {_cell(value)} |" for name, value in settings.items())
     data = provenance["data"]
+    cases = data.get("cases", "an unstated number of")
     return (
-        f"## Training Details\n\n### Training Data\n\n{data['dataset']}: {data['cases']} cases, channels "
+        f"## Training Details\n\n### Training Data\n\n{data.get('dataset', 'A dataset')}: {cases} cases, channels "
         f"{', '.join(provenance['channels'])}. The images, the names of the cases and their labels, if any, are not "
         "part of these files.\n\n### Training Procedure\n\n#### Preprocessing\n\n"
         f"nnU-Net's plan `{provenance['plans_name']}`, configuration `{provenance['configuration']}`: spacing {sizes} "
@@ -256,10 +324,16 @@ def _results_table(results: Sequence[Results]) -> str:
     lines = [head, ["---"] * len(head)]
     for result in results:
         numbers = [result.dice, result.iou, *(result.per_label.get(label) for label in labels)]
-        lines.append([_cell(result.name), *map(_number, numbers)])
+        lines.append([_markdown(result.name), *map(_number, numbers)])
     return "nnU-Net's means over the cases, after fine-tuning.\n\n" + "\n".join(
         f"| {' | '.join(line)} |" for line in lines
     )
+
+
+def _health(health: Mapping[str, float]) -> str:
+    """The end of the pretraining's log."""
+    said = ", ".join(f"{name} {value:.0f}" if name == SUM else f"{name} {value:.4g}" for name, value in health.items())
+    return f"\n\nAt the end of the pretraining: {said}." if said else ""
 
 
 def _number(value: float | None) -> str:
@@ -267,25 +341,26 @@ def _number(value: float | None) -> str:
 
 
 def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _citations(provenance: Mapping[str, Any]) -> list[str]:
     """Those of the method, then those of the weights that it started from."""
-    found = list(provenance["citations"])
+    stated = provenance["citations"]
+    found = [stated] if isinstance(stated, str) else [text for text in stated if isinstance(text, str)]
     origin = provenance.get("continued_from")
     while origin:
-        found += [citation for citation in origin.get("citations", []) if isinstance(citation, str)]
+        stated = origin.get("citations") or []
+        found += [text for text in ([stated] if isinstance(stated, str) else stated) if isinstance(text, str)]
         origin = origin.get("continued_from")
     return list(dict.fromkeys(found))
 
 
 def _bibtex(provenance: Mapping[str, Any], paper: PaperLike | None) -> str:
     """An entry for the method (of its paper where it is known, else one per citation), and nnU-Net's."""
-    method = re.sub(r"\W", "", provenance["method"])
+    method = re.sub(r"\W", "", provenance["method"], flags=re.ASCII)
     entries = [
-        f"@misc{{{method}{'' if number == 0 else number + 1},\n  note = {{{citation}}}\n}}"
+        f"@misc{{{method}{'' if number == 0 else number + 1},\n  note = {{{_line(citation)}}}\n}}"
         for number, citation in enumerate(_citations(provenance))
     ]
     if paper is not None:

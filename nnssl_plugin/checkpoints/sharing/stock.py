@@ -90,7 +90,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"There is no {path}: {path.parent} is not a model folder of nnU-Net.",
             "Name nnUNet_results/DatasetXXX_NAME/TRAINER__PLANS__CONFIG, or a checkpoint in its folds.",
         )
-    return read_json(path)
+    return read_json(path, dict)
 
 
 def _expected_shapes(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> dict[str, tuple]:

@@ -1,7 +1,6 @@
 """What a file with weights is, in one screen; nothing is built, and no code of the file runs."""
 
 import json
-import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,11 +8,12 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from nnssl_plugin.checkpoints.format.provenance import weights_hash
+from nnssl_plugin.checkpoints.format.health import health_of
+from nnssl_plugin.checkpoints.format.provenance import as_architecture, weights_hash
+from nnssl_plugin.checkpoints.format.tensors import not_finite, parameters_in
 from nnssl_plugin.checkpoints.sources.source import NNSSL, NNUNET, OWN, Source, read_source
-from nnssl_plugin.io.files import read_json
+from nnssl_plugin.io.text import printable, some
+from nnssl_plugin.nnunet.network_classes import unknown_names
 
 UNSTATED = "not stated"
 NOTHING = (None, "", [], {})
@@ -24,14 +24,14 @@ LABEL = 15
 MOST_LINES = 2
 """Lines that one entry of the screen may take."""
 MOST_CITATIONS = 3
-HEALTH = {
+SAID_OF_HEALTH = {
     "feature_std": "feature spread (1 is healthy, 0 collapsed)",
     "effective_rank": "effective rank",
     "train_losses": "training loss",
     "val_losses": "validation loss",
     "ema_fg_dice": "foreground Dice (moving average)",
 }
-"""Series of nnU-Net's log → how the screen names their last number."""
+"""Series of nnU-Net's log → how the screen calls their last number."""
 SAID = {
     OWN: "a checkpoint of nnssl_plugin",
     NNUNET: "a checkpoint of nnU-Net (supervised training)",
@@ -56,12 +56,13 @@ SHOWN_ARGUMENTS = (
 """Arguments of a network that say what it is."""
 
 
-def inspect_file(path: str | Path, *, mapping: str | Path | None = None) -> dict[str, Any]:
+def inspect_file(path: str | Path, *, mapping: str | Path | None = None, trust: bool = False) -> dict[str, Any]:
     """Everything that a file with weights says about itself, in plain types.
 
     Args:
         path: whatever :func:`~nnssl_plugin.checkpoints.sources.source.read_source` reads.
         mapping: a table for the keys of foreign weights.
+        trust: the commands that it names build the network whatever its class.
 
     Returns:
         the fields of the JSON report; None where the file is silent.
@@ -81,7 +82,8 @@ def inspect_file(path: str | Path, *, mapping: str | Path | None = None) -> dict
         "method": known.get("method"),
         "date": known.get("date"),
         "network": source.network,
-        "parameters": count_parameters(source.weights),
+        "unknown_classes": _unknown_classes(source),
+        "parameters": parameters_in(source.weights),
         "tensors": len(source.weights),
         "first_keys": list(source.weights)[:3],
         "trained": None if source.trained is None else list(source.trained),
@@ -92,7 +94,6 @@ def inspect_file(path: str | Path, *, mapping: str | Path | None = None) -> dict
                 "channels",
                 "normalisation",
                 "spacing_mm",
-                "patch_size",
                 "orientation",
                 "transpose_forward",
                 "data",
@@ -101,13 +102,15 @@ def inspect_file(path: str | Path, *, mapping: str | Path | None = None) -> dict
                 "packages",
             )
         },
+        "patch_size": source.patch_size,
         "plans_name": known.get("plans_name") or (source.plans or {}).get("plans_name"),
         "configuration": source.configuration or known.get("configuration"),
         "epochs": _epochs(source.content),
         "health": _health(source, path),
+        "not_finite": not_finite(source.weights),
         "citations": _citations(known.get("citations") or source.content.get("citations") or []),
         "hash": _hash(source),
-        "use": _use(source, path, mapping),
+        "use": _use(source, path, mapping, trust=trust),
     }
     return json.loads(json.dumps(report, default=str))
 
@@ -116,17 +119,17 @@ def screen(report: Mapping[str, Any]) -> str:
     """The report as at most 40 lines of text; "not stated" where the file is silent."""
     size = f"{report['bytes'] / 2**20:,.1f} MiB"
     lines = [f"{report['file']} ({size})", f"  {report['what']}", ""]
+    if report["unknown_classes"]:
+        lines += [
+            f"CAUTION: its network names {some(report['unknown_classes'])}, which this package does not know.",
+            "  plan and classify run that only with --trust.",
+            "",
+        ]
     for label, value in _entries(report):
         lines += _entry(label, value)
     lines += ["", "use it with:"]
     lines += [f"  {command}" for command in report["use"]]
-    return "\n".join(lines)
-
-
-def count_parameters(weights: Mapping[str, Tensor]) -> int:
-    """Floating-point numbers in a state dict; tensors that share their memory count once."""
-    places = {(value.data_ptr(), value.shape): value.numel() for value in weights.values() if value.is_floating_point()}
-    return sum(places.values())
+    return printable("\n".join(lines))
 
 
 def _entries(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -144,7 +147,7 @@ def _entries(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("trained on", _stated(data, "{}", "dataset", "{} cases", "cases")),
         ("trained for", _stated(report, "{} steps", "steps", "{} epochs", "epochs")),
         ("plan", _stated(report, "{}", "plans_name", "{}", "configuration")),
-        ("health", _healthy(report["health"])),
+        ("health", _healthy(report["health"], report["not_finite"])),
         ("licence", _text(report["licence"])),
         ("cite", _cited(report["citations"])),
         ("hash", report["hash"]),
@@ -199,51 +202,27 @@ def _trained(prefixes: Sequence[str] | None) -> str:
     return f"{', '.join(prefixes) or 'nothing'}; the rest is as it was initialised"
 
 
-def _healthy(health: Mapping[str, float]) -> str:
-    said = [f"{HEALTH[name]} {health[name]:.4g}" for name in HEALTH if name in health]
+def _healthy(health: Mapping[str, float], not_finite: Sequence[str]) -> str:
+    said = [f"NaN OR INFINITE VALUES in {len(not_finite)} tensors: {some(not_finite)}"] if not_finite else []
+    said += [f"{text} {health[name]:.4g}" for name, text in SAID_OF_HEALTH.items() if name in health]
     if "skipped_steps" in health:
         said.append(f"skipped steps {health['skipped_steps']:.0f}")
     return ", ".join(said) or UNSTATED
 
 
 def _health(source: Source, path: Path) -> dict[str, float]:
-    """The last numbers of the log, or of ``quality.json`` beside the file; skipped steps are summed."""
-    log = source.content.get("logging")
-    log = log if isinstance(log, Mapping) else {}
-    last = {name: _last(series) for name, series in log.items()}
-    quality = _quality(path)
-    numbers = {name: last.get(name, quality.get(name)) for name in HEALTH}
-    skipped = _numbers(log.get("skipped_steps"))
-    numbers["skipped_steps"] = sum(skipped) if skipped else quality.get("skipped_steps")
-    return {name: float(value) for name, value in numbers.items() if isinstance(value, Real)}
-
-
-def _quality(path: Path) -> dict[str, Any]:
-    file = (path if path.is_dir() else path.parent) / "quality.json"
-    if not file.is_file():
-        return {}
-    try:
-        content = read_json(file)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _last(series: Any) -> float | None:
-    numbers = _numbers(series)
-    return numbers[-1] if numbers else None
-
-
-def _numbers(series: Any) -> list[float]:
-    """The finite numbers of a logged series."""
-    if not isinstance(series, (list, tuple)):
-        return []
-    return [float(value) for value in series if isinstance(value, Real) and math.isfinite(value)]
+    """What the log says, or an exported file of it; weights that ``adapt`` wrote speak of another training."""
+    return {} if "adaptation" in source.content else health_of(source.content, path)
 
 
 def _epochs(content: Mapping[str, Any]) -> int | None:
     epochs = content.get("current_epoch", content.get("epoch"))
-    return int(epochs) if isinstance(epochs, Real) else None
+    return int(epochs) if isinstance(epochs, Real) and abs(epochs) < 2**63 else None
+
+
+def _unknown_classes(source: Source) -> list[str]:
+    """Names in the network's description that are no network, layer or initialiser that is known."""
+    return [] if source.network is None else unknown_names(as_architecture(source.network))
 
 
 def _citations(stated: Any) -> list[str]:
@@ -270,7 +249,7 @@ def _hash(source: Source) -> str:
     return "THE WEIGHTS ARE NOT THOSE THAT THE FILE DESCRIBES: they were changed after the training"
 
 
-def _use(source: Source, path: Path, mapping: str | Path | None) -> list[str]:
+def _use(source: Source, path: Path, mapping: str | Path | None, *, trust: bool) -> list[str]:
     """Commands that take the file, as they are typed."""
     if "adaptation" in source.content:
         plan = (source.plans or {}).get("plans_name", "PLANS")
@@ -279,8 +258,8 @@ def _use(source: Source, path: Path, mapping: str | Path | None) -> list[str]:
             f"nnUNetv2_train TARGET_ID {configuration} 0 -p {plan} -tr PretrainedSegmentationTrainer",
             f"nnUNetv2_train TARGET_ID {configuration} 0 -p {plan} -pretrained_weights {path}",
         ]
-    table = f" --mapping {mapping}" if mapping else ""
-    commands = [f"nnssl_plugin adapt -d TARGET_ID -w {path} -n {_name(source)}{table}"]
+    flags = (f" --mapping {mapping}" if mapping else "") + (" --trust" if trust else "")
+    commands = [f"nnssl_plugin adapt -d TARGET_ID -w {path} -n {_name(source)}{flags}"]
     if source.network is None and not mapping:
         commands.append(f"{commands[0]} --mapping TABLE   (where its keys are not those of the plan's network)")
     if source.kind == NNUNET:
@@ -307,9 +286,14 @@ def _text(value: Any) -> str:
     return ", ".join(str(entry) for entry in value) if isinstance(value, (list, tuple)) else str(value)
 
 
+def _once(sizes: Any) -> Any:
+    """The size of all axes, where they are equal."""
+    equal = isinstance(sizes, (list, tuple)) and sizes and all(size == sizes[0] for size in sizes)
+    return sizes[0] if equal else sizes
+
+
 def _compact(value: Any) -> str:
     """Arguments per stage without spaces, equal axes once: ``[[2, 2, 2]]`` is ``[2]``."""
     if isinstance(value, (list, tuple)):
-        flat = [entry[0] if isinstance(entry, (list, tuple)) and len(set(entry)) == 1 else entry for entry in value]
-        return json.dumps(flat, separators=(",", ":"))
+        return json.dumps([_once(entry) for entry in value], separators=(",", ":"))
     return str(value)

@@ -16,9 +16,10 @@ from torch import Tensor
 from nnssl_plugin.checkpoints.format.provenance import describe_input, describe_network
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
+from nnssl_plugin.networks.family import family_of_class
 from nnssl_plugin.nnunet.plans import resolve_configuration
 
-UNUSABLE = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, AssertionError)
+UNUSABLE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
 """What reading a plan raises that lacks entries or holds something else in their place."""
 UNET = "dynamic_network_architectures.architectures.unet"
 PRIMUS = "dynamic_network_architectures.architectures.primus.Primus"
@@ -42,6 +43,7 @@ RES_ENC_L = {
 PRIMUS_SCALES = {"S": (396, 12, 6), "B": (792, 12, 12), "M": (864, 16, 12), "L": (1056, 24, 16)}
 """Width, depth and heads of the Primus networks (arXiv 2503.01835, Table 2)."""
 PRIMUS_PATCH = (8, 8, 8)
+ADAPTATION_PLAN = "adaptation_plan.json"
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,10 @@ class Keys:
     positions: str | None = None
 
 
-KEYS = {
-    "PlainConvUNet": Keys("encoder.stages", "encoder.stages.0"),
-    "ResidualEncoderUNet": Keys("encoder.stages", "encoder.stem"),
-    "SwinUNETR": Keys("swinViT", "swinViT.patch_embed"),
-}
-
-
 def keys_of_network(network: Mapping[str, Any] | None) -> Keys:
-    """The keys of a described network, by the name of its class; empty for classes that are not known here."""
-    name = str(network["class"]).rpartition(".")[2] if network else ""
-    return Keys("eva", "down_projection", "eva.pos_embed") if name.startswith("Primus") else KEYS.get(name, Keys())
+    """The keys of a described network, by the name of its class; empty for classes of no known family."""
+    family = family_of_class(str(network["class"])) if network else None
+    return Keys(family.encoder, family.stem, family.positions) if family else Keys()
 
 
 def first_layer_channels(weights: Mapping[str, Tensor], stem: str | None) -> int | None:
@@ -91,7 +86,26 @@ def nnunet_plan_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, An
     folder = path.resolve().parent.parent
     if not (folder / "plans.json").is_file() or not (folder / "dataset.json").is_file():
         return None
-    return read_json(folder / "plans.json"), folder.name.rpartition("__")[2], read_json(folder / "dataset.json")
+    plan, description = (read_json(folder / name, dict) for name in ("plans.json", "dataset.json"))
+    return plan, folder.name.rpartition("__")[2], description
+
+
+def with_nnssl_block(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint of nnssl with its adaptation plan, where that lies beside it as a file.
+
+    Its Spark trainer leaves the plan out of its checkpoints; nnssl writes ``adaptation_plan.json`` into the folder of
+    the training, two above the file, and its repositories hold it beside the file.
+    """
+    if "network_weights" not in content or not {"nnssl_adaptation_plan", "provenance", "adaptation"}.isdisjoint(
+        content
+    ):
+        return content
+    place = path.resolve().parent
+    for file in (place / ADAPTATION_PLAN, place.parent / ADAPTATION_PLAN):
+        block = read_json(file) if file.is_file() else None
+        if isinstance(block, dict) and "architecture_plans" in block:
+            return content | {"nnssl_adaptation_plan": block}
+    return content
 
 
 def plan_of_adapted(path: Path) -> dict[str, Any] | None:
@@ -100,7 +114,7 @@ def plan_of_adapted(path: Path) -> dict[str, Any] | None:
         if not path.stem.startswith(f"{file.stem}_"):
             continue
         plan = read_json(file)
-        if isinstance(plan, dict) and plan.get("finetuning", {}).get("weights") == path.name:
+        if isinstance(plan, dict) and _mapping(plan.get("finetuning")).get("weights") == path.name:
             return plan
     return None
 
@@ -128,7 +142,7 @@ def nnunet_provenance(
     try:
         seen = describe_input(plans, configuration, dataset_json)
         resolved = resolve_configuration(plans, configuration)
-        data = {"dataset": plans["dataset_name"], "cases": dataset_json.get("numTraining")}
+        data = {"dataset": plans["dataset_name"], "cases": _whole(dataset_json.get("numTraining"))}
     except UNUSABLE as error:
         raise _unusable(path, error) from error
     return {
@@ -223,6 +237,10 @@ def _primus_shape(block: Mapping[str, Any], weights: Mapping[str, Tensor]) -> li
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _list(value: Any) -> list | None:

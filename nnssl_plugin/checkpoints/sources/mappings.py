@@ -3,7 +3,6 @@
 A table is a JSON file; the field by field reference is ``docs/reference/weight-sources.md``.
 """
 
-import json
 import re
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass, fields
@@ -126,11 +125,7 @@ def read_mapping(mapping: str | Path) -> Mapping:
         raise UserError(
             f"There is no table '{mapping}'.", f"Give a JSON file, or one of: {', '.join(shipped_mappings())}."
         )
-    try:
-        table = read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.", REFERENCE) from error
-    return _checked(table, path)
+    return _checked(read_json(path), path)
 
 
 def _checked(table: Any, path: Path) -> Mapping:

@@ -12,7 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from nnssl_plugin.checkpoints.format.files import is_safetensors, read_checkpoint, read_safetensors
+from nnssl_plugin.checkpoints.sources.description import (
+    ENTRIES,
+    check_fields,
+    check_plan,
+    check_provenance,
+    plain,
+    unreadable,
+)
+from nnssl_plugin.checkpoints.sources.description import NNSSL as NNSSL_FIELDS
 from nnssl_plugin.checkpoints.sources.layouts import (
+    UNUSABLE,
     first_layer_channels,
     in_names_of,
     keys_of_network,
@@ -22,9 +32,16 @@ from nnssl_plugin.checkpoints.sources.layouts import (
     nnunet_plan_of,
     nnunet_provenance,
     plan_of_adapted,
+    with_nnssl_block,
 )
 from nnssl_plugin.checkpoints.sources.mappings import read_mapping
-from nnssl_plugin.checkpoints.sources.state_dicts import find_state_dict, is_state_dict, the_network, without_wrapping
+from nnssl_plugin.checkpoints.sources.state_dicts import (
+    find_state_dict,
+    is_state_dict,
+    refuse_version_1,
+    the_network,
+    without_wrapping,
+)
 from nnssl_plugin.errors import UserError
 
 OWN, NNUNET, NNSSL, PLAIN, SAFETENSORS = "nnssl_plugin", "nnunet", "nnssl", "plain", "safetensors"
@@ -36,10 +53,16 @@ DESCRIBING = (
     "trainer_name",
     "citations",
     "adaptation",
+    "health",
     "metadata",
     "nnssl_adaptation_plan",
 )
 """Entries of a file that :attr:`Source.content` keeps; optimisers and teachers would double the memory."""
+
+
+DESCRIPTIONS = ("provenance", "nnssl_adaptation_plan", "adaptation", "citations", "current_epoch", "epoch")
+NAMING = ("plans", "configuration", "configuration_name", "dataset_json")
+"""Entries of ``init_args`` that are read, of nnU-Net's and of nnssl's."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,13 @@ class Source:
     content: dict[str, Any] = field(default_factory=dict, repr=False)
     """The entries of the file that describe it (:data:`DESCRIBING`)."""
 
+    @property
+    def patch_size(self) -> list[int] | None:
+        """Voxels per axis of the patch for fine-tuning: what nnssl recommends, else the pretraining's."""
+        block = self.content.get("nnssl_adaptation_plan") or {}
+        patch = block.get("recommended_downstream_patchsize") or self.provenance.get("patch_size")
+        return [int(size) for size in patch] if patch else None
+
 
 def read_source(path: str | Path, *, mapping: str | Path | None = None) -> Source:
     """Read pretrained weights, whoever wrote them, without running any code that the file may hold.
@@ -88,13 +118,16 @@ def read_source(path: str | Path, *, mapping: str | Path | None = None) -> Sourc
     """
     path = Path(path)
     if path.is_dir():
-        source = _from_checkpoint(_shared_folder(path), path)
+        source = source_of(_shared_folder(path), path)
     elif is_safetensors(path):
         weights, metadata = read_safetensors(path)
         source = _from_plain({"state_dict": weights, "metadata": metadata}, path, SAFETENSORS)
     else:
-        source = _from_checkpoint(read_checkpoint(path), path)
-    return source if mapping is None else _mapped(source, mapping)
+        source = source_of(read_checkpoint(path), path)
+    if mapping is not None:
+        return with_table(source, mapping)
+    refuse_version_1(source.weights, path)
+    return source
 
 
 def _shared_folder(folder: Path) -> dict[str, Any]:
@@ -108,20 +141,42 @@ def _shared_folder(folder: Path) -> dict[str, Any]:
     return read_shared_folder(folder)
 
 
-def _from_checkpoint(content: dict[str, Any], path: Path) -> Source:
-    """Dispatch on what only one writer puts into its files."""
-    if not is_state_dict(content.get("network_weights")):
-        return _from_plain(content, path, PLAIN)
+def source_of(content: dict[str, Any], path: Path) -> Source:
+    """The weights in the content of a file, and what it says about them, by what only one writer puts into its files.
+
+    Args:
+        content: what ``read_checkpoint`` gave.
+        path: the file; what lies beside it may describe it.
+
+    Raises:
+        UserError: where no weights are found in it, or a description that cannot be read.
+    """
+    content = with_nnssl_block(content, path)
     try:
+        check_fields(content, ENTRIES, path, "")
+        content = _plainly_described(content, path)
         source = _reader_of(content, path)(content, path)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise _unreadable_description(path, f"{type(error).__name__}: {error}") from error
-    if source.network is not None and not _is_network(source.network):
-        raise _unreadable_description(path, "'network' is not a class with its arguments")
+        check_provenance(source.provenance, path)
+        if source.plans is not None:
+            check_plan(source.plans, source.configuration, path)
+    except (*UNUSABLE, RecursionError, OverflowError) as error:
+        raise unreadable(path, f"{type(error).__name__}: {error}") from error
     return source
 
 
+def _plainly_described(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    described = {name: plain(content[name], path, name) for name in DESCRIPTIONS if name in content}
+    arguments = content.get("init_args")
+    if arguments is not None:
+        described["init_args"] = {
+            name: plain(value, path, f"init_args.{name}") for name, value in arguments.items() if name in NAMING
+        }
+    return content | described
+
+
 def _reader_of(content: Mapping[str, Any], path: Path) -> Callable[[dict[str, Any], Path], Source]:
+    if not is_state_dict(content.get("network_weights")):
+        return partial(_from_plain, kind=PLAIN)
     if "adaptation" in content:
         return _from_adapted
     if isinstance(content.get("provenance"), Mapping) and "network" in content["provenance"]:
@@ -133,6 +188,7 @@ def _reader_of(content: Mapping[str, Any], path: Path) -> Callable[[dict[str, An
 
 def _from_own(content: dict[str, Any], path: Path) -> Source:
     provenance = dict(content["provenance"])
+    check_provenance(provenance, path)
     weights, _ = without_wrapping(content["network_weights"], path)
     arguments = content.get("init_args") or {}
     source = Source(
@@ -147,7 +203,9 @@ def _from_own(content: dict[str, Any], path: Path) -> Source:
         configuration=arguments.get("configuration") or provenance.get("configuration"),
         content=_describing(content),
     )
-    return _with_keys(source, content.get("nnssl_adaptation_plan") or {})
+    block = content.get("nnssl_adaptation_plan") or {}
+    check_fields(block, NNSSL_FIELDS, path, "nnssl_adaptation_plan")
+    return _with_keys(source, block)
 
 
 def _from_adapted(content: dict[str, Any], path: Path) -> Source:
@@ -173,6 +231,7 @@ def _from_adapted(content: dict[str, Any], path: Path) -> Source:
 
 def _from_nnssl(content: dict[str, Any], path: Path) -> Source:
     block = content["nnssl_adaptation_plan"]
+    check_fields(block, NNSSL_FIELDS, path, "nnssl_adaptation_plan")
     weights, unwrapped = without_wrapping(content["network_weights"], path)
     network = nnssl_network(block, weights)
     weights, renamed = in_names_of(network, block, weights)
@@ -212,7 +271,7 @@ def _from_plain(content: dict[str, Any], path: Path, kind: str) -> Source:
     return Source(weights, None, {"taken": taken + unwrapped + chosen}, None, kind, path, content=_describing(content))
 
 
-def _mapped(source: Source, mapping: str | Path) -> Source:
+def with_table(source: Source, mapping: str | Path) -> Source:
     """The source under the names, and with the facts, that a table gives."""
     table = read_mapping(mapping)
     network, facts = table.network or source.network, table.facts()
@@ -234,20 +293,6 @@ def _with_keys(source: Source, block: Mapping[str, Any] | None = None) -> Source
         key_to_encoder=block.get("key_to_encoder") or known.encoder,
         key_to_stem=stem,
         key_to_lpe=block.get("key_to_lpe") or known.positions,
-    )
-
-
-def _is_network(value: Any) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    return isinstance(value.get("class"), str) and isinstance(value.get("kwargs"), Mapping)
-
-
-def _unreadable_description(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"{path} has weights, and a description of them that cannot be read: {reason}.",
-        "Save the weights alone, torch.save({'state_dict': content['network_weights']}, FILE), and read "
-        "them with a mapping.",
     )
 
 

@@ -1,5 +1,6 @@
 """Finding the state dict in a file: the usual wrappers around it, and the usual prefixes before its keys."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,22 @@ from torch import Tensor
 
 from nnssl_plugin.errors import UserError
 
-WRAPPERS = ("network_weights", "state_dict", "model_state_dict", "model")
+WRAPPERS = ("network_weights", "state_dict", "model_state_dict", "model", "net", "network")
 """Entries under which training programs store the weights."""
+NNUNET = WRAPPERS[0]
+"""The name that nnU-Net and this package give them, which counts before the others."""
 PARTS = ("backbone", "teacher", "student")
 """First parts of keys, or entries, that hold the network among other things; the first one that is there is taken.
 
 A backbone beside a teacher and a student is the network, and they are its heads; a teacher is the average of its
 student, which is what the methods that have one hand out.
 """
+PREFIXES = ("module", "model", "net", "network")
+"""First parts of keys that training programs put before those of the network, at any depth."""
 DEPTH = 4
 """Wrappers within wrappers that are opened."""
-LARGEST_REPEATED = 2**28
-"""Bytes up to which a tensor may be larger than its storage (positions are often stored expanded)."""
+VERSION_1 = re.compile(r"(?:module\.)?(?:conv_blocks_context|conv_blocks_localization|tu|seg_outputs)\.\d+\.")
+"""Keys of nnU-Net v1's ``Generic_UNet``."""
 SHOWN = 8
 """Names in a message."""
 
@@ -46,8 +51,8 @@ def find_state_dict(content: Mapping[str, Any], path: Path) -> tuple[dict[str, T
             return _tensors_of(place, notes), notes
         name = _wrapper(place, path)
         notes.append(f"the entry '{name}'")
-        others = [part for part in PARTS if part != name and isinstance(place.get(part), Mapping)]
-        if name in PARTS and others:
+        others = [part for part in (*WRAPPERS, *PARTS) if part != name and _holds_tensors(place.get(part))]
+        if others:
             notes.append(f"'{name}' was taken, {_listed(others)} left out")
         place = place[name]
     raise _nothing(content, path)
@@ -57,9 +62,8 @@ def without_wrapping(weights: Mapping[str, Tensor], path: Path) -> tuple[dict[st
     """The same tensors without the names that data-parallel wrappers and ``torch.compile`` add.
 
     Raises:
-        UserError: when two keys would become one, or a tensor claims far more memory than the file holds for it.
+        UserError: when two keys would become one.
     """
-    _check_claims(weights, path)
     notes = []
     compiled = _renamed(weights, {key: key.replace("_orig_mod.", "") for key in weights}, path)
     if compiled.keys() != weights.keys():
@@ -76,7 +80,7 @@ def the_network(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
     weights = dict(weights)
     while True:
         first = {key.partition(".")[0] for key in weights if "." in key}
-        part = next((part for part in PARTS if part in first), None)
+        part = next((part for part in (*PREFIXES, *PARTS) if part in first), None)
         if part is None:
             return weights, notes
         kept = {key[len(part) + 1 :]: value for key, value in weights.items() if key.startswith(f"{part}.")}
@@ -85,6 +89,21 @@ def the_network(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
             left = sorted({key.partition(".")[0] for key in weights} - {part})
             notes.append(f"'{part}.' was taken, {_listed(left)} left out ({len(weights) - len(kept)} tensors)")
         weights = kept
+
+
+def refuse_version_1(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights of nnU-Net v1.
+
+    Raises:
+        UserError: when the keys are those of its network.
+    """
+    if weights and sum(VERSION_1.match(key) is not None for key in weights) > len(weights) / 2:
+        raise UserError(
+            f"{path} is a checkpoint of nnU-Net v1, whose network (Generic_UNet) v2 does not have; its first keys: "
+            f"{_listed(list(weights)[:3])}.",
+            "Train again with nnU-Net v2, or rename the keys with a table of your own: --mapping TABLE "
+            "(docs/reference/weight-sources.md).",
+        )
 
 
 def _mostly_tensors(place: Mapping[str, Any]) -> bool:
@@ -102,7 +121,7 @@ def _tensors_of(place: Mapping[str, Any], notes: list[str]) -> dict[str, Tensor]
 def _wrapper(place: Mapping[str, Any], path: Path) -> str:
     """The entry in which the weights lie."""
     found = [name for name in WRAPPERS if _holds_tensors(place.get(name))]
-    if len(found) > 1:
+    if len(found) > 1 and found[0] != NNUNET:
         raise UserError(
             f"{path} holds weights under {_listed(found)}.",
             "Save the one that you mean alone: torch.save({'state_dict': content[NAME]}, FILE)",
@@ -117,18 +136,6 @@ def _holds_tensors(value: Any, depth: int = DEPTH) -> bool:
     if not isinstance(value, Mapping) or depth == 0:
         return False
     return any(isinstance(entry, Tensor) or _holds_tensors(entry, depth - 1) for entry in value.values())
-
-
-def _check_claims(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a tensor whose strides repeat a few stored numbers into more than :data:`LARGEST_REPEATED` bytes."""
-    for key, value in weights.items():
-        size = value.numel() * value.element_size()
-        if size > LARGEST_REPEATED and size > value.untyped_storage().nbytes():
-            raise UserError(
-                f"{path} claims {size / 2**20:,.0f} MiB for the tensor {key} and holds "
-                f"{value.untyped_storage().nbytes() / 2**20:,.1f}.",
-                "Ask its author for another file.",
-            )
 
 
 def _renamed(weights: Mapping[str, Tensor], names: Mapping[str, str], path: Path) -> dict[str, Tensor]:

@@ -30,12 +30,13 @@ class Med3DInsight(PretextTask):
         backbone: the planned network; encoder and decoder are trained.
         settings: :class:`Settings`.
         embedding_dim: E of the image and text embeddings.
+        common: (2, E) mean of the dataset's image and of its text embeddings, for ``settings.centre``; None is 0.
     """
 
-    needs = Needs(window="slice", triplets=True, dimensions=(3,))
+    needs = Needs(window="slice", placement="free", triplets=True, dimensions=(3,))
     trained_parts = ("encoder", "decoder")
 
-    def __init__(self, backbone: Backbone, settings: Settings, embedding_dim: int):
+    def __init__(self, backbone: Backbone, settings: Settings, embedding_dim: int, *, common: Tensor | None = None):
         super().__init__(backbone, settings)
         if settings.field_of_view == "resize":
             self.needs = replace(self.needs, window="whole")
@@ -48,7 +49,10 @@ class Med3DInsight(PretextTask):
             heads=settings.heads,
             mlp_ratio=settings.mlp_ratio,
             slice_bins=settings.slice_bins,
+            output=settings.output,
         )
+        common = common if settings.centre and common is not None else torch.zeros(2, embedding_dim)
+        self.register_buffer("common", common, persistent=False)  # a fact of the dataset, not of the training
         # M of the Mahalanobis distance, shared by images and texts; the identity starts at the Euclidean distance
         self.metric = nn.Parameter(torch.eye(embedding_dim))
 
@@ -61,8 +65,8 @@ class Med3DInsight(PretextTask):
             "available": batch["available"],
             "plane": batch["plane"],
             "position": batch["slice_position"],
-            "image_embedding": F.normalize(batch["image_embedding"].float(), dim=1),
-            "text_embedding": F.normalize(batch["text_embedding"].float(), dim=1),
+            "image_embedding": F.normalize(batch["image_embedding"].float() - self.common[0], dim=1),
+            "text_embedding": F.normalize(batch["text_embedding"].float() - self.common[1], dim=1),
         }
 
     def encode(self, views: Views) -> tuple[Views, Terms]:
@@ -115,14 +119,26 @@ class Med3DInsight(PretextTask):
 
     @torch.no_grad()
     def diagnostics(self, views: Views) -> dict[str, Tensor]:
-        """Share of volumes whose nearest image or text is their own, smallest eigenvalue of M, embeddings (B, E)."""
-        outputs, _ = self.encode(views)
-        return {
-            "retrieval_image": self._retrieval(outputs["volume"], outputs["image"]),
-            "retrieval_text": self._retrieval(outputs["volume"], outputs["text"]),
-            "metric_smallest_eigenvalue": torch.linalg.eigvalsh(self.metric)[0],
-            "features": outputs["volume"],
-        }
+        """Retrieval of slices and texts, its controls and its chance, smallest eigenvalue of M, features (B, E).
+
+        The controls give the transformer the place of each slice with another volume: that of another case, or an empty
+        one. What they find above chance is found without looking at the volume. For the same reason ``features`` is
+        what the volume adds to the embedding of an empty one, beside a constant: a volume that adds nothing is the same
+        direction for all.
+        """
+        tokens, grid = self.backbone.tokens(self.backbone.features(views["corrupted"]))
+        empty, _ = self.backbone.tokens(self.backbone.features(torch.zeros_like(views["corrupted"][:1])))
+        volumes = {"": tokens, "_other_case": tokens.roll(1, 0), "_empty": empty.expand_as(tokens)}
+        found = {name: self.psat(seen, grid, views["plane"], views["position"]) for name, seen in volumes.items()}
+        measures = {"metric_smallest_eigenvalue": torch.linalg.eigvalsh(self.metric)[0]}
+        for kind in ("image", "text"):
+            target = views[f"{kind}_embedding"]
+            measures |= {f"retrieval_{kind}{name}": retrieval(v, target, self.metric) for name, v in found.items()}
+            measures[f"retrieval_{kind}_chance"] = 1 / _first_of_equal(target).float().sum()
+        if len(tokens) == 1:
+            measures = {name: value for name, value in measures.items() if not name.endswith("_other_case")}
+        constant = tokens.new_ones(1, found[""].shape[1], dtype=torch.float32)
+        return measures | {"features": found[""] - found["_empty"] + F.normalize(constant)}
 
     @torch.no_grad()
     def pictures(self, views: Views) -> dict[str, list[tuple[str, Tensor]]]:
@@ -134,10 +150,19 @@ class Med3DInsight(PretextTask):
     def _reconstruct(self, features: list[Tensor]) -> Tensor:
         return self.backbone.reconstruct(features, skips=self.settings.corruption != "none").float()
 
-    def _retrieval(self, volume: Tensor, target: Tensor) -> Tensor:
-        with torch.autocast(volume.device.type, enabled=False):
-            nearest = mahalanobis_cost(volume, target, self.metric).argmin(1)
-        return (nearest == torch.arange(len(volume), device=volume.device)).float().mean()
+
+def retrieval(volume: Tensor, target: Tensor, metric: Tensor) -> Tensor:
+    """Share () of the volumes (B, E) whose nearest target (B, E) is their own; equal targets count as one."""
+    first = _first_of_equal(target)
+    with torch.autocast(volume.device.type, enabled=False):
+        cost = mahalanobis_cost(volume, target, metric).masked_fill(~first, torch.inf)
+    return (target[cost.argmin(1)] == target).all(1).float().mean()
+
+
+def _first_of_equal(rows: Tensor) -> Tensor:
+    """Which of the rows (B, E) is the first of its kind, (B,) bool."""
+    equal = (rows[:, None] == rows[None]).all(2)
+    return ~equal.tril(-1).any(1)
 
 
 def _mean_square(error: Tensor, available: Tensor) -> Tensor:

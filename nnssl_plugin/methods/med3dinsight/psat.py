@@ -18,6 +18,9 @@ class PlaneSliceAwareTransformer(nn.Module):
     Tokens are projected to ``dim`` and get a fixed sin-cos position on their grid. The plane-slice embedding V_p[:, i,
     j], zero at the start, is added to tokens and queries. The mean of the queries' outputs is the embedding.
 
+    With ``output="attended"`` place and queries decide where is looked, and what is found there is all that comes out:
+    tokens are read without positions and V_p, and the last block leaves out the residual of the queries.
+
     Args:
         channels: C of the tokens.
         embedding_dim: E of the frozen image and text embeddings.
@@ -27,6 +30,7 @@ class PlaneSliceAwareTransformer(nn.Module):
         heads: attention heads.
         mlp_ratio: hidden width of the MLPs over ``dim``.
         slice_bins: number of slice positions J.
+        output: ``residual`` or ``attended``.
     """
 
     def __init__(
@@ -40,8 +44,10 @@ class PlaneSliceAwareTransformer(nn.Module):
         heads: int,
         mlp_ratio: int,
         slice_bins: int,
+        output: str = "residual",
     ):
         super().__init__()
+        self.output = output
         self.project_tokens = nn.Linear(channels, dim)
         # equal queries would stay equal for ever under the mean, hence random ones
         self.queries = nn.Parameter(0.02 * torch.randn(queries, dim))
@@ -68,10 +74,13 @@ class PlaneSliceAwareTransformer(nn.Module):
         plane_slice = self.plane_slice[:, plane, index].mT[:, None]  # (B, 1, dim)
         tokens = self.project_tokens(tokens)
         places = grid_positions(grid, tokens.shape[2], tokens.device).to(tokens.dtype)
-        tokens = self.token_norm(tokens + places + plane_slice)
+        placed = self.token_norm(tokens + places + plane_slice)
+        content = placed if self.output == "residual" else self.token_norm(tokens)
         queries = self.queries + plane_slice
-        for block in self.blocks:
-            queries = block(queries, tokens)
+        for block in self.blocks[:-1]:
+            queries = block(queries, placed, content)
+        last = self.blocks[-1]
+        queries = last(queries, placed, content) if self.output == "residual" else last.read(queries, placed, content)
         # the projection is linear: of the mean it is the mean of the queries' projections
         embedding = self.project_embedding(self.norm(queries).mean(1))
         return F.normalize(embedding.float(), dim=1)
@@ -93,12 +102,23 @@ class QueryBlock(nn.Module):
         self.cross_attention = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """Update the queries (B, Q, dim) by the normalised tokens (B, L, dim)."""
-        x = self.self_norm(queries)
-        queries = queries + self.self_attention(x, x, x, need_weights=False)[0]
-        queries = queries + self.cross_attention(self.cross_norm(queries), tokens, tokens, need_weights=False)[0]
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Update the queries (B, Q, dim) by tokens (B, L, dim): found by their keys, read as their values."""
+        queries = self._exchange(queries)
+        queries = queries + self._attend(queries, keys, values)
         return queries + self.mlp(self.mlp_norm(queries))
+
+    def read(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """What the queries find (B, Q, dim), without what they are."""
+        found = self._attend(self._exchange(queries), keys, values)
+        return found + self.mlp(self.mlp_norm(found))
+
+    def _exchange(self, queries: Tensor) -> Tensor:
+        x = self.self_norm(queries)
+        return queries + self.self_attention(x, x, x, need_weights=False)[0]
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.cross_attention(self.cross_norm(queries), keys, values, need_weights=False)[0]
 
 
 def grid_positions(grid: Sequence[int], dim: int, device: torch.device | str) -> Tensor:

@@ -1,10 +1,13 @@
 """``nnUNetv2_train ID 3d_fullres all -tr Med3DInsightPretrainer``."""
 
+import torch
+
+from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.methods.med3dinsight.objective import Med3DInsight
 from nnssl_plugin.methods.med3dinsight.settings import TRAINING, Settings
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.pretraining.batches import embedding_size
-from nnssl_plugin.pretraining.pretrainer import Pretrainer
+from nnssl_plugin.pretraining.batches import matching_notes, mean_embeddings
+from nnssl_plugin.pretraining.pretrainer import TRAIN, Pretrainer
 
 
 class Med3DInsightPretrainer(Pretrainer):
@@ -18,5 +21,14 @@ class Med3DInsightPretrainer(Pretrainer):
         "Multimodal Large Language Models (Med3DInsight).",
     )
 
+    def _batches(self, cases: list[str], purpose: int) -> StepBatches:
+        batches = super()._batches(cases, purpose)
+        if purpose == TRAIN:
+            together = batches.batch_size * batches.ranks
+            for note in matching_notes(batches, self.plans_manager.dataset_name, batch_size=together):
+                self.print_to_log_file(note)
+        return batches
+
     def build_task(self, backbone: Backbone) -> Med3DInsight:
-        return Med3DInsight(backbone, self.method_settings, embedding_size(self.plans_manager.dataset_name))
+        common = torch.from_numpy(mean_embeddings(self.plans_manager.dataset_name))
+        return Med3DInsight(backbone, self.method_settings, common.shape[1], common=common)

@@ -1,11 +1,14 @@
 """Every number of S2DC: the ``pretraining`` block of a plan, its ``method`` part being :class:`Settings`."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.pretraining.settings import TrainingSettings
+from nnssl_plugin.settings import Count, NonNegative, Positive, Range, Share
 
-ASSIGNMENTS = ("dual_softmax", "sinkhorn")
+Degrees = Annotated[float, Range(ge=0, le=180)]
+BelowOne = Annotated[float, Range(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -13,30 +16,30 @@ class Settings:
     """Settings of the method. Numbers of the paper are marked [paper], of its public code [code].
 
     Raises:
-        UserError: for a value outside its range.
+        UserError: when a smallest scale is larger than the largest.
     """
 
-    grid: tuple[int, ...] = (1, 1, 1)
+    grid: tuple[Count, Count, Count] = (1, 1, 1)
     """Sub-volumes of the plan's patch size per axis of the plan (the last two in 2D) that one window is cut into. The
     code has 4×4 of them in a plane; one nnU-Net patch at stride 16 gives as many tokens at a sixteenth of the cost."""
-    token_stride: int = 16
+    token_stride: Count = 16
     """Tokens come from the finest stage with at least this stride in voxels, from the bottleneck where none has it."""
-    hidden: int = 2048
+    hidden: Count = 2048
     """Width of the hidden layers of both heads [code]."""
-    dim: int = 512
+    dim: Count = 512
     """Width of the projected features [code]."""
-    queue: int = 1024
+    queue: Count = 1024
     """Features of earlier steps that serve as negatives of the global term."""
-    momentum: float = 0.999
+    momentum: Share = 0.999
     """Share of its own weights that the teacher keeps in a step, in [0, 1] [code]."""
-    temperature: float = 0.2
+    temperature: Positive = 0.2
     """τ of the global term, Eq. 1 (MoCo v2's; features have length 1)."""
-    assignment: str = "dual_softmax"
+    assignment: Literal["dual_softmax", "sinkhorn"] = "dual_softmax"
     """``dual_softmax`` [paper] or ``sinkhorn`` (optimal transport with a dustbin [code])."""
-    matching_temperature: float = 0.1
+    matching_temperature: Positive = 0.1
     """Divides the cosines of tokens before the assignment (LoFTR's). At 1, as printed, the loss of 144 tokens cannot
     fall below 7.95."""
-    sinkhorn_iterations: int = 100
+    sinkhorn_iterations: Count = 100
     """Iterations of ``sinkhorn`` [code]."""
     dustbin: float = 1.0
     """Score of staying unmatched in ``sinkhorn``, on the scale of the divided cosines [code]."""
@@ -44,69 +47,44 @@ class Settings:
     """Whether patches that do not correspond are pushed apart one by one too [code]."""
     detach_weights: bool = True
     """Whether no gradient flows through the weights of Eq. 7: they are a "soft label"."""
-    global_weight: float = 1.0
+    global_weight: NonNegative = 1.0
     """Factor of L_g [paper, Eq. 9]."""
-    p2p_weight: float = 1.0
+    p2p_weight: NonNegative = 1.0
     """Factor of L_p2p [paper, Eq. 9]."""
-    p2s_weight: float = 1.0
+    p2s_weight: NonNegative = 1.0
     """Factor of L_p2s [paper, Eq. 9]."""
-    rotation: float = 30.0
+    rotation: Degrees = 30.0
     """Largest rotation of the second view in degrees [code]."""
-    scale: tuple[float, ...] = (0.9, 1.2)
+    scale: tuple[Positive, Positive] = (0.9, 1.2)
     """Smallest and largest scale of the second view [code]."""
-    translation: float = 0.0625
+    translation: BelowOne = 0.0625
     """Largest shift of the second view, in windows: 24 of 384 voxels [code]."""
-    flip: float = 0.0
+    flip: Share = 0.0
     """Probability that an axis of the second view is mirrored."""
     in_plane: bool | None = None
     """Whether the second view turns within the slices only; ``None``: where slices are much thicker than pixels."""
-    copy_rotation: float = 20.0
+    copy_rotation: Degrees = 20.0
     """With several sub-volumes: largest rotation in degrees of the one that the global term compares [code]."""
-    copy_scale: tuple[float, ...] = (0.95, 1.05)
+    copy_scale: tuple[Positive, Positive] = (0.95, 1.05)
     """Its scales [code]."""
-    copy_translation: float = 0.25
+    copy_translation: BelowOne = 0.25
     """Its largest shift, in patches: 24 of 96 voxels [code]."""
-    intensity_probability: float = 0.5
+    intensity_probability: Share = 0.5
     """Probability of each change of intensity, per sample and channel."""
-    intensity_shift: float = 0.1
+    intensity_shift: NonNegative = 0.1
     """Largest shift, in standard deviations of the channel."""
-    intensity_scale: float = 0.25
+    intensity_scale: Share = 0.25
     """Largest change of contrast about the channel's mean, as a share (nnU-Net's own)."""
-    intensity_noise: float = 0.1
+    intensity_noise: NonNegative = 0.1
     """Largest standard deviation of Gaussian noise, in standard deviations of the channel."""
 
     def __post_init__(self) -> None:
-        wrong = next((name for name, fine in self._in_range().items() if not fine), None)
-        if wrong is not None:
-            raise UserError(
-                f"Setting '{wrong}' of S2DC cannot be {getattr(self, wrong)!r}.",
-                "Its range stands in nnssl_plugin/methods/s2dc/settings.py.",
-            )
-
-    def _in_range(self) -> dict[str, bool]:
-        counts = ("token_stride", "hidden", "dim", "queue", "sinkhorn_iterations")
-        positive = ("temperature", "matching_temperature")
-        from_zero = ("global_weight", "p2p_weight", "p2s_weight", "intensity_shift", "intensity_noise")
-        shares = ("momentum", "flip", "intensity_probability", "intensity_scale")
-        below_one = ("translation", "copy_translation")
-        return (
-            {name: getattr(self, name) >= 1 for name in counts}
-            | {name: getattr(self, name) > 0 for name in positive}
-            | {name: getattr(self, name) >= 0 for name in from_zero}
-            | {name: 0 <= getattr(self, name) <= 1 for name in shares}
-            | {name: 0 <= getattr(self, name) < 1 for name in below_one}
-            | {name: 0 <= getattr(self, name) <= 180 for name in ("rotation", "copy_rotation")}
-            | {name: _is_range(getattr(self, name)) for name in ("scale", "copy_scale")}
-            | {
-                "grid": len(self.grid) == 3 and all(type(size) is int and size >= 1 for size in self.grid),
-                "assignment": self.assignment in ASSIGNMENTS,
-                "in_plane": self.in_plane is None or type(self.in_plane) is bool,
-            }
-        )
-
-
-def _is_range(values: tuple) -> bool:
-    return len(values) == 2 and all(isinstance(v, int | float) for v in values) and 0 < values[0] <= values[1]
+        for name, (smallest, largest) in {"scale": self.scale, "copy_scale": self.copy_scale}.items():
+            if smallest > largest:
+                raise UserError(
+                    f"Setting '{name}' of S2DC is [{smallest}, {largest}]; the smallest comes first.",
+                    f"nnssl_plugin plan -d ID -p PLANS -n NAME --set 'method.{name}=[{largest},{smallest}]'",
+                )
 
 
 TRAINING = TrainingSettings(epochs=400, lr=3e-4, weight_decay=0.1, warmup_epochs=2.0)

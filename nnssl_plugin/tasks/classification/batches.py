@@ -1,4 +1,4 @@
-"""What a classifier sees of a case, and the batch of a step: functions of (seed, step) alone, as in ``batches``."""
+"""What a classifier sees of a case, and the batch of a step: functions of (seed, step) alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,8 +58,8 @@ def even_origins(case_shape: Sequence[int], window: Sequence[int], count: int) -
         ratio = (1 + ratio) ** (1 / (len(window) + 1))
     steps = ratio ** -np.arange(1.0, len(window) + 1)
     places = (0.5 + np.arange(count)[:, None] * steps) % 1
-    room = np.array(case_shape) - np.array(window)
-    return np.where(room > 0, np.floor(places * (room + 1)), room // 2).astype(int)
+    free = np.array(case_shape) - np.array(window)
+    return np.where(free > 0, np.floor(places * (free + 1)), free // 2).astype(int)
 
 
 def foreground_box(segmentation, *, margin: float) -> tuple[slice, ...]:

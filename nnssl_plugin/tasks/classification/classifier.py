@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.networks.family import Parts
 
 ATTENTION_WIDTH = 128
 
@@ -62,11 +64,12 @@ class Classifier(nn.Module):
         maps = [stage.flatten(2) for stage in self.backbone.features(x)[-self.stages :]]
         return torch.cat([part for stage in maps for part in (stage.mean(-1), stage.amax(-1))], 1)
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters of what is not the planned network: heads, and the attention over windows."""
-        return [*self.windows.parameters(), *self.heads.parameters()]
+    def parts(self) -> Parts:
+        """The encoder's stages; heads and the attention over windows are the head."""
+        head = [*self.windows.parameters(), *self.heads.parameters()]
+        return replace(self.backbone.parts(), head=head, rest_name="head")
 
-    def ask(self, x: Tensor) -> dict[str, Tensor]:
+    def logits(self, x: Tensor) -> dict[str, Tensor]:
         """:meth:`forward` of images on any device, in nnU-Net's precision: mixed on CUDA, full elsewhere."""
         device = next(self.parameters()).device
         with torch.autocast("cuda") if device.type == "cuda" else nullcontext():

@@ -8,19 +8,16 @@ import numpy as np
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.case_labels import BINARY, Target
+from nnssl_plugin.statistics.bootstrap import paired_permutation_p
 from nnssl_plugin.statistics.delong import auroc_difference
-from nnssl_plugin.tasks.classification.metrics import class_measures, indicators
+from nnssl_plugin.tasks.classification.metrics import class_metrics, indicators, overall_metrics
 from nnssl_plugin.tasks.classification.predictions import Predictions, predicted_labels
-from nnssl_plugin.tasks.classification.summary import CONFIDENCE, SAMPLES, SEED, percentile_interval, resampled_measures
-
-FLIPS = 10_000
-"""Random assignments of the permutation test."""
-CHUNK = 2**22
+from nnssl_plugin.tasks.classification.summary import CONFIDENCE, SAMPLES, SEED, percentile_interval, resampled_metrics
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A run's measure minus that of the first run; None where not defined or not tested."""
+    """A run's metric minus that of the first run; None where not defined or not tested."""
 
     value: float | None
     low: float | None
@@ -37,7 +34,8 @@ class ClassComparison:
     first: str
     cases: int
     subjects: int
-    differences: dict[str, dict[str, Difference]]  # run → measure → difference
+    differences: dict[str, dict[str, Difference]]  # run → metric → difference
+    checkpoints: dict[str, str | None]  # run → ``final``, ``best``, or None where it is not known
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -46,9 +44,10 @@ class ClassComparison:
             "compared_to": self.first,
             "cases": self.cases,
             "subjects": self.subjects,
+            "checkpoints": self.checkpoints,
             "bootstrap": {"confidence": CONFIDENCE, "samples": SAMPLES, "seed": SEED, "drawn": "subjects"},
             "differences": {
-                run: {measure: vars(difference) for measure, difference in found.items()}
+                run: {metric: vars(difference) for metric, difference in found.items()}
                 for run, found in self.differences.items()
             },
         }
@@ -71,52 +70,17 @@ def compare_classifiers(runs: Mapping[str, Predictions]) -> ClassComparison:
     first = aligned[names[0]]
     for name, run in aligned.items():
         _check_agreement(names[0], first, name, run)
-    drawn = dict(zip(names, resampled_measures(list(aligned.values())), strict=True))
+    drawn = dict(zip(names, resampled_metrics(list(aligned.values())), strict=True))
     differences = {name: _differences(aligned[name], first, drawn[name], drawn[names[0]]) for name in names[1:]}
-    return ClassComparison(first.target, names[0], len(shared), len(set(first.subjects)), differences)
+    checkpoints = {name: run.checkpoint or None for name, run in runs.items()}
+    return ClassComparison(first.target, names[0], len(shared), len(set(first.subjects)), differences, checkpoints)
 
 
-def permutation_p(differences: np.ndarray, subjects: np.ndarray, *, flips: int = FLIPS, seed: int = SEED) -> float:
-    """Two-sided p of a paired permutation test of a mean difference.
-
-    If neither run were better, each subject's differences could as well have the other sign; all cases of a subject
-    change it together. The observed assignment counts as one of the random ones, so p is never 0 (Phipson and Smyth,
-    Permutation P-values Should Never Be Zero, 2010).
-
-    Args:
-        differences: (N,) of each case.
-        subjects: N names.
-        flips: random assignments.
-        seed: the same seed gives the same p.
-    """
-    _, subject_of = np.unique(np.asarray(subjects), return_inverse=True)
-    sums = np.bincount(subject_of, weights=differences)
-    sums = sums[sums != 0]
-    if not len(sums):
-        return 1.0
-    rng, observed, extreme = np.random.default_rng(seed), abs(sums.sum()), 0
-    rows = max(1, CHUNK // len(sums))
-    for start in range(0, flips, rows):
-        signs = rng.integers(2, size=(min(rows, flips - start), len(sums))) * 2 - 1
-        extreme += int((np.abs(signs @ sums) >= observed - 1e-9).sum())
-    return (extreme + 1) / (flips + 1)
-
-
-def compared_measures(target: Target) -> list[str]:
-    """Names of the measures that a comparison holds, in the order of tables and figures."""
-    ordinal = ["quadratic_kappa", "mean_absolute_error"] if target.kind == "ordinal" else []
+def compared_metrics(target: Target) -> list[str]:
+    """Names of the metrics that a comparison holds, in the order of tables and figures."""
     classes = [] if target.kind == BINARY else [f"auroc/{name}" for name in target.classes]
-    return [
-        "auroc",
-        *classes,
-        "average_precision",
-        "accuracy",
-        "balanced_accuracy",
-        "macro_f1",
-        *ordinal,
-        "brier",
-        "ece",
-    ]
+    first, *rest = overall_metrics(target)
+    return [first, *classes, *rest]
 
 
 def _aligned(run: Predictions, cases: list[str]) -> Predictions:
@@ -145,19 +109,19 @@ def _differences(
     run: Predictions, first: Predictions, drawn: Mapping[str, np.ndarray], drawn_first: Mapping[str, np.ndarray]
 ) -> dict[str, Difference]:
     once = np.ones((1, len(run.cases)))
-    ours, theirs = (class_measures(p.labels, p.probabilities, once, target=p.target) for p in (run, first))
+    ours, theirs = (class_metrics(p.labels, p.probabilities, once, target=p.target) for p in (run, first))
     found = {}
-    for measure in compared_measures(run.target):
+    for metric in compared_metrics(run.target):
         low, high = (
-            percentile_interval(drawn[measure] - drawn_first[measure]) if len(set(run.subjects)) > 1 else (None, None)
+            percentile_interval(drawn[metric] - drawn_first[metric]) if len(set(run.subjects)) > 1 else (None, None)
         )
-        found[measure] = Difference(
-            _plain(ours[measure][0] - theirs[measure][0]), low, high, None, "bootstrap over subjects"
+        found[metric] = Difference(
+            _plain(ours[metric][0] - theirs[metric][0]), low, high, None, "bootstrap over subjects"
         )
     positive = {f"auroc/{name}": k for k, name in enumerate(run.target.classes)}
     if run.target.kind == BINARY:
         positive = {"auroc": 1}
-    for measure, k in positive.items():
+    for metric, k in positive.items():
         tested = auroc_difference(
             run.probabilities[:, k],
             first.probabilities[:, k],
@@ -165,9 +129,9 @@ def _differences(
             subjects=run.subjects,
             confidence=CONFIDENCE,
         )
-        found[measure] = Difference(*map(_plain, (tested.difference, tested.low, tested.high, tested.p)), "DeLong")
+        found[metric] = Difference(*map(_plain, (tested.difference, tested.low, tested.high, tested.p)), "DeLong")
     accuracy = found["accuracy"]
-    p = permutation_p(_right(run).astype(float) - _right(first), np.array(run.subjects))
+    p = paired_permutation_p(_right(run).astype(float) - _right(first), np.array(run.subjects))
     found["accuracy"] = Difference(
         accuracy.value, accuracy.low, accuracy.high, p, "bootstrap over subjects, permutation of subjects"
     )
@@ -176,8 +140,8 @@ def _differences(
 
 def _right(run: Predictions) -> np.ndarray:
     """(N,) bool: whether a case is predicted as it is."""
-    answers = predicted_labels(run.probabilities, run.target)
-    return (indicators(answers, run.target) == indicators(run.labels, run.target)).all(axis=1)
+    decisions = predicted_labels(run.probabilities, run.target)
+    return (indicators(decisions, run.target) == indicators(run.labels, run.target)).all(axis=1)
 
 
 def _plain(value: float) -> float | None:

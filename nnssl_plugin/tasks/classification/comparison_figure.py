@@ -4,47 +4,30 @@ from pathlib import Path
 
 import numpy as np
 
-from nnssl_plugin.io.figures import COLOURS
-from nnssl_plugin.io.files import atomic_path
-from nnssl_plugin.tasks.classification.comparison import ClassComparison, compared_measures
+from nnssl_plugin.io.figures import COLOURS, pyplot, save_figure
+from nnssl_plugin.tasks.classification.checkpoints import BEST, TOO_GOOD
+from nnssl_plugin.tasks.classification.comparison import ClassComparison, compared_metrics
+from nnssl_plugin.tasks.classification.metrics import metric_of, metric_title
 from nnssl_plugin.tasks.classification.summary import CONFIDENCE
-
-LOWER_IS_BETTER = ("brier", "ece", "mean_absolute_error")
-SHOWN = {
-    "auroc": "AUROC",
-    "average_precision": "average precision",
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "brier": "Brier score",
-    "ece": "calibration error",
-    "quadratic_kappa": "quadratic kappa",
-    "mean_absolute_error": "mean absolute error",
-}
 
 
 def draw_class_comparison(comparison: ClassComparison, path: str | Path) -> None:
-    """One line per measure and a colour per run; right of zero the run is better, in measures of error as well.
+    """One line per metric and a colour per run; right of zero the run is better, in metrics of error as well.
 
     Args:
         comparison: of two or more runs.
         path: the PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    measures, runs = compared_measures(comparison.target), list(comparison.differences)
-    figure, axis = plt.subplots(
-        figsize=(8.5, 2 + 0.3 * len(measures) * max(1.0, 0.6 * len(runs))), layout="constrained"
+    metrics, runs = compared_metrics(comparison.target), list(comparison.differences)
+    figure, axis = pyplot().subplots(
+        figsize=(8.5, 2 + 0.3 * len(metrics) * max(1.0, 0.6 * len(runs))), layout="constrained"
     )
     offsets = np.linspace(-0.25, 0.25, len(runs)) if len(runs) > 1 else [0.0]
     for number, (run, offset) in enumerate(zip(runs, offsets, strict=True)):
-        _draw_run(axis, comparison, run, measures, offset, COLOURS[(number + 1) % len(COLOURS)])
+        _draw_run(axis, comparison, run, metrics, offset, COLOURS[(number + 1) % len(COLOURS)])
     axis.axvline(0, color="black", linewidth=1, zorder=0)
-    axis.set_yticks(range(len(measures)), [_shown(measure) for measure in measures])
-    axis.set_ylim(len(measures) - 0.4, -0.6)
+    axis.set_yticks(range(len(metrics)), [metric_title(metric) for metric in metrics])
+    axis.set_ylim(len(metrics) - 0.4, -0.6)
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel(
         f"gain over {comparison.first} → better\n(bar: {CONFIDENCE:.0%} interval over subjects; "
@@ -52,24 +35,24 @@ def draw_class_comparison(comparison: ClassComparison, path: str | Path) -> None
         fontsize="small",
     )
     compared = f"{runs[0]} against {comparison.first}" if len(runs) == 1 else f"against {comparison.first}"
+    best = [run for run, checkpoint in comparison.checkpoints.items() if checkpoint == BEST]
+    remark = f"\n{', '.join(best)}: {TOO_GOOD}" if best else ""
     axis.set_title(
-        f"{comparison.target.name}: {compared}, {comparison.cases} cases of {comparison.subjects} subjects",
+        f"{comparison.target.name}: {compared}, {comparison.cases} cases of {comparison.subjects} subjects{remark}",
         fontsize="medium",
     )
     if len(runs) > 1:
         figure.legend(loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
-def _draw_run(axis, comparison: ClassComparison, run: str, measures: list[str], offset: float, colour: str) -> None:
+def _draw_run(axis, comparison: ClassComparison, run: str, metrics: list[str], offset: float, colour: str) -> None:
     """Dots with intervals; the p where there is one, at the right edge."""
-    for row, measure in enumerate(measures):
-        found = comparison.differences[run][measure]
+    for row, metric in enumerate(metrics):
+        found = comparison.differences[run][metric]
         if found.value is None:
             continue
-        sign = -1 if measure in LOWER_IS_BETTER else 1
+        sign = -1 if metric_of(metric).lower_is_better else 1
         reach = None if found.low is None else np.abs([[found.value - found.low], [found.high - found.value]])
         if reach is not None and sign < 0:
             reach = reach[::-1]
@@ -94,8 +77,3 @@ def _draw_run(axis, comparison: ClassComparison, run: str, measures: list[str], 
                 fontsize="small",
                 color=colour,
             )
-
-
-def _shown(measure: str) -> str:
-    name, _, of_class = measure.partition("/")
-    return f"{SHOWN[name]} of {of_class}" if of_class else SHOWN[name]

@@ -10,31 +10,25 @@ import numpy as np
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.case_labels import Target
+from nnssl_plugin.tasks.classification.checkpoints import BEST, FINAL, VALIDATION
+from nnssl_plugin.tasks.classification.metrics import overall_metrics
 from nnssl_plugin.tasks.classification.predictions import Predictions
 from nnssl_plugin.tasks.classification.runs import read_tables, targets_of
 from nnssl_plugin.tasks.classification.summary import summarise_predictions, write_predictions_and_summary
 
-OF_FOLDS = (
-    "auroc",
-    "average_precision",
-    "accuracy",
-    "balanced_accuracy",
-    "macro_f1",
-    "brier",
-    "ece",
-    "quadratic_kappa",
-    "mean_absolute_error",
-)
-"""Measures that are also given per fold."""
+_VALIDATE = {FINAL: "", BEST: " --val --val_best"}
 
 
-def find_folds(model_folder: str | Path, folds: Sequence[int] | None = None) -> dict[int, Path]:
-    """Fold → its ``validation`` folder.
+def find_folds(
+    model_folder: str | Path, folds: Sequence[int] | None = None, *, checkpoint: str = FINAL
+) -> dict[int, Path]:
+    """Fold → the folder of its validation.
 
     Args:
         model_folder: ``nnUNet_results/DATASET/TRAINER__PLANS__CONFIG``.
         folds: those that are wanted; None: every numbered one with predictions. ``fold_all`` is never one, because its
             cases were trained on.
+        checkpoint: ``final`` or ``best``, whose validation.
 
     Raises:
         UserError: the folder or a wanted fold is missing, or its validation holds no predictions.
@@ -42,13 +36,14 @@ def find_folds(model_folder: str | Path, folds: Sequence[int] | None = None) -> 
     model_folder = Path(model_folder)
     if not model_folder.is_dir():
         raise UserError(f"There is no folder {model_folder}.", "Train it first, or check -d, -tr, -p and -c.")
-    present = {int(p.name[5:]): p / "validation" for p in model_folder.glob("fold_*") if p.name[5:].isdigit()}
+    present = {int(p.name[5:]): p / VALIDATION[checkpoint] for p in model_folder.glob("fold_*") if p.name[5:].isdigit()}
     wanted = sorted(k for k, p in present.items() if any(p.glob("predictions*.csv"))) if folds is None else list(folds)
     missing = [fold for fold in wanted if fold not in present or not any(present[fold].glob("predictions*.csv"))]
     if missing or not wanted:
         raise UserError(
-            f"{model_folder} has no validation of fold {missing[0] if missing else 0}.",
-            f"Finish it: nnUNetv2_train … {missing[0] if missing else 0}, or name other folds with -f.",
+            f"{model_folder} has no {VALIDATION[checkpoint]} of fold {missing[0] if missing else 0}.",
+            f"Finish it: nnUNetv2_train … {missing[0] if missing else 0}{_VALIDATE[checkpoint]}, or name other folds "
+            "with -f.",
         )
     return {fold: present[fold] for fold in wanted}
 
@@ -57,15 +52,18 @@ def accumulate_folds(
     model_folder: str | Path,
     *,
     folds: Sequence[int] | None = None,
+    checkpoint: str = FINAL,
 ) -> tuple[Path, dict[str, tuple[Predictions, dict[str, Any]]]]:
     """Pool the validations of folds and write ``crossval_results_folds_0_1_…`` with tables, summaries and figures.
 
-    Pooled measures rank the probabilities of different models together; ``mean_of_folds`` in the summary does not
+    Pooled metrics rank the probabilities of different models together; ``mean_of_folds`` in the summary does not
     (G. Forman and M. Scholz, Apples-to-Apples in Cross-Validation Studies, SIGKDD Explorations 12, 2010).
 
     Args:
         model_folder: ``nnUNet_results/DATASET/TRAINER__PLANS__CONFIG``.
         folds: to pool; None: every numbered one with predictions.
+        checkpoint: ``final`` or ``best``, whose validations. Tables that do not say were written by versions that
+            validated the best epoch, and count as such.
 
     Returns:
         the folder, and target → (pooled predictions, summary).
@@ -74,11 +72,12 @@ def accumulate_folds(
         UserError: something is missing, or folds share a case or a subject.
     """
     model_folder = Path(model_folder)
-    found = find_folds(model_folder, folds)
+    found = find_folds(model_folder, folds, checkpoint=checkpoint)
     targets = targets_of(model_folder)
     by_fold = {fold: read_tables(sorted(folder.glob("predictions*.csv")), targets) for fold, folder in found.items()}
     predicted = [target for target in targets if any(target.name in tables for tables in by_fold.values())]
-    output = model_folder / f"crossval_results_folds_{'_'.join(map(str, found))}"
+    suffix = "" if checkpoint == FINAL else f"_{checkpoint}"
+    output = model_folder / f"crossval_results_folds_{'_'.join(map(str, found))}{suffix}"
     output.mkdir(exist_ok=True)
     for name in ("dataset.json", "plans.json"):
         if (model_folder / name).is_file():
@@ -96,7 +95,7 @@ def pool(by_fold: dict[int, Predictions]) -> Predictions:
     """The predictions of several folds as one table, sorted by case.
 
     Raises:
-        UserError: two folds share a case or a subject.
+        UserError: two folds share a case or a subject, or differ in the kind of checkpoint.
     """
     for what in ("cases", "subjects"):
         seen: dict[str, int] = {}
@@ -112,12 +111,20 @@ def pool(by_fold: dict[int, Predictions]) -> Predictions:
                 )
             seen |= dict.fromkeys(getattr(predictions, what), fold)
     parts = list(by_fold.values())
+    epochs = {fold: p.checkpoint or BEST for fold, p in by_fold.items()}
+    if len(set(epochs.values())) > 1:
+        shown = ", ".join(f"{fold}: {epoch}" for fold, epoch in epochs.items())
+        raise UserError(
+            f"The folds were validated with checkpoints of different kinds ({shown}).",
+            "Validate all of them with the final one: nnUNetv2_train … FOLD --val",
+        )
     joined = Predictions(
         parts[0].target,
         sum((p.cases for p in parts), ()),
         sum((p.subjects for p in parts), ()),
         np.concatenate([p.labels for p in parts]),
         np.concatenate([p.probabilities for p in parts]),
+        next(iter(epochs.values())),
     )
     return joined.select(np.argsort(joined.cases, kind="stable").tolist())
 
@@ -132,15 +139,15 @@ def _of_target(tables: dict[str, Predictions], target: Target, fold: int, model_
 
 
 def _of_each_fold(by_fold: dict[int, Predictions]) -> dict[str, Any]:
-    """Each fold's measures, and over the folds that define it their mean and standard deviation."""
+    """Each fold's metrics, and over the folds that define it their mean and standard deviation."""
     summaries = {str(fold): summarise_predictions(predictions) for fold, predictions in by_fold.items()}
-    measures = [name for name in OF_FOLDS if name in next(iter(summaries.values()))]
+    metrics = overall_metrics(next(iter(by_fold.values())).target)
     folds = {
-        fold: {"cases": summary["cases"]} | {name: summary[name] for name in measures}
+        fold: {"cases": summary["cases"]} | {name: summary[name] for name in metrics}
         for fold, summary in summaries.items()
     }
     means = {}
-    for name in measures:
+    for name in metrics:
         defined = [values[name] for values in folds.values() if values[name] is not None]
         means[name] = {
             "mean": float(np.mean(defined)) if defined else None,

@@ -1,12 +1,14 @@
-"""ROC and precision-recall curves, one per class against the rest."""
+"""ROC and precision-recall curves, one per class against the rest, drawn by scikit-learn."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
 from nnssl_plugin.io.figures import COLOURS
 from nnssl_plugin.nnunet.case_labels import BINARY
+from nnssl_plugin.tasks.classification.checkpoints import BEST
 from nnssl_plugin.tasks.classification.metrics import areas, indicators
 from nnssl_plugin.tasks.classification.predictions import Predictions, predicted_labels
 
@@ -20,8 +22,7 @@ class _Curve:
     name: str
     colour: str
     positives: np.ndarray  # (N,) bool
-    found: np.ndarray  # cases with the class above each threshold, from 0 on as the threshold falls
-    alarms: np.ndarray  # cases without it
+    scores: np.ndarray  # (N,) probability of the class
     area: float
 
     @property
@@ -36,11 +37,13 @@ def draw_roc(axis, predictions: Predictions, intervals: Mapping[str, Interval]) 
     """Draw the curves; returns what goes into the legend, where each area has its interval."""
     curves = list(_curves(predictions, "auroc"))
     for curve in curves:
-        axis.plot(
-            curve.alarms / curve.alarms[-1],
-            curve.found / curve.found[-1],
-            label=_label(curve, "AUROC", intervals.get(f"auroc/{curve.name}")),
-            **curve.style,
+        label = _label(curve, "AUROC", intervals.get(f"auroc/{curve.name}"))
+        RocCurveDisplay.from_predictions(
+            curve.positives,
+            curve.scores,
+            drop_intermediate=False,
+            ax=axis,
+            curve_kwargs={"label": label, **curve.style},
         )
     _name_the_rest(axis, curves, "AUROC")
     axis.plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=1, label="chance: AUROC 0.5")
@@ -49,7 +52,7 @@ def draw_roc(axis, predictions: Predictions, intervals: Mapping[str, Interval]) 
     axis.set_title(f"{heading(predictions)}: how well it tells apart")
     axis.set_xlabel("1 − specificity (share of cases without it that raise an alarm)")
     axis.set_ylabel("sensitivity (share of cases with it that are found)")
-    return axis.get_legend_handles_labels()[0]
+    return legend_entries(axis)
 
 
 def draw_precision(axis, predictions: Predictions, intervals: Mapping[str, Interval]) -> list:
@@ -59,14 +62,9 @@ def draw_precision(axis, predictions: Predictions, intervals: Mapping[str, Inter
     """
     curves = list(_curves(predictions, "average_precision"))
     for curve in curves:
-        steps = np.flatnonzero(np.diff(curve.found)) + 1
-        believed = curve.found[steps] / (curve.found + curve.alarms)[steps]
-        axis.step(
-            np.append(0, curve.found[steps] / curve.found[-1]),
-            np.append(believed[:1], believed),
-            where="pre",
-            label=_label(curve, "average precision", intervals.get(f"average_precision/{curve.name}")),
-            **curve.style,
+        label = _label(curve, "average precision", intervals.get(f"average_precision/{curve.name}"))
+        PrecisionRecallDisplay.from_predictions(
+            curve.positives, curve.scores, ax=axis, curve_kwargs={"label": label, **curve.style}
         )
         if curve.colour != GREY:
             axis.axhline(curve.positives.mean(), color=curve.colour, linestyle=":", linewidth=1)
@@ -75,7 +73,7 @@ def draw_precision(axis, predictions: Predictions, intervals: Mapping[str, Inter
     axis.set_title(f"{heading(predictions)}: how far an alarm can be believed")
     axis.set_xlabel("sensitivity, or recall (share of cases with it that are found)")
     axis.set_ylabel("positive predictive value, or precision\n(share of alarms that are right)")
-    return axis.get_legend_handles_labels()[0]
+    return legend_entries(axis)
 
 
 def colours_of_classes(predictions: Predictions) -> dict[int, str]:
@@ -90,7 +88,15 @@ def heading(predictions: Predictions) -> str:
     """Of what and from how many cases and subjects a figure is."""
     cases, subjects = len(predictions.cases), len(set(predictions.subjects))
     counted = f"{cases} case{'s' * (cases > 1)}"
-    return f"{predictions.target.name}, {counted}" + (f" of {subjects} subjects" if subjects < cases else "")
+    of = f" of {subjects} subjects" if subjects < cases else ""
+    return f"{predictions.target.name}, {counted}{of}" + (", best epoch" if predictions.checkpoint == BEST else "")
+
+
+def legend_entries(axis) -> list:
+    """What an axis would name in a legend, which scikit-learn has drawn into it; here it goes below the figure."""
+    if axis.get_legend() is not None:
+        axis.get_legend().remove()
+    return axis.get_legend_handles_labels()[0]
 
 
 def bracket(interval: Interval | None) -> str:
@@ -98,22 +104,18 @@ def bracket(interval: Interval | None) -> str:
     return "" if not interval or interval[0] is None else f" (95 %: {interval[0]:.3f} to {interval[1]:.3f})"
 
 
-def _curves(predictions: Predictions, measure: str) -> Iterator[_Curve]:
+def _curves(predictions: Predictions, metric: str) -> Iterator[_Curve]:
     """Of every class that some cases have and some lack; of a binary target only the second."""
     target, colours = predictions.target, colours_of_classes(predictions)
-    truth, values = indicators(predictions.labels, target), _areas(predictions)[measure]
+    truth, values = indicators(predictions.labels, target), _areas(predictions)[metric]
     for k, name in enumerate(target.classes):
         if (target.kind == BINARY and k == 0) or truth[:, k].all() or not truth[:, k].any():
             continue
-        order = np.argsort(-predictions.probabilities[:, k], kind="stable")
-        ends = np.flatnonzero(np.append(np.diff(predictions.probabilities[order, k]) != 0, True))
-        found, alarms = (np.append(0, np.cumsum(mask[order])[ends]) for mask in (truth[:, k], ~truth[:, k]))
         yield _Curve(
             name,
             COLOURS[0] if target.kind == BINARY else colours.get(k, GREY),
             truth[:, k],
-            found,
-            alarms,
+            predictions.probabilities[:, k],
             float(values[k]),
         )
 

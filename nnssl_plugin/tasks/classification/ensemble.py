@@ -1,4 +1,4 @@
-"""The folds of a trained classifier, asked together."""
+"""The classifiers of the folds, with the mean of their probabilities."""
 
 import itertools
 from collections.abc import Sequence
@@ -40,13 +40,13 @@ class Ensemble:
         """Target → (B, K), the mean over models and mirrorings, of images ``x`` (B, W, C, *patch)."""
         axes = self.first.mirroring_axes if self.mirroring else ()
         flips = [flip for number in range(len(axes) + 1) for flip in itertools.combinations(axes, number)]
-        answers = [
+        probabilities = [
             model.probabilities(torch.flip(x, [axis + 3 for axis in flip]) if flip else x)
             for flip in flips
             for model in self.models
         ]
         return {
-            target.name: torch.stack([answer[target.name] for answer in answers]).mean(0) for target in self.targets
+            target.name: torch.stack([each[target.name] for each in probabilities]).mean(0) for target in self.targets
         }
 
 
@@ -62,8 +62,8 @@ def find_trained_folds(model_folder: str | Path, checkpoint: str) -> list[str]:
     if not present:
         raise UserError(
             f"No fold of {model_folder} has a {checkpoint}.",
-            "Name the folder of a training (…/PretrainedClassificationTrainer__PLANS__CONFIG) with -m, or "
-            "another checkpoint with -chk.",
+            "Name the folder of a training (…/PretrainedClassificationTrainer__PLANS__CONFIG) with -m, finish the "
+            "training (nnUNetv2_train … --c), or take the best epoch so far: --checkpoint best",
         )
     return numbered or ["all"]
 
@@ -75,6 +75,7 @@ def load_ensemble(
     checkpoint: str,
     mirroring: bool = False,
     device: str = "cpu",
+    trust: bool = False,
 ) -> Ensemble:
     """Load the classifiers of folds.
 
@@ -84,11 +85,14 @@ def load_ensemble(
         checkpoint: file of the folds' folders.
         mirroring: see :class:`Ensemble`.
         device: where they run.
+        trust: build their network whatever its class.
 
     Raises:
         UserError: one is missing or damaged, or they do not belong together.
     """
-    models = tuple(load_classifier(model_folder, fold, checkpoint=checkpoint, device=device) for fold in folds)
+    models = tuple(
+        load_classifier(model_folder, fold, checkpoint=checkpoint, device=device, trust=trust) for fold in folds
+    )
     for fold, model in zip(folds, models, strict=True):
         if _seen_by(model) != _seen_by(models[0]):
             raise UserError(

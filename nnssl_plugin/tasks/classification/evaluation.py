@@ -9,12 +9,17 @@ from typing import Any
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
+from nnssl_plugin.tasks.classification.checkpoints import BEST, FINAL, TOO_GOOD
 from nnssl_plugin.tasks.classification.comparison import ClassComparison, compare_classifiers
 from nnssl_plugin.tasks.classification.comparison_figure import draw_class_comparison
 from nnssl_plugin.tasks.classification.cross_validation import accumulate_folds
+from nnssl_plugin.tasks.classification.metrics import PRINTED, metric_title
 from nnssl_plugin.tasks.classification.predictions import Predictions, name_suffix
 from nnssl_plugin.tasks.classification.runs import find_tables, read_references, read_tables, targets_of
 from nnssl_plugin.tasks.classification.summary import write_predictions_and_summary
+
+TITLE_WIDTH = 22
+"""Characters of a metric's title in printed tables."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ def evaluate_classification(
     folds: Sequence[int] | None = None,
     references: str | Path | None = None,
     dataset_json: str | Path | None = None,
+    checkpoint: str = FINAL,
 ) -> ClassEvaluation:
     """Score one or more runs and, with two or more, compare each to the first.
 
@@ -53,6 +59,7 @@ def evaluate_classification(
         folds: to pool of trainings; None: every numbered one.
         references: table ``case,subject,TARGET…`` of the true labels; None: those of the tables of predictions.
         dataset_json: defines the targets; None: what lies beside the predictions.
+        checkpoint: ``final`` or ``best``, whose validations of trainings are pooled.
 
     Raises:
         UserError: something is missing or does not fit together.
@@ -66,12 +73,12 @@ def evaluate_classification(
     runs = {}
     for name, place in places.items():
         if name in trainings and references is None:
-            folder, found = accumulate_folds(place, folds=folds)
+            folder, found = accumulate_folds(place, folds=folds, checkpoint=checkpoint)
             runs[name] = ClassRun(
                 folder, {t: pair[0] for t, pair in found.items()}, {t: pair[1] for t, pair in found.items()}
             )
         else:
-            runs[name] = _score_tables(place, Path(output) / name, references, dataset_json)
+            runs[name] = _score_tables(place, Path(output) / name, references, dataset_json, checkpoint)
     return ClassEvaluation(runs, _compare(runs, Path(output)) if len(runs) > 1 else {})
 
 
@@ -107,15 +114,17 @@ def model_folders(
 
 
 def class_table(evaluation: ClassEvaluation) -> str:
-    """A short table for people: measures per run and target with their intervals, then the differences."""
+    """A short table for people: metrics per run and target with their intervals, then the differences."""
     lines = []
     width = max(len(name) for name in evaluation.runs)
     for name, run in evaluation.runs.items():
         for target, summary in run.summaries.items():
             lines.append(f"{name:<{width}}  {target}, {summary['cases']} cases of {summary['subjects']} subjects")
-            for measure in ("auroc", "accuracy", "balanced_accuracy", "macro_f1", "ece"):
-                shown = f"{_number(summary[measure])} {_interval(*summary['intervals'][measure])}"
-                lines.append(f"{'':<{width}}    {measure.replace('_', ' '):<18}{shown}")
+            if summary["checkpoint"] == BEST:
+                lines.append(f"{'':<{width}}  ({TOO_GOOD})")
+            for metric in PRINTED:
+                shown = f"{_number(summary[metric])} {_interval(*summary['intervals'][metric])}"
+                lines.append(f"{'':<{width}}    {metric_title(metric):<{TITLE_WIDTH}}{shown}")
     for target, comparison in evaluation.comparisons.items():
         for run, differences in comparison.differences.items():
             lines += [
@@ -123,10 +132,13 @@ def class_table(evaluation: ClassEvaluation) -> str:
                 f"{run} − {comparison.first}: {target}, over {comparison.cases} cases of "
                 f"{comparison.subjects} subjects",
             ]
-            for measure, difference in differences.items():
+            best = [name for name in (run, comparison.first) if comparison.checkpoints[name] == BEST]
+            if best:
+                lines.append(f"{'':<{width}}  ({' and '.join(best)}: {TOO_GOOD})")
+            for metric, difference in differences.items():
                 p = "" if difference.p is None else f"  p = {difference.p:.3g}"
                 lines.append(
-                    f"{'':<{width}}    {measure.replace('_', ' '):<18}{_number(difference.value, '+')} "
+                    f"{'':<{width}}    {metric_title(metric):<{TITLE_WIDTH}}{_number(difference.value, '+')} "
                     f"{_interval(difference.low, difference.high, '+')}{p}  ({difference.test})"
                 )
     return "\n".join(lines)
@@ -137,8 +149,9 @@ def _score_tables(
     folder: Path,
     references: str | Path | None,
     dataset_json: str | Path | None,
+    checkpoint: str,
 ) -> ClassRun:
-    tables = find_tables(place)
+    tables = find_tables(place, checkpoint=checkpoint)
     targets = targets_of(place, dataset_json=dataset_json)
     labels = read_references(references, targets) if references else None
     found = read_tables(tables, targets, references=labels)

@@ -42,30 +42,36 @@ def check_monai() -> None:
         )
 
 
-def explain(ensemble: Ensemble, image: Image, answers: Mapping[str, np.ndarray]) -> dict[str, Explanation]:
+def explain(ensemble: Ensemble, image: Image, probabilities: Mapping[str, np.ndarray]) -> dict[str, Explanation]:
     """Explain the most probable class of every target.
 
     The preprocessed image is hidden part by part behind each channel's mean, about 350 times, and each time shown to
     all models.
 
     Args:
-        ensemble: that answered.
+        ensemble: that gave the probabilities.
         image: a case.
-        answers: target → probabilities (K,).
+        probabilities: target → (K,).
     """
     from monai.visualize import OcclusionSensitivity
 
-    chosen = {target.name: int(np.argmax(answers[target.name])) for target in ensemble.targets}
+    chosen = {target.name: int(np.argmax(probabilities[target.name])) for target in ensemble.targets}
     data = torch.from_numpy(np.ascontiguousarray(image.data, dtype=np.float32))
     mean = data.mean(dim=tuple(range(1, data.ndim)), keepdim=True)
-    asked = _LogOdds(ensemble, chosen, mean, image.segmentation)
+    log_odds = _LogOdds(ensemble, chosen, mean, image.segmentation)
     occlusion = OcclusionSensitivity(
-        asked, mask_size=mask_size(data.shape[1:]), n_batch=4, overlap=OVERLAP, mode=0.0, activate=False, verbose=False
+        log_odds,
+        mask_size=mask_size(data.shape[1:]),
+        n_batch=4,
+        overlap=OVERLAP,
+        mode=0.0,
+        activate=False,
+        verbose=False,
     )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # MONAI's own use of what torch has deprecated
         hidden, _ = occlusion((data - mean)[None])
-        shown = asked((data - mean)[None])
+        shown = log_odds((data - mean)[None])
     lost = (shown[0].reshape(-1, *[1] * image.data[0].ndim) - torch.as_tensor(hidden)[0]).numpy()
     # rounded, so that what single precision leaves does not choose the slices of a picture
     return {name: Explanation(index, lost[row].round(4)) for row, (name, index) in enumerate(chosen.items())}
@@ -87,6 +93,6 @@ class _LogOdds(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         images = (torch.as_tensor(x).cpu() + self.mean).numpy()
         inputs = torch.stack([self.ensemble.inputs(image, self.segmentation) for image in images])
-        answers = self.ensemble.probabilities(inputs)
-        found = torch.stack([answers[name][:, index] for name, index in self.chosen.items()], dim=1)
+        probabilities = self.ensemble.probabilities(inputs)
+        found = torch.stack([probabilities[name][:, index] for name, index in self.chosen.items()], dim=1)
         return torch.logit(found.double(), eps=SMALLEST).float()

@@ -92,7 +92,7 @@ def draw_explanation(
         shrink=0.8,
         label=f"log-odds lost when hidden\n← against {name}        for {name} →",
     )
-    figure.suptitle(f"{case}\n{_answer(target, probabilities, explanation.class_index)}")
+    figure.suptitle(f"{case}\n{_headline(target, probabilities, explanation.class_index)}")
     figure.supxlabel(
         f"Orange: without it, the model would be less sure of {name}.\n"
         "It shows what the model used, not where a disease is.",
@@ -150,7 +150,7 @@ def _letter(axis, view: _View) -> None:
         )
 
 
-def _answer(target: Target, probabilities: np.ndarray, chosen: int) -> str:
+def _headline(target: Target, probabilities: np.ndarray, chosen: int) -> str:
     """The explained class first, then the others, the most probable before the rest."""
     order = [chosen, *(int(k) for k in np.argsort(-probabilities) if k != chosen)]
     shown = [f"{target.classes[k]} {probabilities[k]:.2f}" for k in order[:4]]

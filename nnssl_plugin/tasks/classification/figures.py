@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from nnssl_plugin.io.files import atomic_path
+from nnssl_plugin.io.figures import pyplot, save_figure
 from nnssl_plugin.tasks.classification.confusion_figure import draw_confusion
 from nnssl_plugin.tasks.classification.curves import Interval, draw_precision, draw_roc
 from nnssl_plugin.tasks.classification.predictions import Predictions
@@ -18,14 +18,10 @@ def draw_class_figures(
     Args:
         folder: where to.
         predictions: with their labels.
-        intervals: measure → [low, high], as ``summary.json`` holds them.
+        intervals: metric → [low, high], as ``summary.json`` holds them.
         suffix: goes before ``.png``.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     folder = Path(folder)
     for name, draw in (("roc", draw_roc), ("precision_recall", draw_precision), ("reliability", draw_reliability)):
         figure, axis = plt.subplots(layout="constrained")
@@ -34,13 +30,5 @@ def draw_class_figures(
         figure.legend(handles=lines, loc="outside lower center", fontsize="small", frameon=False)
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
         axis.grid(alpha=0.3)
-        _save(figure, folder / f"{name}{suffix}.png")
-    _save(draw_confusion(predictions), folder / f"confusion{suffix}.png")
-
-
-def _save(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+        save_figure(figure, folder / f"{name}{suffix}.png", dpi=110)
+    save_figure(draw_confusion(predictions), folder / f"confusion{suffix}.png", dpi=110)

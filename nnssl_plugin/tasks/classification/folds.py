@@ -4,22 +4,19 @@ import logging
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.io.files import write_json
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.case_labels import LABELS_FILE, MULTILABEL, ClassLabels, read_class_labels
+from nnssl_plugin.nnunet.splits import SPLITS_FILE, Splits, read_splits
 
-SPLITS_FILE = "splits_final.json"
-"""nnU-Net's file of folds, beside the plans."""
 FOLDS, SEED = 5, 12345
 """Those of nnU-Net's own folds."""
-
-Splits = list[dict[str, list[str]]]
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +42,7 @@ def class_splits(preprocessed_folder: Path, labels: ClassLabels, cases: Sequence
         return splits
     wanted = set(cases)
     splits = [
-        {part: [case for case in fold[part] if case in wanted] for part in ("train", "val")} for fold in _read(path)
+        {part: [case for case in names if case in wanted] for part, names in fold.items()} for fold in read_splits(path)
     ]
     try:
         check_splits(splits, labels)
@@ -190,14 +187,3 @@ def _check_labelled(cases: Sequence[str], labels: ClassLabels) -> None:
     without = sorted(set(cases) - set(labels.subjects))
     if without:
         raise UserError(f"No class label for {some(without)}.", "Add rows to classification.csv, or leave them out.")
-
-
-def _read(path: Path) -> list[Mapping[str, list[str]]]:
-    try:
-        content = read_json(path)
-        shaped = bool(content) and all(isinstance(fold[part], list) for fold in content for part in ("train", "val"))
-    except (ValueError, TypeError, KeyError):
-        shaped = False
-    if not shaped:
-        raise UserError(f'{path} is no list of {{"train": [...], "val": [...]}}.', f"Mend it, or: rm {path}")
-    return content

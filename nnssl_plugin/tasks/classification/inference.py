@@ -14,8 +14,9 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import atomic_path
 from nnssl_plugin.nnunet.case_labels import BLOCK, targets_block
 from nnssl_plugin.tasks.classification.batches import FOREGROUND
+from nnssl_plugin.tasks.classification.checkpoints import FINAL, checkpoint_file
 from nnssl_plugin.tasks.classification.ensemble import Ensemble, find_trained_folds, load_ensemble
-from nnssl_plugin.tasks.classification.prediction_table import Answers, check_same_model
+from nnssl_plugin.tasks.classification.prediction_table import PredictionTable, check_same_model
 from nnssl_plugin.tasks.classification.predictions import name_suffix
 
 
@@ -36,11 +37,12 @@ def classify_images(
     model_folder: str | Path,
     *,
     folds: Sequence[str | int] | None = None,
-    checkpoint: str = "checkpoint_best.pth",
+    checkpoint: str = FINAL,
     mirroring: bool = False,
     device: str = "cpu",
     segmentations: str | Path | None = None,
     explanations: str | Path | None = None,
+    trust: bool = False,
 ) -> Classified:
     """Classify every image of a folder with the mean of the folds' probabilities.
 
@@ -53,11 +55,12 @@ def classify_images(
             to a ``.json`` of its name.
         model_folder: ``nnUNet_results/DATASET/PretrainedClassificationTrainer__PLANS__CONFIG``.
         folds: None: every numbered one that is trained.
-        checkpoint: file of the folds' folders.
+        checkpoint: ``final``, ``best`` (on the validation cases of its fold), or a file of the folds' folders.
         mirroring: also show each image mirrored.
         device: ``cpu``, ``cuda`` or ``mps``.
         segmentations: folder with ``CASE.nii.gz``, for models that crop to the labels.
         explanations: folder for one picture per case and target of where the model looked.
+        trust: build the model's network whatever its class.
 
     Raises:
         UserError: nothing can be classified, or the table is another model's.
@@ -69,8 +72,11 @@ def classify_images(
         from nnssl_plugin.tasks.classification.explanation import check_monai
 
         check_monai()
+    checkpoint = checkpoint_file(checkpoint)
     folds = list(folds) if folds else find_trained_folds(model_folder, checkpoint)
-    ensemble = load_ensemble(model_folder, folds, checkpoint=checkpoint, mirroring=mirroring, device=device)
+    ensemble = load_ensemble(
+        model_folder, folds, checkpoint=checkpoint, mirroring=mirroring, device=device, trust=trust
+    )
     if ensemble.first.settings.crop == FOREGROUND and segmentations is None:
         raise UserError(
             "This model looks at the box around the labels of a segmentation.",
@@ -88,7 +94,7 @@ def classify_images(
     for case in tqdm(waiting, desc="classify", unit="case"):
         try:
             image = _read(case, cases[case], ensemble, segmentations)
-            _answer(case, image, ensemble, tables, pictures[case])
+            _predict(case, image, ensemble, tables, pictures[case])
             warnings[case] = image.warnings
         except UnusableCase as error:
             failed[case] = str(error)
@@ -117,19 +123,21 @@ def _read(case: str, files: tuple[Path, ...], ensemble: Ensemble, segmentations:
     )
 
 
-def _answer(case: str, image: Image, ensemble: Ensemble, tables: Sequence[Answers], pictures: Sequence[Path]) -> None:
+def _predict(
+    case: str, image: Image, ensemble: Ensemble, tables: Sequence[PredictionTable], pictures: Sequence[Path]
+) -> None:
     """Draw what is missing, then add the rows: a case with a row is finished."""
-    answers = {
+    probabilities = {
         name: p[0].double().numpy()
         for name, p in ensemble.probabilities(ensemble.inputs(image.data, image.segmentation)[None]).items()
     }
-    if not all(np.isfinite(p).all() for p in answers.values()):
-        raise UnusableCase("the model answers NaN: was its training finished?")
+    if not all(np.isfinite(p).all() for p in probabilities.values()):
+        raise UnusableCase("the model gives NaN: was its training finished?")
     if not all(path.is_file() for path in pictures):
         from nnssl_plugin.tasks.classification.explanation import explain
         from nnssl_plugin.tasks.classification.explanation_figure import draw_explanation
 
-        maps = explain(ensemble, image, answers)
+        maps = explain(ensemble, image, probabilities)
         for target, path in zip(ensemble.targets, pictures, strict=True):
             with atomic_path(path) as temporary:
                 draw_explanation(
@@ -138,19 +146,19 @@ def _answer(case: str, image: Image, ensemble: Ensemble, tables: Sequence[Answer
                     image,
                     maps[target.name],
                     target=target,
-                    probabilities=answers[target.name],
+                    probabilities=probabilities[target.name],
                     transpose_forward=ensemble.first.plans_manager.transpose_forward,
                 )
     for table in tables:
         if case not in table.finished:
-            table.add(case, answers[table.target.name])
+            table.add(case, probabilities[table.target.name])
 
 
-def _open_tables(output: Path, ensemble: Ensemble, description: dict[str, Any]) -> list[Answers]:
+def _open_tables(output: Path, ensemble: Ensemble, description: dict[str, Any]) -> list[PredictionTable]:
     output.parent.mkdir(parents=True, exist_ok=True)
     paths = [output.with_stem(output.stem + name_suffix(target, ensemble.targets)) for target in ensemble.targets]
     check_same_model(output.with_suffix(".json"), description | {BLOCK: targets_block(ensemble.targets)}, tables=paths)
-    return [Answers(path, target) for path, target in zip(paths, ensemble.targets, strict=True)]
+    return [PredictionTable(path, target) for path, target in zip(paths, ensemble.targets, strict=True)]
 
 
 def _pictures(folder: str | Path | None, case: str, ensemble: Ensemble) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A trained classifier out of its folder of results, ready to be asked."""
+"""A trained classifier out of its folder of results, ready to predict."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from nnssl_plugin.nnunet.case_labels import Target, targets_from_block
 from nnssl_plugin.nnunet.plans import build_network, input_channels
 from nnssl_plugin.settings import settings_from
 from nnssl_plugin.tasks.classification.batches import FOREGROUND, case_inputs
+from nnssl_plugin.tasks.classification.checkpoints import FILES, FINAL
 from nnssl_plugin.tasks.classification.classifier import Classifier
 from nnssl_plugin.tasks.classification.losses import joint_probabilities
 from nnssl_plugin.tasks.classification.settings import BLOCK, ClassificationSettings
@@ -58,15 +59,16 @@ class LoadedClassifier:
     @torch.no_grad()
     def probabilities(self, x: Tensor) -> dict[str, Tensor]:
         """Target → (B, K) float32 on the CPU, of images ``x`` (B, W, C, *patch)."""
-        return {name: p.cpu() for name, p in joint_probabilities(self.classifier.ask(x), self.targets).items()}
+        return {name: p.cpu() for name, p in joint_probabilities(self.classifier.logits(x), self.targets).items()}
 
 
 def load_classifier(
     model_folder: str | Path,
     fold: str | int,
     *,
-    checkpoint: str = "checkpoint_best.pth",
+    checkpoint: str = FILES[FINAL],
     device: str | torch.device = "cpu",
+    trust: bool = False,
 ) -> LoadedClassifier:
     """The classifier of one fold.
 
@@ -75,6 +77,7 @@ def load_classifier(
         fold: 0 … 4 or ``all``.
         checkpoint: file of the fold's folder.
         device: where it shall run.
+        trust: build its network whatever class the checkpoint names.
 
     Raises:
         UserError: when the file is missing, damaged, or holds no classifier.
@@ -92,7 +95,7 @@ def load_classifier(
     settings = settings_from(state["settings"], ClassificationSettings(), f"the classification block of {path}")
     plans, configuration, dataset_json = given["plans"], given["configuration"], given["dataset_json"]
     classifier = Classifier(
-        build_network(plans, configuration, dataset_json),
+        build_network(plans, configuration, dataset_json, trust=trust),
         input_channels=input_channels(plans, configuration, dataset_json),
         heads={target.name: target.outputs for target in targets},
         stages=settings.stages,

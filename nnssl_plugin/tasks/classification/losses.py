@@ -39,7 +39,7 @@ def class_loss(
         kind: one of ``class_labels.KINDS``.
         classes: K.
         weights: see the table above; ``None`` is 1 for all. :func:`balanced_weights` gives weights of mean 1.
-        smoothing: share of the label that is spread over all answers, in [0, 1): over the K classes (Szegedy et al.
+        smoothing: share of the label that is spread over all classes, in [0, 1): over the K classes (Szegedy et al.
             2016), or over "yes" and "no" of each label or rank.
 
     Returns:
@@ -124,8 +124,8 @@ def joint_probabilities(logits: Mapping[str, Tensor], targets: Sequence[Target])
     }
 
 
-def _yes_or_no(logits: Tensor, answers: Tensor, smoothing: float) -> Tensor:
-    wanted = answers.float() * (1 - smoothing) + smoothing / 2
+def _yes_or_no(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    wanted = labels.float() * (1 - smoothing) + smoothing / 2
     return functional.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none")
 
 

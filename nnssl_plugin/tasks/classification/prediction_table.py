@@ -2,7 +2,7 @@
 
 import csv
 import os
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from nnssl_plugin.nnunet.case_labels import Target
 from nnssl_plugin.tasks.classification.predictions import cell, predicted_labels, probability_columns, shown_probability
 
 
-class Answers:
+class PredictionTable:
     """The table ``case,target,predicted,p_CLASS…`` of one target.
 
     Opening it repairs it: a last line that an interruption cut off is removed, so its case is done again.
@@ -36,8 +36,8 @@ class Answers:
 
     def add(self, case: str, probabilities: np.ndarray) -> None:
         """Append the row of a case, probabilities (K,), and wait until it is on the disk."""
-        answer = predicted_labels(probabilities[None], self.target)[0]
-        row = [case, self.target.name, cell(answer, self.target), *map(shown_probability, probabilities)]
+        predicted = predicted_labels(probabilities[None], self.target)[0]
+        row = [case, self.target.name, cell(predicted, self.target), *map(shown_probability, probabilities)]
         new = not self.path.is_file() or not self.path.stat().st_size
         with self.path.open("ab") as file:
             file.write(b"".join(map(_line, [self.columns, row] if new else [row])))
@@ -47,7 +47,7 @@ class Answers:
 
     def _reopen(self) -> None:
         content = self.path.read_bytes()
-        lines = content.splitlines(keepends=True)
+        lines = BytesIO(content).readlines()
         if not lines[0].endswith(b"\n") and _line(self.columns).startswith(lines[0]):
             lines = []  # cut off within the header
         elif lines[0].rstrip(b"\r\n") != _line(self.columns).rstrip():
@@ -76,7 +76,7 @@ def check_same_model(path: Path, description: dict[str, Any], *, tables: list[Pa
 
     Args:
         path: the JSON file.
-        description: the model, its folds and how it is asked.
+        description: the model, its folds and how it predicts.
         tables: of the targets.
 
     Raises:
@@ -90,7 +90,7 @@ def check_same_model(path: Path, description: dict[str, Any], *, tables: list[Pa
         raise UserError(
             f"{begun[0]} is there, but no {path.name} that says which model made it.", "Name another file with -o."
         )
-    before = read_json(path)
+    before = read_json(path, dict)
     different = sorted(key for key in {*before, *description} if before.get(key) != description.get(key))
     if different:
         raise UserError(

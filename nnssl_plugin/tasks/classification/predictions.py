@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import atomic_path
 from nnssl_plugin.io.text import some
-from nnssl_plugin.nnunet.case_labels import MULTILABEL, Label, Target, read_table
+from nnssl_plugin.nnunet.case_labels import MULTILABEL, Label, Target, read_table, subject_of
 
 THRESHOLD = 0.5
 """From this probability on a class of a multi-label target counts as predicted."""
@@ -25,16 +25,18 @@ class Predictions:
     subjects: tuple[str, ...]
     labels: np.ndarray  # (N,) class index; (N, K) bool where the target is multi-label
     probabilities: np.ndarray  # (N, K) in [0, 1]
+    checkpoint: str = ""
+    """``final`` or ``best`` (see ``checkpoints``); empty where it is not known."""
 
     def select(self, rows: Sequence[int]) -> "Predictions":
         """The rows with these indices, in this order."""
         rows = list(rows)
-        return Predictions(
-            self.target,
-            tuple(self.cases[i] for i in rows),
-            tuple(self.subjects[i] for i in rows),
-            self.labels[rows],
-            self.probabilities[rows],
+        return replace(
+            self,
+            cases=tuple(self.cases[i] for i in rows),
+            subjects=tuple(self.subjects[i] for i in rows),
+            labels=self.labels[rows],
+            probabilities=self.probabilities[rows],
         )
 
 
@@ -49,6 +51,8 @@ def make_predictions(
     subjects: Sequence[str],
     labels,
     probabilities,
+    *,
+    checkpoint: str = "",
 ) -> Predictions:
     """Checked predictions.
 
@@ -58,6 +62,7 @@ def make_predictions(
         subjects: of the cases.
         labels: N class indices; for a multi-label target (N, K) indicators or N tuples of class indices.
         probabilities: (N, K) in [0, 1].
+        checkpoint: see :class:`Predictions`.
 
     Raises:
         UserError: there is no case, numbers do not belong together, or a probability is NaN or out of range.
@@ -78,7 +83,7 @@ def make_predictions(
             f"for example {cases[int(np.flatnonzero(wrong)[0])]}.",
             "The training has diverged: train again with a smaller learning rate (classification.lr).",
         )
-    return Predictions(target, tuple(cases), tuple(subjects), labels, probabilities.clip(0, 1))
+    return Predictions(target, tuple(cases), tuple(subjects), labels, probabilities.clip(0, 1), checkpoint)
 
 
 def label_array(labels, target: Target) -> np.ndarray:
@@ -114,23 +119,24 @@ def shown_probability(value: float) -> str:
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
-    """Write the table ``case,subject,target,label,predicted,p_CLASS…``, atomically."""
+    """Write the table ``case,subject,target,label,predicted,checkpoint,p_CLASS…``, atomically."""
     target = predictions.target
-    answers = predicted_labels(predictions.probabilities, target)
+    decisions = predicted_labels(predictions.probabilities, target)
     rows = zip(
-        predictions.cases, predictions.subjects, predictions.labels, answers, predictions.probabilities, strict=True
+        predictions.cases, predictions.subjects, predictions.labels, decisions, predictions.probabilities, strict=True
     )
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["case", "subject", "target", "label", "predicted", *probability_columns(target)])
-        for case, subject, label, answer, probabilities in rows:
+        table.writerow(["case", "subject", "target", "label", "predicted", "checkpoint", *probability_columns(target)])
+        for case, subject, label, decision, probabilities in rows:
             table.writerow(
                 [
                     case,
                     subject,
                     target.name,
                     cell(label, target),
-                    cell(answer, target),
+                    cell(decision, target),
+                    predictions.checkpoint,
                     *map(shown_probability, probabilities),
                 ]
             )
@@ -178,12 +184,20 @@ def read_predictions(
     except ValueError as error:
         raise UserError(f"{path}: a probability is no number: {error}.", "Predict the cases again.") from error
     subjects, labels = zip(*found, strict=True)
-    return make_predictions(target, cases, subjects, list(labels), probabilities)
+    checkpoints = sorted({row.get("checkpoint", "") for row in rows})
+    return make_predictions(
+        target, cases, subjects, list(labels), probabilities, checkpoint=" and ".join(filter(None, checkpoints))
+    )
 
 
 def _own_labels(rows: Sequence[Mapping[str, str]], target: Target, path: Path) -> list[tuple[str, Label]]:
+    missing = [row["case"] for row in rows if target.is_missing(row["label"])]
+    if missing:
+        raise UserError(
+            f"{path}: no label for {some(missing)}.", "Fill it in, or name the table of labels with -ref FILE.csv."
+        )
     try:
-        return [(row.get("subject") or row["case"], target.parse(row["label"])) for row in rows]
+        return [(subject_of(row), target.parse(row["label"])) for row in rows]
     except ValueError as error:
         raise UserError(
             f"{path}: {str(error)!r} is no class of {target.name} ({', '.join(target.classes)}).",

@@ -3,10 +3,18 @@
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+from sklearn.calibration import CalibrationDisplay
 
 from nnssl_plugin.io.figures import COLOURS
 from nnssl_plugin.nnunet.case_labels import BINARY, MULTILABEL
-from nnssl_plugin.tasks.classification.curves import GREY, Interval, bracket, colours_of_classes, heading
+from nnssl_plugin.tasks.classification.curves import (
+    GREY,
+    Interval,
+    bracket,
+    colours_of_classes,
+    heading,
+    legend_entries,
+)
 from nnssl_plugin.tasks.classification.metrics import BINS, bin_of, calibration_pairs
 from nnssl_plugin.tasks.classification.predictions import Predictions, predicted_labels
 
@@ -41,13 +49,16 @@ def draw_reliability(axis, predictions: Predictions, intervals: Mapping[str, Int
     axis.set_title(f"{heading(predictions)}: do its probabilities come true?")
     axis.set_xlabel("predicted probability (mean of the bin)")
     axis.set_ylabel("share of these cases for which it came true")
-    return axis.get_legend_handles_labels()[0]
+    return legend_entries(axis)
 
 
 def _draw_curve(axis, claimed: np.ndarray, came_true: np.ndarray, *, colour: str, name: str) -> None:
     points = [(claimed[members].mean(), came_true[members].mean()) for members in _bins(claimed)]
-    style = {"linewidth": 1, "zorder": 1} if colour == GREY else {"marker": "o", "markersize": 5, "label": name}
-    axis.plot(*zip(*points, strict=True), color=colour, **style)
+    predicted, true = zip(*points, strict=True)
+    style = {"linewidth": 1, "zorder": 1, "marker": ""} if colour == GREY else {"marker": "o", "markersize": 5}
+    CalibrationDisplay(true, predicted, claimed).plot(ax=axis, name=name, ref_line=False, color=colour, **style)
+    if colour == GREY:
+        axis.lines[-1].set_label(None)
 
 
 def _draw_bars(axis, claimed: np.ndarray, came_true: np.ndarray, *, colour: str) -> None:

@@ -1,21 +1,26 @@
 """Where a classifier's predictions lie, and what they predict."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
-from nnssl_plugin.nnunet.case_labels import BLOCK, Label, Target, read_table, targets_from_block
+from nnssl_plugin.io.text import some
+from nnssl_plugin.nnunet.case_labels import BLOCK, Label, Target, read_table, subject_of, targets_from_block
+from nnssl_plugin.tasks.classification.checkpoints import BEST, FINAL, VALIDATION, checkpoint_name
 from nnssl_plugin.tasks.classification.predictions import Predictions, read_predictions
 
 
-def find_tables(place: str | Path) -> list[Path]:
+def find_tables(place: str | Path, *, checkpoint: str = FINAL) -> list[Path]:
     """The tables of a run.
 
     Args:
         place: a table; what ``classify -o`` was given; or a folder with ``predictions*.csv`` (``fold_X``,
             ``fold_X/validation``, ``crossval_results_…``).
+        checkpoint: ``final`` or ``best``, whose validation of a ``fold_X``.
 
     Raises:
         UserError: there is none.
@@ -23,7 +28,8 @@ def find_tables(place: str | Path) -> list[Path]:
     place = Path(place)
     if place.is_file():
         return [place]
-    folder = place / "validation" if (place / "validation").is_dir() else place
+    validation = place / VALIDATION[checkpoint]
+    folder = validation if validation.is_dir() else place
     tables = sorted(folder.glob("predictions*.csv")) or sorted(place.parent.glob(f"{place.stem}_*{place.suffix}"))
     if not tables or (not place.is_dir() and not place.suffix):
         raise UserError(
@@ -91,29 +97,35 @@ def read_tables(
                 f"The table of labels has no column {name!r}, which {path} predicts.",
                 f"Add it, or name tables of {', '.join(references)} only.",
             )
-        found[name] = read_predictions(path, known[name], references=references and references[name])
+        table = read_predictions(path, known[name], references=references and references[name])
+        found[name] = replace(table, checkpoint=table.checkpoint or _checkpoint_of(path))
     return found
 
 
 def read_references(path: str | Path, targets: Sequence[Target]) -> dict[str, dict[str, tuple[str, Label]]]:
-    """Target → case → (subject, label) of a table ``case,subject,TARGET…``; targets without a column are left out.
+    """Target → case → (subject, label) of a table ``case,subject,TARGET…``; targets without a column and cells
+    without a label are left out.
 
     A test set may hold one class only, which ``classification.csv`` of a training may not.
 
     Raises:
-        UserError: the table is malformed, has no column of a target, or a cell names no class.
+        UserError: the table is malformed, a case occurs twice, it has no column of a target, or a cell names no
+            class.
     """
     path = Path(path)
     rows = read_table(path)
+    twice = sorted(case for case, count in Counter(row["case"] for row in rows).items() if count > 1)
+    if twice:
+        raise UserError(f"{path}: cases occur more than once: {some(twice)}.", "Keep one row per case.")
     found: dict[str, dict[str, tuple[str, Label]]] = {}
     for target in targets:
         if target.name not in rows[0]:
             continue
         try:
             found[target.name] = {
-                row["case"]: (row.get("subject") or row["case"], target.parse(row[target.name]))
+                row["case"]: (subject_of(row), target.parse(row[target.name]))
                 for row in rows
-                if row[target.name]
+                if not target.is_missing(row[target.name])
             }
         except ValueError as error:
             raise UserError(
@@ -128,11 +140,18 @@ def read_references(path: str | Path, targets: Sequence[Target]) -> dict[str, di
     return found
 
 
+def _checkpoint_of(table: Path) -> str:
+    """``final`` or ``best`` where the table does not say: ``classify`` notes its checkpoint in a file beside it, and
+    earlier versions validated folds with the best one. Empty where it is not known."""
+    record = table.with_suffix(".json")
+    if record.is_file():
+        return checkpoint_name(str(read_json(record, dict).get("checkpoint", "")))
+    in_fold = table.parent.name == VALIDATION[FINAL] and table.parent.parent.name.startswith("fold_")
+    return BEST if in_fold and "checkpoint" not in read_table(table)[0] else ""
+
+
 def _block(path: Path) -> Any:
     if path.suffix != ".json" or not path.is_file():
         return None
-    try:
-        content = read_json(path)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.", "Restore it.") from error
+    content = read_json(path)
     return content.get(BLOCK) if isinstance(content, dict) else None

@@ -1,22 +1,22 @@
 """The ``classification`` block of a plan: what is predicted, what the network sees of a case, and how it is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.finetuning.settings import FinetuningSettings, read_settings
 from nnssl_plugin.nnunet.case_labels import Target
-from nnssl_plugin.settings import settings_from
-from nnssl_plugin.tasks.classification.batches import CROPS, STRATEGIES, WINDOWS
+from nnssl_plugin.settings import Count, NonNegative, Positive, Range, settings_from
+from nnssl_plugin.tasks.classification.batches import WINDOWS
 
 BLOCK = "classification"
-BALANCES = ("weights", "sampling", "none")
 OPTIMISER = "adamw"
 """Where the plan's finetuning block names none (BrainMVP, B.2 and B.3; LVM-Med, B, takes Adam)."""
 EPOCHS = 200
 """Where the plan names no number (BrainMVP, B.3)."""
 SEED = 12345
+BelowOne = Annotated[float, Range(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -29,57 +29,36 @@ class ClassificationSettings:
 
     targets: tuple[str, ...] = ()
     """Names of the targets to learn, all at once; none names all."""
-    inputs: str = "resize"
+    inputs: Literal["resize", "windows"] = "resize"
     """``resize``: the whole image resized to the patch (BrainMVP, B.3; LVM-Med, B); ``windows``: several patches of the
     case as it is, weighed by attention, for findings that resizing would lose."""
-    windows: int = 4
+    windows: Count = 4
     """Patches per case, with ``inputs`` ``windows``; memory grows with it times the batch size."""
-    crop: str = "none"
+    crop: Literal["none", "foreground"] = "none"
     """``foreground``: the network sees the box around the segmentation's labels only. New cases then need a
     segmentation too."""
-    crop_margin: float = 0.1
+    crop_margin: NonNegative = 0.1
     """Added on each side of the box, as a fraction of its size."""
     mirror: bool = True
     """Whether the augmentation mirrors as nnU-Net does; ``false`` where left and right are different classes."""
-    balance: str = "weights"
+    balance: Literal["weights", "sampling", "none"] = "weights"
     """``weights``: rare classes count more in the loss; ``sampling``: they are drawn more often; ``none``: as they
     come, which keeps probabilities at the frequencies of the training cases."""
-    label_smoothing: float = 0.0
-    dropout: float = 0.0
+    label_smoothing: BelowOne = 0.0
+    """Share of a label that is spread over all answers."""
+    dropout: BelowOne = 0.0
     """Of the pooled features before the heads."""
-    stages: int = 1
+    stages: Count = 1
     """Pooled stages of the encoder, counted from the bottleneck (LVM-Med, B: one layer on the encoder's last map)."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Largest learning rate; ``null``: that of the finetuning block, else 3e-4 for AdamW (BrainMVP, B.2), 1e-2 for
     SGD."""
-    epochs: int | None = None
+    epochs: Count | None = None
     """``null``: those of the finetuning block, else 200 (BrainMVP, B.3)."""
-    iterations_per_epoch: int | None = None
+    iterations_per_epoch: Count | None = None
     """``null``: those of the finetuning block, else as many as show each training case once."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Cases per step; ``null`` is the plan's batch size."""
-
-    def __post_init__(self):
-        for name, options in (("inputs", STRATEGIES), ("crop", CROPS), ("balance", BALANCES)):
-            self._require(name, f"one of {', '.join(options)}", getattr(self, name) in options)
-        self._require("targets", "a list of names", all(isinstance(name, str) for name in self.targets))
-        for name in ("windows", "stages", "epochs", "iterations_per_epoch", "batch_size"):
-            value = getattr(self, name)
-            fits = value is None or (type(value) is int and value >= 1)
-            self._require(name, "a whole number from 1", fits)
-        for name in ("label_smoothing", "dropout"):
-            self._require(name, "a number in [0, 1)", 0 <= getattr(self, name) < 1)
-        self._require("crop_margin", "a number from 0", self.crop_margin >= 0)
-        self._require(
-            "lr", "a positive number or null", self.lr is None or (type(self.lr) in (int, float) and self.lr > 0)
-        )
-
-    def _require(self, name: str, expected: str, fits: bool) -> None:
-        if not fits:
-            raise UserError(
-                f"Setting '{name}' in the plan's classification block is {getattr(self, name)!r}; expected {expected}.",
-                f"nnssl_plugin plan -d ID -p PLANS -n NAME --set {BLOCK}.{name}=…",
-            )
 
     @property
     def windows_per_case(self) -> int:
@@ -97,25 +76,28 @@ class ClassificationSettings:
         }
 
 
-def read_classification(plans: Mapping[str, Any]) -> ClassificationSettings:
+def read_classification(plans: Mapping[str, Any], *, elsewhere: Iterable[str] = ()) -> ClassificationSettings:
     """The settings of a plan's ``classification`` block; the defaults where it has none.
 
     Raises:
         UserError: a setting is unknown or of the wrong kind.
     """
-    return settings_from(
-        dict(plans.get(BLOCK, {})), ClassificationSettings(), f"the {BLOCK} block of {plans.get('plans_name')}"
-    )
+    where = f"the {BLOCK} block of plan {plans.get('plans_name')}"
+    block = plans.get(BLOCK, {})
+    return settings_from(block, ClassificationSettings(), where, set_as=f"{BLOCK}.", elsewhere=elsewhere)
 
 
 def read_finetuning(plans: Mapping[str, Any], configuration: str) -> FinetuningSettings:
-    """The settings of a plan's ``finetuning`` block; from scratch where it has none.
+    """The settings of a plan's ``finetuning`` block; from scratch where it has none, or names no weights.
 
     Raises:
         UserError: as :func:`finetuning_settings.read_settings`, or it trains the decoder alone, which takes no part.
     """
     if "finetuning" not in plans:
         return FinetuningSettings()
+    block = plans["finetuning"]
+    if isinstance(block, Mapping) and "weights" not in block:
+        plans = {**plans, "finetuning": {**block, "weights": None}}
     settings = read_settings(plans, configuration)
     if settings.trains == "decoder":
         raise UserError(

@@ -1,4 +1,4 @@
-"""How good a classifier is: every measure of a set of predictions, with intervals over subjects, and its files."""
+"""How good a classifier is: every metric of a set of predictions, with intervals over subjects, and its files."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,7 +8,8 @@ import numpy as np
 
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.nnunet.case_labels import BINARY, MULTILABEL, Target
-from nnssl_plugin.tasks.classification.metrics import BINS, class_measures, indicators
+from nnssl_plugin.tasks.classification.checkpoints import BEST, TOO_GOOD
+from nnssl_plugin.tasks.classification.metrics import BINS, OF_CLASS, class_metrics, indicators
 from nnssl_plugin.tasks.classification.predictions import (
     Predictions,
     make_predictions,
@@ -20,7 +21,6 @@ from nnssl_plugin.tasks.classification.predictions import (
 CONFIDENCE, SAMPLES, SEED = 0.95, 2000, 0
 CHUNK = 2**20
 """Weights that are held at once (8 MiB)."""
-OF_CLASS = ("sensitivity", "specificity", "ppv", "npv", "f1", "auroc", "average_precision")
 
 
 def write_validation(
@@ -32,6 +32,7 @@ def write_validation(
     probabilities,
     *,
     targets: Sequence[Target] = (),
+    checkpoint: str = "",
 ) -> dict[str, Any]:
     """Write ``predictions.csv``, ``summary.json`` and the figures of one target, and return the summary.
 
@@ -43,11 +44,12 @@ def write_validation(
         labels: as :func:`make_predictions` takes them.
         probabilities: (N, K) in [0, 1].
         targets: all targets of the run; with several, names of files end in ``_TARGET``.
+        checkpoint: whose predictions they are, see :class:`Predictions`.
 
     Raises:
         UserError: a probability is NaN or out of range, or numbers do not belong together.
     """
-    predictions = make_predictions(target, cases, subjects, labels, probabilities)
+    predictions = make_predictions(target, cases, subjects, labels, probabilities, checkpoint=checkpoint)
     return write_predictions_and_summary(folder, predictions, targets=targets)
 
 
@@ -67,9 +69,9 @@ def write_predictions_and_summary(
 
 
 def class_summary(labels, probabilities, *, target: Target, subjects: Sequence[str]) -> dict[str, Any]:
-    """Every measure, ready for JSON: quick enough for every epoch, without intervals.
+    """Every metric, ready for JSON: quick enough for every epoch, without intervals.
 
-    A measure that is not defined is null, and ``undefined`` says why. Definitions: docs/how-to/classify.md.
+    A metric that is not defined is null, and ``undefined`` says why. Definitions: docs/how-to/classify.md.
 
     Args:
         labels: N class indices, or (N, K) indicators or tuples of indices of a multi-label target.
@@ -84,13 +86,13 @@ def class_summary(labels, probabilities, *, target: Target, subjects: Sequence[s
 def summarise_predictions(predictions: Predictions) -> dict[str, Any]:
     """:func:`class_summary` of a table."""
     target, labels = predictions.target, predictions.labels
-    answers = predicted_labels(predictions.probabilities, target)
-    truth, predicted = indicators(labels, target), indicators(answers, target)
-    found = class_measures(labels, predictions.probabilities, np.ones((1, len(labels))), target=target)
+    decisions = predicted_labels(predictions.probabilities, target)
+    truth, predicted = indicators(labels, target), indicators(decisions, target)
+    found = class_metrics(labels, predictions.probabilities, np.ones((1, len(labels))), target=target)
     values = {name: None if np.isnan(value[0]) else float(value[0]) for name, value in found.items()}
     per_class = {
         name: {"cases": int(truth[:, k].sum()), "predicted": int(predicted[:, k].sum())}
-        | {measure: values[f"{measure}/{name}"] for measure in OF_CLASS}
+        | {metric: values[f"{metric}/{name}"] for metric in OF_CLASS}
         for k, name in enumerate(target.classes)
     }
     return {
@@ -99,6 +101,8 @@ def summarise_predictions(predictions: Predictions) -> dict[str, Any]:
         "classes": list(target.classes),
         "cases": len(labels),
         "subjects": len(set(predictions.subjects)),
+        "checkpoint": predictions.checkpoint or None,
+        **({"warning": TOO_GOOD} if predictions.checkpoint == BEST else {}),
         **{name: value for name, value in values.items() if "/" not in name},
         "per_class": per_class,
         "confusion_matrix": confusion(truth, predicted, target),
@@ -125,27 +129,27 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, target: Target) -> list:
 
 
 def subject_intervals(predictions: Predictions) -> dict[str, list[float | None]]:
-    """Percentile bootstrap intervals of every measure, name → [low, high], from drawing subjects with replacement.
+    """Percentile bootstrap intervals of every metric, name → [low, high], from drawing subjects with replacement.
 
-    All cases of a drawn subject count. Draws in which a measure is not defined are left out; where that is more than
+    All cases of a drawn subject count. Draws in which a metric is not defined are left out; where that is more than
     every tenth, or there is a single subject, the interval is [null, null].
     """
     if len(set(predictions.subjects)) < 2:
-        names = class_measures(
+        names = class_metrics(
             predictions.labels,
             predictions.probabilities,
             np.ones((1, len(predictions.cases))),
             target=predictions.target,
         )
         return {name: [None, None] for name in names}
-    drawn = resampled_measures([predictions])[0]
+    drawn = resampled_metrics([predictions])[0]
     return {name: percentile_interval(values) for name, values in drawn.items()}
 
 
-def resampled_measures(runs: Sequence[Predictions]) -> list[dict[str, np.ndarray]]:
-    """Measures of runs over the same cases, name → (SAMPLES,), the same subjects drawn for all."""
+def resampled_metrics(runs: Sequence[Predictions]) -> list[dict[str, np.ndarray]]:
+    """Metrics of runs over the same cases, name → (SAMPLES,), the same subjects drawn for all."""
     parts = [
-        [class_measures(run.labels, run.probabilities, weights, target=run.target) for run in runs]
+        [class_metrics(run.labels, run.probabilities, weights, target=run.target) for run in runs]
         for weights in _drawn_weights(runs[0].subjects)
     ]
     return [{name: np.concatenate([part[i][name] for part in parts]) for name in parts[0][i]} for i in range(len(runs))]
@@ -171,25 +175,25 @@ def _drawn_weights(subjects: Sequence[str]) -> Iterator[np.ndarray]:
 
 
 def _reasons(values: dict[str, float | None], truth: np.ndarray, target: Target) -> Iterator[tuple[str, str]]:
-    """Why a measure is null, or a mean leaves out a class."""
+    """Why a metric is null, or a mean leaves out a class."""
     named = list(zip(target.classes, truth.T, strict=True))
     absent = [name for name, has in named if not has.any()]
     universal = [name for name, has in named if has.all()]
-    for measure, value in values.items():
+    for metric, value in values.items():
         if value is None:
-            yield measure, _why_null(measure, absent, universal)
+            yield metric, _why_null(metric, absent, universal)
     if absent and target.kind != BINARY:
         yield "means", f"means over classes leave out {', '.join(absent)}: no case has it"
 
 
-def _why_null(measure: str, absent: list[str], universal: list[str]) -> str:
-    name = measure.partition("/")[2]
+def _why_null(metric: str, absent: list[str], universal: list[str]) -> str:
+    name = metric.partition("/")[2]
     if name in absent:
         return f"no case has {name}"
     if name in universal:
         return f"every case has {name}"
     if name:
         return f"{name} is predicted for no case, or for every case"
-    if measure == "quadratic_kappa":
+    if metric == "quadratic_kappa":
         return "all cases have one class and it is predicted for all"
     return "all cases have one class"

@@ -4,12 +4,12 @@ Batch, augmentation and dropout of step k depend on (seed, k) alone, and the sta
 and go on with the same weights, bit for bit on a CPU.
 """
 
-import sys
 import time
 from dataclasses import asdict, fields, replace
 from functools import partial
-from os.path import isfile, join
+from os.path import join
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ import torch.distributed as dist
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor
 
-from nnssl_plugin.checkpoints.format.files import read_checkpoint, save_checkpoint
 from nnssl_plugin.data.batches import BatchStream
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.finetuning.parameter_groups import rest_at_test_mode
@@ -32,6 +31,7 @@ from nnssl_plugin.tasks.classification.batches import (
     repeatable,
     sampling_weights,
 )
+from nnssl_plugin.tasks.classification.checkpoints import BEST, FILES, FINAL, VALIDATION
 from nnssl_plugin.tasks.classification.classifier import Classifier
 from nnssl_plugin.tasks.classification.labelled_cases import cases_of_fold, frequencies, loss_weights, read_labels
 from nnssl_plugin.tasks.classification.losses import joint_loss, joint_probabilities
@@ -45,16 +45,12 @@ from nnssl_plugin.tasks.classification.settings import (
     read_finetuning,
 )
 from nnssl_plugin.tasks.classification.validation import ClassValidation
-from nnssl_plugin.training.epoch_log import EpochLog
 from nnssl_plugin.training.figures import Panel, draw_progress
-from nnssl_plugin.training.interruption import TO_BE_CONTINUED, Interruption
-from nnssl_plugin.training.planned_network import DEFAULT_DEVICE, PlannedNetworkTrainer
+from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
+from nnssl_plugin.training.resumable import ResumableTrainer
 
-BEST = "checkpoint_best.pth"
 DROPOUT = 2
 """Stream of randomness beside those of the batches."""
-SECONDS_BETWEEN_SAVES = 60
-"""Shortest time between two writings of checkpoint_latest.pth and progress.png: epochs can be shorter."""
 PANELS: tuple[Panel, ...] = (
     ("Loss (solid: training, dashed: validation)", lambda k: k in ("train_losses", "val_losses")),
     ("Validation AUROC (mean over classes)", lambda k: k.startswith("auroc")),
@@ -63,12 +59,12 @@ PANELS: tuple[Panel, ...] = (
 )
 
 
-class PretrainedClassificationTrainer(PlannedNetworkTrainer):
+class PretrainedClassificationTrainer(ResumableTrainer):
     """The encoder of the plan's network with a head on its pooled stages.
 
     Settings come from the plan's blocks ``classification`` (what is seen and learned) and ``finetuning`` (weights, and
-    what moves when); without the second, training starts from scratch. The best epoch by validation AUROC is kept as
-    ``checkpoint_best.pth`` and predicts the validation cases.
+    what moves when); without the second, training starts from scratch. The validation cases are predicted by the
+    final checkpoint; ``checkpoint_best.pth`` is the epoch of the highest AUROC on them.
 
     Raises:
         UserError: when a block or the class labels cannot be used, for a cascade, or with several ranks.
@@ -100,12 +96,9 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         self.seed = SEED if finetuning.seed is None else finetuning.seed
         self.num_epochs = self.settings.epochs or finetuning.epochs or EPOCHS
         self.enable_deep_supervision = False
-        self.step = 0
-        self.epoch_losses: list[float] = []
+        self.loaded = FINAL
+        """Kind of checkpoint whose weights the network has once it is not trained further."""
         self.best: tuple[float, float] | None = None
-        self.interruption = Interruption()
-        self.log = EpochLog(self.logger)
-        self._saved = time.monotonic()
 
     # ------------------------------------------------------------------ building
 
@@ -145,7 +138,9 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         ).to(self.device)
         if super()._do_i_compile():
             self.network.backbone.compile_parts()
-        optimizer, schedule = planned_optimisation(self.network, self.finetuning, epochs=self.num_epochs)
+        optimizer, schedule = planned_optimisation(
+            self.network, self.finetuning, epochs=self.num_epochs, parts=self.network.parts()
+        )
         self.initial_lr, self.weight_decay = schedule.lr, optimizer.defaults["weight_decay"]
         return optimizer, schedule
 
@@ -185,7 +180,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         workers = get_allowed_n_proc_DA()
         again = list(range(len(unchanged))) * (self.num_epochs - self.current_epoch)
         return (
-            self._stream(batches, range(self.step, self.num_epochs * self.steps_per_epoch), workers),
+            self._stream(batches, range(self.step, self.total_steps), workers),
             self._stream(unchanged, again, min(workers, 1)),
         )
 
@@ -216,12 +211,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
             report = load_planned_weights(self.network.backbone.network, path, plans_name=self.plans_manager.plans_name)
             self.print_to_log_file(f"Loaded pretrained weights from {path}\n{report.table()}", add_timestamp=False)
         super().on_train_start()
-        self.interruption.watch()
-
-    def on_epoch_start(self) -> None:
-        super().on_epoch_start()
-        # fewer than planned where the run goes on in the middle of an epoch
-        self.num_iterations_per_epoch = (self.current_epoch + 1) * self.steps_per_epoch - self.step
+        self.loaded = FINAL
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -230,12 +220,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step, with dropout seeded by its number."""
         torch.manual_seed(int(np.random.SeedSequence([self.seed, DROPOUT, self.step]).generate_state(1)[0]))
-        result = super().train_step(batch)
-        self.step += 1
-        self.epoch_losses.append(float(result["loss"]))
-        if self.step < (self.current_epoch + 1) * self.steps_per_epoch and self.interruption.requested():
-            self._stop()
-        return result
+        return super().train_step(batch)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         self._log_value("train_losses", float(np.mean(self.epoch_losses)))
@@ -248,7 +233,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         self.validation = ClassValidation(self.targets, self.labels.subjects)
 
     def validation_step(self, batch: dict) -> dict:
-        logits = self.network.ask(batch["data"])
+        logits = self.network.logits(batch["data"])
         labels = [label.to(self.device) for label in batch["target"]]
         self.validation.add(
             batch["case"], joint_probabilities(logits, self.targets), batch["target"], loss=self.loss(logits, labels)
@@ -256,7 +241,7 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         return {}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        for name, value in self.validation.measures().items():
+        for name, value in self.validation.metrics().items():
             self._log_value(name, value)
 
     def on_epoch_end(self) -> None:
@@ -264,13 +249,9 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         self.print_to_log_file(self.log.summary(self.current_epoch, self.num_epochs))
         self._keep_the_best()
         self.current_epoch += 1
-        stopping = self.interruption.requested() and self.current_epoch < self.num_epochs
-        if time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES or self.current_epoch == self.num_epochs:
-            self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
+        if self.pictures_are_due():
             draw_progress(self.log.history(), join(self.output_folder, "progress.png"), panels=PANELS)
-            self._saved = time.monotonic()
-        if stopping:
-            self._stop()
+        self.end_epoch()
 
     def _keep_the_best(self) -> None:
         """By AUROC, equal ones by the loss; by the loss alone where AUROC is not defined."""
@@ -283,31 +264,16 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         if self.best is None or score > self.best:
             self.best = score
             self.print_to_log_file(f"Best epoch so far: {self.current_epoch}")
-            self.save_checkpoint(join(self.output_folder, BEST))
-
-    def on_train_end(self) -> None:
-        self.interruption.release()
-        super().on_train_end()
-        for stream in (self.dataloader_train, self.dataloader_val):
-            stream.close()
-
-    def _stop(self) -> None:
-        """Save and leave with the exit code that says: continue with --c."""
-        self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
-        steps = self.num_epochs * self.steps_per_epoch
-        self.print_to_log_file(
-            f"Stopped by {self.interruption.reason} after step {self.step} of {steps}; the same "
-            "command with --c goes on from here."
-        )
-        sys.exit(TO_BE_CONTINUED)
+            self.save_checkpoint(join(self.output_folder, FILES[BEST]))
 
     @torch.no_grad()
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Predict the validation cases with the best checkpoint; write predictions, summary and figures."""
-        best = join(self.output_folder, BEST)
-        if isfile(best) and not self.disable_checkpointing:
-            self._load_weights(read_checkpoint(best, device=self.device)["network_weights"])
-            self.print_to_log_file(f"Validating {best}")
+        """Predict the validation cases with the weights that are loaded; write predictions, summary and figures.
+
+        These are the final ones; with nnU-Net's ``--val_best`` those of the best epoch, which these cases chose: they
+        get a folder of their own, whose every table says so.
+        """
+        self.print_to_log_file(f"Validating with the {self.loaded} checkpoint")
         cases = ClassCases(
             self.preprocessed_dataset_folder, self.do_split()[1], labels=self.labels, targets=self.targets
         )
@@ -315,65 +281,40 @@ class PretrainedClassificationTrainer(PlannedNetworkTrainer):
         batches = ValidationBatches(cases, self._inputs(), batch_size=1)
         for number in range(len(batches)):
             self.validation_step(batches[number])
-        for line in self.validation.write(Path(self.output_folder, "validation")):
+        for line in self.validation.write(Path(self.output_folder, VALIDATION[self.loaded]), checkpoint=self.loaded):
             self.print_to_log_file(line)
 
     # ------------------------------------------------------------------ checkpoints
 
-    def save_checkpoint(self, filename: str) -> None:
-        """Write the classifier with everything that continues the run or rebuilds it for prediction."""
-        if self.disable_checkpointing:
-            return
-        epochs = self.step // self.steps_per_epoch
-        save_checkpoint(
-            {
-                "network_weights": self.network.state_dict(),
-                "optimizer_state": self.optimizer.state_dict(),
-                "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
-                "logging": self.log.history(epochs),
-                "_best_ema": None,
-                "current_epoch": epochs,
-                "init_args": self.my_init_kwargs,
-                "trainer_name": type(self).__name__,
-                "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-                BLOCK: {
-                    **targets_block(self.targets),
-                    "settings": asdict(self.settings),
-                    "step": self.step,
-                    "epoch_losses": self.epoch_losses,
-                    "best": self.best,
-                },
-            },
-            filename,
-        )
+    def saved_network(self) -> Classifier:
+        """The whole classifier."""
+        return self.network
+
+    def own_state(self) -> dict[str, Any]:
+        """What rebuilds the classifier for prediction, and the best epoch so far."""
+        return {
+            BLOCK: {
+                **targets_block(self.targets),
+                "settings": asdict(self.settings),
+                "best": self.best,
+            }
+        }
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Go on exactly where the checkpoint was written."""
-        if not self.was_initialized:
-            self.initialize()
-        checkpoint = filename_or_checkpoint
-        if not isinstance(checkpoint, dict):
-            checkpoint = read_checkpoint(filename_or_checkpoint, device=self.device)
+        super().load_checkpoint(filename_or_checkpoint)
+        self.loaded = BEST if str(filename_or_checkpoint).endswith(FILES[BEST]) else FINAL
+
+    def check_is_resumable(self, checkpoint: dict[str, Any]) -> None:
         if BLOCK not in checkpoint:
             raise UserError("The checkpoint holds no classifier to continue.", "Start without --c.")
-        state = checkpoint[BLOCK]
-        self._load_weights(checkpoint["network_weights"])
-        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
-        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
-        self.step, self.best, self.epoch_losses = state["step"], state["best"], list(state["epoch_losses"])
-        self.current_epoch = checkpoint["current_epoch"]
-        self.logger.load_checkpoint(checkpoint["logging"])
-        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+        super().check_is_resumable(checkpoint)
 
-    def _load_weights(self, weights: dict[str, Tensor]) -> None:
-        try:
-            self.network.load_state_dict(weights)
-        except RuntimeError as error:  # keys or shapes differ
-            raise UserError(
-                f"The checkpoint does not fit the plan: {str(error).splitlines()[1].strip()[:200]}",
-                "Restore the plan's network and classification block, or start without --c.",
-            ) from error
+    def load_own_state(self, checkpoint: dict[str, Any]) -> None:
+        super().load_own_state(checkpoint)
+        state = checkpoint[BLOCK]
+        self.best = state["best"]
+        if "step" in state:  # of an earlier version
+            self.step, self.epoch_losses = state["step"], list(state["epoch_losses"])
 
     # ------------------------------------------------------------------ logging
 
@@ -410,5 +351,5 @@ def _refuse_ranks() -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UserError(
             "A classifier trains on one device; this run has several ranks.",
-            "Train without -num_gpus or torchrun; folds can run side by side, one per GPU.",
+            "Train without -num_gpus, --ranks or torchrun; folds can run side by side, one per GPU.",
         )

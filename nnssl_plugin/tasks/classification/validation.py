@@ -1,4 +1,4 @@
-"""What a classifier says of the validation cases, and how good that is."""
+"""A classifier's predictions of the validation cases, gathered batch by batch, and their metrics."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from nnssl_plugin.nnunet.case_labels import Target
 
 
 class ClassValidation:
-    """Gathers probabilities and labels, case by case; measures come from the ``evaluation`` room.
+    """Gathers probabilities and labels, case by case; metrics come from ``summary``.
 
     Args:
         targets: what is predicted.
@@ -26,7 +26,7 @@ class ClassValidation:
         self._losses: list[Tensor] = []
         self._probabilities: dict[str, list[Tensor]] = {target.name: [] for target in targets}
         self._labels: dict[str, list[Tensor]] = {target.name: [] for target in targets}
-        self._measured: dict[str, float] | None = None
+        self._metrics: dict[str, float] | None = None
 
     def add(
         self, cases: Sequence[str], probabilities: Mapping[str, Tensor], labels: Sequence[Tensor], *, loss: Tensor
@@ -45,31 +45,36 @@ class ClassValidation:
             self._probabilities[target.name].append(probabilities[target.name])
             self._labels[target.name].append(label)
 
-    def measures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """``val_losses``, ``auroc`` and ``balanced_accuracy``, means over the targets for which they are defined (NaN
         where there is none); with several targets also ``auroc/TARGET`` and ``balanced_accuracy/TARGET``."""
-        if self._measured is None:
-            self._measured = self._measure()
-        return self._measured
+        if self._metrics is None:
+            self._metrics = self._computed()
+        return self._metrics
 
     def has_auroc(self) -> bool:
         """Whether AUROC is defined: some validation cases differ in a class."""
-        return not math.isnan(self.measures()["auroc"])
+        return not math.isnan(self.metrics()["auroc"])
 
     def score(self) -> tuple[float, float]:
         """What epochs are compared by, larger is better: AUROC (0 where it is not defined), then the negative loss."""
-        measures = self.measures()
-        return (measures["auroc"] if self.has_auroc() else 0.0, -measures["val_losses"])
+        metrics = self.metrics()
+        return (metrics["auroc"] if self.has_auroc() else 0.0, -metrics["val_losses"])
 
-    def write(self, folder: Path) -> list[str]:
-        """Write tables, summaries and figures; returns a line for the log per target."""
+    def write(self, folder: Path, *, checkpoint: str) -> list[str]:
+        """Write tables, summaries and figures; returns a line for the log per target.
+
+        Args:
+            folder: where to.
+            checkpoint: ``final`` or ``best``, whose predictions they are.
+        """
         from nnssl_plugin.tasks.classification.summary import write_validation
 
         lines = []
         subjects = [self.subjects[case] for case in self.cases]
         for target in self.targets:
             summary = write_validation(
-                folder, target, self.cases, subjects, *self._arrays(target), targets=self.targets
+                folder, target, self.cases, subjects, *self._arrays(target), targets=self.targets, checkpoint=checkpoint
             )
             shown = ", ".join(
                 f"{name.replace('_', ' ')} {_shown(summary.get(name))}"
@@ -78,11 +83,11 @@ class ClassValidation:
             lines.append(f"Validation of {target.name}, {len(self.cases)} cases: {shown}; see {folder}")
         return lines
 
-    def _measure(self) -> dict[str, float]:
+    def _computed(self) -> dict[str, float]:
         from nnssl_plugin.tasks.classification.summary import class_summary
 
         subjects = [self.subjects[case] for case in self.cases]
-        measured = {"val_losses": float(torch.stack(self._losses).sum()) / len(self.cases)}
+        found = {"val_losses": float(torch.stack(self._losses).sum()) / len(self.cases)}
         summaries = {
             target.name: class_summary(*self._arrays(target), target=target, subjects=subjects)
             for target in self.targets
@@ -90,10 +95,10 @@ class ClassValidation:
         for name in ("auroc", "balanced_accuracy"):
             values = {target: _number(summary.get(name)) for target, summary in summaries.items()}
             defined = [value for value in values.values() if not math.isnan(value)]
-            measured[name] = sum(defined) / len(defined) if defined else math.nan
+            found[name] = sum(defined) / len(defined) if defined else math.nan
             if len(values) > 1:
-                measured |= {f"{name}/{target}": value for target, value in values.items()}
-        return measured
+                found |= {f"{name}/{target}": value for target, value in values.items()}
+        return found
 
     def _arrays(self, target: Target) -> tuple[np.ndarray, np.ndarray]:
         """Labels and probabilities of all cases."""

@@ -23,7 +23,6 @@ from nnssl_plugin.data.windows import random_origin, read_labels, read_window
 from nnssl_plugin.diagnostics.collapse import effective_rank, feature_std
 from nnssl_plugin.diagnostics.separation import cosine_gap, silhouette, token_labels
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import read_json
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.labels import structure_labels
 from nnssl_plugin.nnunet.plans import (
@@ -34,6 +33,7 @@ from nnssl_plugin.nnunet.plans import (
     read_plan,
     resolve_configuration,
 )
+from nnssl_plugin.nnunet.splits import read_splits
 
 BACKGROUND = "background"
 TITLES = {"labels": "all labels and background", "structures": "labels among themselves", "tokens": "all tokens"}
@@ -180,7 +180,7 @@ def _choose(folder: Path, planned: dict[str, Any], fold: int | None, count: int 
 
 
 def _validation_cases(path: Path, fold: int) -> Sequence[str]:
-    splits = read_json(path) if path.is_file() else []
+    splits = read_splits(path) if path.is_file() else []
     if fold not in range(len(splits)):
         raise UserError(f"{path} has no fold {fold}; it has {len(splits)}.", "Leave -f out to use every case.")
     return splits[fold]["val"]

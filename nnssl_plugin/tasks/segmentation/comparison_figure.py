@@ -6,13 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from nnssl_plugin.io.figures import COLOURS
-from nnssl_plugin.io.files import atomic_path
-from nnssl_plugin.tasks.segmentation.summaries import CONFIDENCE, FOREGROUND_MEAN, CaseScores, Comparison, case_scores
+from nnssl_plugin.io.figures import COLOURS, pyplot, save_figure
+from nnssl_plugin.tasks.segmentation.metrics import DICE
+from nnssl_plugin.tasks.segmentation.summaries import (
+    CONFIDENCE,
+    FOREGROUND_MEAN,
+    CaseScores,
+    Comparison,
+    case_scores,
+    counted,
+)
 
 COLUMNS = 4
-TITLES = {"dice": "Dice", "hd95_mm": "HD95 (mm)", "nsd": "NSD"}
-BETTER = {"dice": "better →", "hd95_mm": "← better", "nsd": "better →"}
 
 
 def draw_comparison(by_run: Mapping[str, Sequence[CaseScores]], comparison: Comparison, path: str | Path) -> None:
@@ -23,11 +28,7 @@ def draw_comparison(by_run: Mapping[str, Sequence[CaseScores]], comparison: Comp
         comparison: of these runs.
         path: the PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     labels = list(next(iter(comparison.differences.values())))
     labels = labels[:1] if len(labels) == 2 else labels  # the mean of one label is that label
     columns = min(COLUMNS, len(labels))
@@ -35,7 +36,7 @@ def draw_comparison(by_run: Mapping[str, Sequence[CaseScores]], comparison: Comp
     forest_height = 1.4 + 0.25 * len(labels) * max(1.0, 0.6 * len(comparison.differences))
     figure = plt.figure(figsize=(max(9.0, 2.9 * columns), 3.2 * rows + forest_height + 0.8), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[3.2 * rows, forest_height + 0.4])
-    figure.suptitle(f"{len(comparison.cases)} cases, one line per case; black bar and number above: mean")
+    figure.suptitle(f"{counted(comparison)}, one line per case; black bar and number above: mean")
     axes = above.subplots(rows, columns, squeeze=False)
     for axis, label in zip(axes.flat, labels, strict=False):
         _draw_cases(axis, by_run, label, comparison.cases)
@@ -43,7 +44,7 @@ def draw_comparison(by_run: Mapping[str, Sequence[CaseScores]], comparison: Comp
         axis.axis("off")
     for axis in axes[:, 0]:
         axis.set_ylabel("Dice of a case")
-    _draw_differences(below.subplots(1, len(TITLES), sharey=True), labels, comparison)
+    _draw_differences(below.subplots(1, len(comparison.metrics), sharey=True, squeeze=False)[0], labels, comparison)
     if len(comparison.differences) > 1:
         below.legend(
             *below.axes[0].get_legend_handles_labels(),
@@ -51,14 +52,12 @@ def draw_comparison(by_run: Mapping[str, Sequence[CaseScores]], comparison: Comp
             ncols=len(comparison.differences),
             frameon=False,
         )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def _draw_cases(axis, by_run: Mapping[str, Sequence[CaseScores]], label: str, cases: Sequence[str]) -> None:
     """A line per case through its Dice in every run; a bar at each run's mean over the cases that all runs score."""
-    dice = np.stack([case_scores(run, label, "dice", cases=cases) for run in by_run.values()])
+    dice = np.stack([case_scores(run, label, DICE.name, cases=cases) for run in by_run.values()])
     dice = dice[:, ~np.isnan(dice).any(axis=0)]
     positions = np.arange(len(by_run))
     axis.plot(positions, dice, color="0.75", linewidth=0.8, zorder=1)
@@ -87,9 +86,9 @@ def _draw_differences(axes, labels: Sequence[str], comparison: Comparison) -> No
     """Per metric and label: mean difference to the first run with its interval, a colour per run."""
     runs = list(comparison.differences)
     offsets = np.linspace(-0.22, 0.22, len(runs)) if len(runs) > 1 else [0.0]
-    for axis, metric in zip(axes, TITLES, strict=True):
+    for axis, metric in zip(axes, comparison.metrics, strict=True):
         for run, colour, offset in zip(runs, _colours(len(runs) + 1)[1:], offsets, strict=True):
-            found = [comparison.differences[run][label][metric] for label in labels]
+            found = [comparison.differences[run][label][metric.name] for label in labels]
             means = np.array([interval.mean for interval in found])
             reach = np.array([[i.mean - i.low for i in found], [i.high - i.mean for i in found]])
             axis.errorbar(
@@ -104,8 +103,9 @@ def _draw_differences(axes, labels: Sequence[str], comparison: Comparison) -> No
             )
         axis.axvline(0, color="black", linewidth=1, zorder=0)
         compared = f"{runs[0]} − {comparison.first}" if len(runs) == 1 else f"difference to {comparison.first}"
-        axis.set_title(f"{TITLES[metric]}: {compared}", fontsize="medium", fontweight="bold")
-        axis.set_xlabel(f"mean, {CONFIDENCE:.0%} interval over cases\n{BETTER[metric]}", fontsize="small")
+        axis.set_title(f"{metric.title}: {compared}", fontsize="medium", fontweight="bold")
+        better = "← better" if metric.lower_is_better else "better →"
+        axis.set_xlabel(f"mean, {CONFIDENCE:.0%} interval over subjects\n{better}", fontsize="small")
         axis.grid(axis="x", alpha=0.3)
         axis.locator_params(axis="x", nbins=5)
     axes[0].set_yticks(np.arange(len(labels)), [_shown(label) for label in labels])

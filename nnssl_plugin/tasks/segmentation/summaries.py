@@ -9,11 +9,11 @@ import numpy as np
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.statistics.bootstrap import Interval, paired_bootstrap
+from nnssl_plugin.statistics.metric import Metric
+from nnssl_plugin.tasks.segmentation.metrics import METRICS
 from nnssl_plugin.tasks.segmentation.runs import Label
 from nnssl_plugin.tasks.segmentation.surfaces import Scores
 
-METRICS = {"dice": "Dice", "hd95_mm": "HD95_mm", "nsd": "NSD"}
-"""Field of :class:`Scores` → its key in JSON; Dice has nnU-Net's."""
 FOREGROUND_MEAN = "foreground_mean"
 CONFIDENCE, SAMPLES, SEED = 0.95, 10_000, 0
 
@@ -27,6 +27,7 @@ class CaseScores:
     prediction: Path
     reference: Path
     scores: dict[str, Scores]  # name of the label → scores
+    odd: tuple[str, ...] = ()  # what a user should know of the two files
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,20 @@ class Comparison:
 
     first: str
     cases: tuple[str, ...]
-    differences: dict[str, dict[str, dict[str, Interval]]]  # run → label (and FOREGROUND_MEAN) → metric's field
+    subjects: int
+    metrics: tuple[Metric, ...]
+    differences: dict[str, dict[str, dict[str, Interval]]]  # run → label (and FOREGROUND_MEAN) → metric's name
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON; what is not defined is null."""
         return {
             "compared_to": self.first,
             "cases": len(self.cases),
-            "bootstrap": {"confidence": CONFIDENCE, "samples": SAMPLES, "seed": SEED},
+            "subjects": self.subjects,
+            "bootstrap": {"confidence": CONFIDENCE, "samples": SAMPLES, "seed": SEED, "drawn": "subjects"},
             "differences": {
                 run: {
-                    label: {METRICS[metric]: _plain(interval) for metric, interval in by_metric.items()}
+                    label: {metric.key: _plain(by_metric[metric.name]) for metric in self.metrics}
                     for label, by_metric in by_label.items()
                 }
                 for run, by_label in self.differences.items()
@@ -53,7 +57,9 @@ class Comparison:
         }
 
 
-def summarise(cases: Sequence[CaseScores], labels: Mapping[str, Label]) -> dict[str, Any]:
+def summarise(
+    cases: Sequence[CaseScores], labels: Mapping[str, Label], metrics: Sequence[Metric] = METRICS
+) -> dict[str, Any]:
     """The content of ``summary.json``: nnU-Net's layout and means, and counts.
 
     As in nnU-Net, a label's mean leaves out the cases where prediction and reference are both empty, and
@@ -62,25 +68,40 @@ def summarise(cases: Sequence[CaseScores], labels: Mapping[str, Label]) -> dict[
     Args:
         cases: of one run.
         labels: name → label or region; JSON keys are made as nnU-Net makes them.
+        metrics: those that were computed.
     """
-    mean = {str(label): _mean_of_label([case.scores[name] for case in cases]) for name, label in labels.items()}
+    mean = {
+        str(label): _mean_of_label([case.scores[name] for case in cases], metrics) for name, label in labels.items()
+    }
     return {
-        FOREGROUND_MEAN: {key: float(np.mean([m[key] for m in mean.values()])) for key in METRICS.values()},
+        FOREGROUND_MEAN: {m.key: float(np.mean([of_label[m.key] for of_label in mean.values()])) for m in metrics},
         "mean": mean,
         "label_names": {str(label): name for name, label in labels.items()},
         "metric_per_case": [
             {
                 "prediction_file": str(case.prediction),
                 "reference_file": str(case.reference),
-                "metrics": {str(label): _metrics(case.scores[name]) for name, label in labels.items()},
+                "metrics": {str(label): _plain_scores(case.scores[name], metrics) for name, label in labels.items()},
             }
             for case in cases
         ],
     }
 
 
-def compare_runs(by_run: Mapping[str, Sequence[CaseScores]], labels: Sequence[str]) -> Comparison:
-    """Paired differences of each run to the first, with bootstrap intervals over cases.
+def compare_runs(
+    by_run: Mapping[str, Sequence[CaseScores]],
+    labels: Sequence[str],
+    *,
+    subjects: Mapping[str, str] | None = None,
+    metrics: Sequence[Metric] = METRICS,
+) -> Comparison:
+    """Paired differences of each run to the first, with bootstrap intervals over subjects.
+
+    Args:
+        by_run: scores of every run, the first one being what the others are compared to.
+        labels: names.
+        subjects: case → subject; None: each case is its own.
+        metrics: those that were computed.
 
     Raises:
         UserError: no case is in every run.
@@ -90,23 +111,25 @@ def compare_runs(by_run: Mapping[str, Sequence[CaseScores]], labels: Sequence[st
     if not shared:
         raise UserError(f"No case is in all of {', '.join(names)}.", "Compare runs that predicted the same cases.")
     first = names[0]
+    subject_of = [subjects[case] if subjects else case for case in shared]
     differences = {
         run: {
             label: {
-                metric: paired_bootstrap(
-                    case_scores(by_run[run], label, metric, cases=shared),
-                    case_scores(by_run[first], label, metric, cases=shared),
+                metric.name: paired_bootstrap(
+                    case_scores(by_run[run], label, metric.name, cases=shared),
+                    case_scores(by_run[first], label, metric.name, cases=shared),
+                    subjects=subject_of,
                     samples=SAMPLES,
                     confidence=CONFIDENCE,
                     seed=SEED,
                 )
-                for metric in METRICS
+                for metric in metrics
             }
             for label in (*labels, FOREGROUND_MEAN)
         }
         for run in names[1:]
     }
-    return Comparison(first, tuple(shared), differences)
+    return Comparison(first, tuple(shared), len(set(subject_of)), tuple(metrics), differences)
 
 
 def case_scores(run: Sequence[CaseScores], label: str, metric: str, *, cases: Sequence[str]) -> np.ndarray:
@@ -115,7 +138,7 @@ def case_scores(run: Sequence[CaseScores], label: str, metric: str, *, cases: Se
     Args:
         run: of one run.
         label: name of a label, or FOREGROUND_MEAN: the mean of the case's labels that are defined.
-        metric: field of :class:`Scores`.
+        metric: name of a metric, field of :class:`Scores`.
         cases: names; all of them are in the run.
     """
     of_case = {case.case: case.scores for case in run}
@@ -124,36 +147,43 @@ def case_scores(run: Sequence[CaseScores], label: str, metric: str, *, cases: Se
     return np.array([_nanmean([getattr(s, metric) for s in of_case[case].values()]) for case in cases])
 
 
-def table(summaries: Mapping[str, Mapping[str, Any]], comparison: Comparison | None) -> str:
+def table(
+    summaries: Mapping[str, Mapping[str, Any]], comparison: Comparison | None, metrics: Sequence[Metric] = METRICS
+) -> str:
     """A short table for people: means per run and label, then the differences."""
     names = next(iter(summaries.values()))["label_names"]
     width = max(len(text) for text in (*summaries, "mean of labels", *names.values()))
-    lines = [
-        f"{'run':<{width}}  {'label':<{width}}  {'cases':>5}  {'Dice':>6}  {'HD95 mm':>8}  {'NSD':>6}  "
-        f"{'missed':>6}  {'spurious':>8}"
-    ]
+    titles = "  ".join(f"{m.title:>{_width(m)}}" for m in metrics)
+    lines = [f"{'run':<{width}}  {'label':<{width}}  {'cases':>5}  {titles}  {'missed':>6}  {'spurious':>8}"]
     for run, summary in summaries.items():
         for key, name in names.items():
             mean = summary["mean"][key]
             lines.append(
-                f"{run:<{width}}  {name:<{width}}  {mean['n']:>5}  {_three(mean)}  {mean['n_missed']:>6}  "
+                f"{run:<{width}}  {name:<{width}}  {mean['n']:>5}  {_numbers(mean, metrics)}  {mean['n_missed']:>6}  "
                 f"{mean['n_spurious']:>8}"
             )
-        lines.append(f"{run:<{width}}  {'mean of labels':<{width}}  {'':>5}  {_three(summary[FOREGROUND_MEAN])}")
+        lines.append(
+            f"{run:<{width}}  {'mean of labels':<{width}}  {'':>5}  {_numbers(summary[FOREGROUND_MEAN], metrics)}"
+        )
     for run, by_label in comparison.differences.items() if comparison else ():
-        lines += ["", f"{run} − {comparison.first}: mean difference [95 % interval] over {len(comparison.cases)} cases"]
+        lines += ["", f"{run} − {comparison.first}: mean difference [95 % interval] over {counted(comparison)}"]
         for label, by_metric in by_label.items():
-            shown = "mean of labels" if label == FOREGROUND_MEAN else label
-            lines.append(
-                f"{shown:<{width}}  Dice {_signed(by_metric['dice'], 4)}  "
-                f"HD95 {_signed(by_metric['hd95_mm'], 2)} mm  NSD {_signed(by_metric['nsd'], 4)}"
-            )
+            name = "mean of labels" if label == FOREGROUND_MEAN else label
+            shown = ",  ".join(f"{m.title} {_signed(by_metric[m.name], m.digits)}" for m in metrics)
+            lines.append(f"{'':<{width}}  {name:<{width}}  {shown}")
     return "\n".join(lines)
 
 
-def _mean_of_label(scores: Sequence[Scores]) -> dict[str, float | int]:
+def counted(comparison: Comparison) -> str:
+    """Over how many cases and subjects a comparison runs."""
+    cases = len(comparison.cases)
+    of = f" of {comparison.subjects} subjects" if comparison.subjects < cases else ""
+    return f"{cases} cases{of}"
+
+
+def _mean_of_label(scores: Sequence[Scores], metrics: Sequence[Metric]) -> dict[str, float | int]:
     found = [(s.n_prediction > 0, s.n_reference > 0) for s in scores]
-    means = {key: _nanmean([getattr(s, metric) for s in scores]) for metric, key in METRICS.items()}
+    means = {metric.key: _nanmean([getattr(s, metric.name) for s in scores]) for metric in metrics}
     return means | {
         "n": sum(predicted or real for predicted, real in found),
         "n_both_empty": sum(not predicted and not real for predicted, real in found),
@@ -162,8 +192,8 @@ def _mean_of_label(scores: Sequence[Scores]) -> dict[str, float | int]:
     }
 
 
-def _metrics(scores: Scores) -> dict[str, float | int]:
-    values = {key: getattr(scores, metric) for metric, key in METRICS.items()}
+def _plain_scores(scores: Scores, metrics: Sequence[Metric]) -> dict[str, float | int]:
+    values = {metric.key: getattr(scores, metric.name) for metric in metrics}
     return values | {"n_pred": scores.n_prediction, "n_ref": scores.n_reference}
 
 
@@ -172,8 +202,12 @@ def _nanmean(values: Sequence[float]) -> float:
     return float(defined.mean()) if len(defined) else float("nan")
 
 
-def _three(mean: Mapping[str, float]) -> str:
-    return f"{mean['Dice']:>6.4f}  {mean['HD95_mm']:>8.2f}  {mean['NSD']:>6.4f}"
+def _width(metric: Metric) -> int:
+    return max(6, len(metric.title))
+
+
+def _numbers(mean: Mapping[str, float], metrics: Sequence[Metric]) -> str:
+    return "  ".join(f"{mean[m.key]:>{_width(m)}.{m.digits}f}" for m in metrics)
 
 
 def _signed(interval: Interval, digits: int) -> str:

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from nnssl_plugin.captions.clip import fine_tuning as clip_fine_tuning
 from nnssl_plugin.captions.clip import training as clip_training
 from nnssl_plugin.captions.clip.data import epoch_batches, prepare_pairs, scaled, split_cases
-from nnssl_plugin.captions.clip.fine_tuning import RECORD_FILE, STATE_FILE, fine_tune_pair
+from nnssl_plugin.captions.clip.fine_tuning import STATE_FILE, fine_tune_pair
 from nnssl_plugin.captions.clip.pairs import check_can_be_saved, load_pair, save_pair
 from nnssl_plugin.captions.clip.training import ClipSettings, clip_loss, schedule, train_pair
 from nnssl_plugin.captions.triplets import triplet_pictures
-from nnssl_plugin.data.triplets import Triplet, read_triplets, write_triplets
+from nnssl_plugin.data.triplets import PAIR_RECORD, Triplet, read_triplets, write_triplets
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.statistics.ranking import chance_of_retrieval, first_right_ranks, measure_retrieval, retrieval_table
@@ -231,7 +231,7 @@ def test_the_pair_learns_what_the_texts_say(raw, weights):
     assert (tuned.pairs, tuned.held_out) == (CASES, 6)
     assert tuned.chance["slice_to_text"].recall_at_1 < 0.5
     assert tuned.after["slice_to_text"].recall_at_1 == tuned.after["text_to_slice"].recall_at_1 == 1
-    record = json.loads((tuned.folder / RECORD_FILE).read_text())
+    record = json.loads((tuned.folder / PAIR_RECORD).read_text())
     assert record["distinct_texts"] == 4 and record["share_of_commonest_text"] == 0.25
     assert record["history"][tuned.best_epoch]["held_out_loss"] == min(e["held_out_loss"] for e in record["history"])
 
@@ -240,7 +240,7 @@ def test_saved_pair_is_the_one_that_was_measured_and_open_clip_reads_it(raw, wei
     tuned = fine_tune_pair(raw, weights=weights, **QUICK)
     moved = shutil.copytree(tuned.folder, tmp_path / "elsewhere" / "clip_pair")
     pair = load_pair(weights=str(moved))
-    record = json.loads((moved / RECORD_FILE).read_text())
+    record = json.loads((moved / PAIR_RECORD).read_text())
     pictures = {t.case: (picture, t.text) for t, picture in triplet_pictures(raw, read_triplets(raw))}
     shown = [pictures[case] for case in record["held_out_cases"]]
     image, text = pair.embed([picture for picture, _ in shown], [text for _, text in shown])
@@ -287,7 +287,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(made, tmp_path, weights, m
     assert len(calls) == 11 + 2 * 4  # two more epochs, not four
     expected, found = weights_of(whole / "clip_pair"), weights_of(broken / "clip_pair")
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
-    records = [json.loads((folder / "clip_pair" / RECORD_FILE).read_text()) for folder in (whole, broken)]
+    records = [json.loads((folder / "clip_pair" / PAIR_RECORD).read_text()) for folder in (whole, broken)]
     assert records[0] == records[1]
     assert not [path for path in broken.iterdir() if STATE_FILE in path.name]
 
@@ -300,11 +300,11 @@ def test_state_of_other_texts_or_a_damaged_one_is_not_used(raw, weights, monkeyp
     left = (raw / STATE_FILE).read_bytes()
     monkeypatch.setattr(clip_fine_tuning, "save_pair", save_pair)
     triplets = read_triplets(raw)
-    triplets["c03"] = dataclasses.replace(triplets["c03"], text="Other words.")
-    write_triplets(raw, triplets.values())
+    triplets[3] = dataclasses.replace(triplets[3], text="Other words.")
+    write_triplets(raw, triplets)
     for content, said in ((left, "afresh"), (left[:500], "cannot be read")):
         (raw / STATE_FILE).write_bytes(content)
-        (raw / "clip_pair" / RECORD_FILE).unlink(missing_ok=True)
+        (raw / "clip_pair" / PAIR_RECORD).unlink(missing_ok=True)
         caplog.clear()
         tuned = fine_tune_pair(raw, weights=weights, **settings)
         assert said in caplog.text and not tuned.was_there and tuned.epochs == 1
@@ -312,20 +312,15 @@ def test_state_of_other_texts_or_a_damaged_one_is_not_used(raw, weights, monkeyp
 
 def test_other_texts_slices_and_cases_have_another_fingerprint(raw, weights):
     pair, triplets = load_pair(weights=weights), read_triplets(raw)
-    changes = (
-        {},
-        {"c03": dataclasses.replace(triplets["c03"], text="Other words.")},
-        {"c03": dataclasses.replace(triplets["c03"], slice=3)},
-        {"c03": dataclasses.replace(triplets["c03"], plane="coronal", n_slices=16)},
-    )
+    changes = ({}, {"text": "Other words."}, {"slice": 3}, {"plane": "coronal", "n_slices": 16})
     prints = set()
     for change in changes:
-        write_triplets(raw, {**triplets, **change}.values())
+        write_triplets(raw, [*triplets[:3], dataclasses.replace(triplets[3], **change), *triplets[4:]])
         prints.add(prepare_pairs(raw, pair).fingerprint())
-    write_triplets(raw, list(triplets.values())[1:])
+    write_triplets(raw, triplets[1:])
     prints.add(prepare_pairs(raw, pair).fingerprint())
     assert len(prints) == 5
-    write_triplets(raw, reversed(triplets.values()))  # the order of the lines does not matter
+    write_triplets(raw, reversed(triplets))  # the order of the lines does not matter
     assert prepare_pairs(raw, pair).fingerprint() in prints
 
 
@@ -337,7 +332,7 @@ def test_finished_training_is_not_repeated(raw, weights):
     assert second == dataclasses.replace(first, was_there=True)
     assert (first.folder / "open_clip_model.safetensors").stat().st_mtime_ns == stamp
     assert not fine_tune_pair(raw, weights=weights, **{**settings, "lr": 2e-3}).was_there
-    (first.folder / RECORD_FILE).write_text("{")
+    (first.folder / PAIR_RECORD).write_text("{")
     assert not fine_tune_pair(raw, weights=weights, **settings).was_there
 
 
@@ -405,8 +400,8 @@ def test_what_cannot_be_trained_says_why(raw, weights, monkeypatch):
     with pytest.raises(UserError, match="epoch 1 is not finite") as caught:
         fine_tune_pair(raw, weights=weights, **QUICK)
     assert "--lr" in caught.value.remedy and not (raw / "clip_pair").exists()
-    write_triplets(raw, list(read_triplets(raw).values())[:9])
-    with pytest.raises(UserError, match="9 slice–text pairs") as caught:
+    write_triplets(raw, read_triplets(raw)[:9])
+    with pytest.raises(UserError, match="pairs of 9 cases") as caught:
         fine_tune_pair(raw, weights=weights)
     assert "caption" in caught.value.remedy
 

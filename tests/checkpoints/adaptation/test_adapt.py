@@ -155,6 +155,60 @@ def test_half_precision_becomes_the_precision_of_the_target():
     assert {value.dtype for value in state.values()} == {torch.float32} and report.coverage("encoder") == 1.0
 
 
+@pytest.mark.parametrize("kind", [PlainConvUNet, ResidualEncoderUNet])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_of_copies_that_differ_the_networks_own_name_wins_and_the_report_says_so(kind, backwards):
+    """nnssl's Spark trainer writes copies of the encoder that share no memory, of which one was trained."""
+    source = {key: value.clone() for key, value in unet(kind=kind).state_dict().items()}
+    expected = {key: value.clone() for key, value in source.items() if key.startswith("encoder.")}
+    for key, value in source.items():
+        if key.startswith("decoder.encoder."):
+            value.add_(1)
+    target = unet(kind=kind)
+    state, report = adapt_weights(dict(reversed(source.items())) if backwards else source, target, trained=None)
+    target.load_state_dict(state)
+    loaded = target.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+    assert len(report.warnings) == 1 and "copies that differ" in report.warnings[0]
+    assert "encoder.st" in report.warnings[0] and "not decoder.encoder." in report.warnings[0]
+    _, report = adapt_weights({k: v.clone() for k, v in unet(kind=kind).state_dict().items()}, target, trained=None)
+    assert not report.warnings  # copies that are equal are no news
+
+
+def test_tensors_below_the_encoder_without_a_place_count_against_the_weights():
+    source = unet().state_dict()
+    extra = {"encoder.stages.1.attention.weight": torch.ones(10**6), "teacher.weight": torch.ones(10**6)}
+    _, report = adapt_weights({**source, **extra}, unet(), trained=None)
+    encoder = sum(p.numel() for p in unet().encoder.parameters())
+    assert (report.placed, report.unplaced) == (encoder, 10**6)
+    assert report.coverage("encoder") == 1.0 and report.checkpoint_coverage == encoder / (encoder + 10**6)
+    assert f"{encoder:,} of {encoder + 10**6:,} parameters" in report.table()
+    with pytest.raises(
+        UserError, match=r"of the checkpoint's encoder has a place .*1,000,000 parameters have none"
+    ) as error:
+        check_coverage(report, tables=["right"], mend="nnssl_plugin plan --like FILE --mapping right")
+    assert "--mapping right" in error.value.remedy
+    check_coverage(report, minimum=0.0)
+    _, report = adapt_weights({**source, **extra}, unet(), trained=["encoder.stages.0.", "encoder.stages.2."])
+    assert report.unplaced == 0  # what was not trained is no loss
+
+
+def test_stages_and_blocks_that_a_smaller_network_leaves_out_are_no_loss():
+    source, target = unet(features=(4, 8, 16, 32)), unet(features=(4, 8, 16))
+    _, report = adapt_weights(source.state_dict(), target, trained=None)
+    assert report.coverage("encoder") == report.checkpoint_coverage == 1.0 and report.unused
+    check_coverage(report)
+
+
+def test_every_tensor_that_is_not_finite_is_named():
+    state = {key: value.clone() for key, value in unet().state_dict().items()}
+    for stage in (0, 2):
+        state[f"encoder.stages.{stage}.0.convs.0.conv.bias"][0] = float("nan")
+    state["teacher.weight"] = torch.full((2,), float("nan"))  # not taken, so it does no harm
+    with pytest.raises(UserError, match=r"in 2 of its tensors: encoder\.stages\.0.*, encoder\.stages\.2"):
+        adapt_weights(state, unet(), trained=None)
+
+
 def test_tensors_without_a_place_are_listed():
     _, report = adapt_weights({**unet().state_dict(), "teacher.weight": torch.ones(1)}, unet(), trained=None)
     assert report.unused == ("teacher.weight",) and "teacher.weight" in report.table()

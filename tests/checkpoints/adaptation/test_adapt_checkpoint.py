@@ -9,7 +9,8 @@ import torch
 from fake_dataset import NAME, fake_plan, write_fake_dataset
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
-from nnssl_plugin.checkpoints.adaptation.finetuning_plan import Changes, adapt_checkpoint
+from nnssl_plugin.checkpoints.adaptation.finetuning_plan import adapt_checkpoint
+from nnssl_plugin.checkpoints.adaptation.options import AdaptationOptions
 from nnssl_plugin.checkpoints.format.files import read_checkpoint, save_checkpoint
 from nnssl_plugin.checkpoints.format.provenance import describe_pretraining, nnssl_adaptation_plan, weights_hash
 from nnssl_plugin.errors import UserError
@@ -182,7 +183,7 @@ def test_another_architecture_is_refused_with_the_command_that_mends_it(folder, 
     )
     assert "--resize-width" in error.value.problem and not list(folder.glob("*wide*"))
     assert adapt_checkpoint("901", name="wide", weights=path, min_coverage=0).report.coverage("encoder") == 0
-    asked = adapt_checkpoint("901", name="narrow", weights=path, changes=Changes(resize_width=True))
+    asked = adapt_checkpoint("901", name="narrow", weights=path, options=AdaptationOptions(resize_width=True))
     assert asked.report.coverage("encoder") == 1
     assert read_json(asked.plan)["finetuning"]["source"]["resize_width"] is True
 

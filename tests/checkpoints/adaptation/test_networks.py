@@ -7,6 +7,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from nnssl_plugin.checkpoints.adaptation.adapt import adapt_weights, check_coverage
+from nnssl_plugin.checkpoints.adaptation.options import AdaptationOptions
 from nnssl_plugin.errors import UserError
 
 UNETS = [PlainConvUNet, ResidualEncoderUNet]
@@ -83,9 +84,9 @@ def varied(network):
     return network.double().eval()
 
 
-def adapted(source, target, **wishes):
+def adapted(source, target, **options):
     torch.manual_seed(1)
-    state, report = adapt_weights(source.state_dict(), target, trained=None, **wishes)
+    state, report = adapt_weights(source.state_dict(), target, trained=None, options=AdaptationOptions(**options))
     target.load_state_dict(state)
     return report
 
@@ -276,7 +277,9 @@ def test_a_deeper_transformer_keeps_its_blocks_and_another_width_is_never_cut():
     source, target = primus(depth=1), primus(depth=3)
     report = adapted(source, target)
     assert {r.keys[0].split(".")[2] for r in report.initialised() if r.part == "encoder"} == {"1", "2"}
-    _, report = adapt_weights(primus(width=24).state_dict(), primus(width=48), trained=None, resize_width=True)
+    _, report = adapt_weights(
+        primus(width=24).state_dict(), primus(width=48), trained=None, options=AdaptationOptions(resize_width=True)
+    )
     assert report.coverage("encoder") == 0.0
     assert any("never resized" in r.reason for r in report.initialised())
 

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from fake_dataset import fake_plan
+from huggingface_hub import ModelCard
 
 from nnssl_plugin.checkpoints.format.provenance import describe_pretraining
 from nnssl_plugin.checkpoints.sharing.model_card import LICENCES, USAGE, model_card, read_results
@@ -59,8 +60,7 @@ def card(layout="safetensors", results=(), papers=None, weights=None, **changes)
 
 
 def front_matter(text):
-    hub = pytest.importorskip("huggingface_hub")
-    return hub.ModelCard(text).data.to_dict()
+    return ModelCard(text).data.to_dict()
 
 
 def test_the_hub_reads_the_front_matter():
@@ -146,6 +146,48 @@ def test_a_known_paper_has_an_entry_of_fields():
     block = re.search(r"```bibtex\n(.*?)```", text, re.DOTALL)[1]
     assert f"title = {{{{{METHODS[method].paper.title}}}}}" in block
     assert " and ".join(METHODS[method].paper.authors) in block
+
+
+@pytest.mark.parametrize(
+    "field", ["method", "licence", "channels", "citations", "reader", "network", "training", "date"]
+)
+def test_what_the_file_says_is_shown_as_text(field):
+    evil = "x<script>alert(1)</script>\n```\n# A|b\x1b[2J\u202e [click](js:x) ![i](http://e/p)\n---\nlicense: mit"
+    values = {
+        "channels": [evil],
+        "citations": [evil],
+        "network": {"class": f"a.{evil}", "kwargs": {}},
+        "training": {evil: evil, "list": [evil]},
+    }
+    text = card(**{field: values.get(field, evil)}, **({} if field == "licence" else {"licence": "MIT"}))
+    body = text.split("\n---\n", 1)[1]
+    prose = re.sub(r"```bibtex\n.*?\n```", "", body, flags=re.DOTALL)
+    assert "<script" not in prose and not re.search(r"(?<!\\\\)\[(click|i)\]", prose)
+    assert "\x1b" not in text and "\u202e" not in text
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS and text.count("```") % 2 == 0
+    data = front_matter(text)
+    assert data["license"] == ("other" if field == "licence" else "mit")
+
+
+def test_the_command_is_one_command_whatever_the_method_is_called():
+    assert "-n rm--rf-x\n" in card(method="$(rm -rf ~); x`")
+
+
+@pytest.mark.parametrize("field", ["method", "steps", "spacing_mm", "citations"])
+def test_a_provenance_without_a_field_is_named(field):
+    with pytest.raises(UserError, match=f"does not state {field}"):
+        card(**{field: None})
+
+
+def test_the_end_of_the_training_is_said():
+    text = model_card(
+        provenance(),
+        layout="safetensors",
+        weights={"w": torch.ones(2)},
+        sha256="a",
+        health={"feature_std": 0.91234, "skipped_steps": 3.0},
+    )
+    assert "At the end of the pretraining: feature_std 0.9123, skipped_steps 3." in text
 
 
 def test_results_are_means_without_cases(tmp_path):

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from nnssl_plugin.checkpoints.format.files import save_checkpoint
 from nnssl_plugin.checkpoints.format.provenance import describe_pretraining, nnssl_adaptation_plan, nnssl_citations
-from nnssl_plugin.checkpoints.sources.inspection import UNSTATED, WIDTH, count_parameters, inspect_file, screen
+from nnssl_plugin.checkpoints.format.tensors import parameters_in
+from nnssl_plugin.checkpoints.sources.inspection import UNSTATED, WIDTH, inspect_file, screen
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.nnunet.plans import build_network
@@ -213,7 +214,7 @@ def test_long_entries_are_cut_to_the_screen(network, tmp_path):
 def test_shared_tensors_are_counted_once():
     weight = torch.zeros(3, 4)
     weights = {"a": weight, "b": weight, "c": torch.ones(2), "index": torch.zeros(5, dtype=torch.long)}
-    assert count_parameters(weights) == 12 + 2
+    assert parameters_in(weights) == 12 + 2
 
 
 def test_nothing_is_built(tmp_path):

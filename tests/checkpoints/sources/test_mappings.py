@@ -14,7 +14,7 @@ from monai.networks.nets.swin_unetr import SwinUNETR
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
-from nnssl_plugin.checkpoints.sources import state_dicts
+from nnssl_plugin.checkpoints.format import content
 from nnssl_plugin.checkpoints.sources.mappings import FORMAT, Mapping, read_mapping, shipped_mappings
 from nnssl_plugin.checkpoints.sources.source import read_source
 from nnssl_plugin.errors import UserError
@@ -141,7 +141,7 @@ def test_openmind_primus_m(prefix, tmp_path):
 @pytest.mark.parametrize("name, feature_size", [("voco-b", 48), ("voco-l", 96), ("voco-h", 192)])
 def test_voco_in_the_layout_with_a_backbone_and_heads(name, feature_size, tmp_path, monkeypatch):
     """Luffy03/Large-Scale-Medical, ``VoCoHead``: a backbone, and projection heads called student and teacher."""
-    monkeypatch.setattr(state_dicts, "LARGEST_REPEATED", 2**34)  # the tensors of this test store one number each
+    monkeypatch.setattr(content, "LARGEST_REPEATED", 2**34)  # the tensors of this test store one number each
     heads = {"module.student.layer1.0.weight": torch.zeros(2), "module.teacher.layer1.0.weight": torch.zeros(2)}
     source = save_and_read(
         {"state_dict": prefixed("module.backbone.", voco(feature_size)) | heads, "epoch": 5}, tmp_path, name

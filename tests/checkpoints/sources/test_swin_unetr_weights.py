@@ -8,14 +8,16 @@ import torch
 from fake_dataset import NAME, fake_plan, write_fake_dataset
 from small_swin import ARGUMENTS, with_swin
 
+from nnssl_plugin.checkpoints.adaptation import fitting_tables
 from nnssl_plugin.checkpoints.adaptation.adapt import HEAD, MISSING, adapt_weights
 from nnssl_plugin.checkpoints.adaptation.like import training_bytes
 from nnssl_plugin.checkpoints.sources.mappings import read_mapping, shipped_mappings
 from nnssl_plugin.checkpoints.sources.source import read_source
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.finetuning.parameter_groups import freeze_the_rest, network_parts, optimisation_for, parameter_groups
+from nnssl_plugin.finetuning.parameter_groups import freeze_the_rest, optimisation_for, parameter_groups
 from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.networks.family import parts_of
 from nnssl_plugin.nnunet.plan_edits import write_edited_plan
 from nnssl_plugin.nnunet.plans import build_network
 
@@ -195,6 +197,28 @@ def test_the_first_version_fits_its_own_table_alone(folder, tmp_path, capsys):
     assert read_json(folder / "first-x_3d_fullres_report.json")["coverage"]["encoder"] == 1.0
 
 
+def test_a_table_of_the_wrong_version_is_refused_with_the_one_that_fits(folder, tmp_path, capsys, monkeypatch):
+    """The table of the first version on weights of the second: more than half of them would find no place."""
+    weights = network_of(seed=3).state_dict()  # the second version
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in weights.items() if k.startswith("swinViT.")}}, tmp_path / "a.pt"
+    )
+    for name in ("voco-b", "swinunetr-ssl"):  # tables of networks of the size of these tests
+        write_json(tmp_path / f"{name}.json", read_json(Path(table(tmp_path, name))) | {"name": name})
+    small = {name: str(tmp_path / f"{name}.json") for name in ("voco-b", "swinunetr-ssl")}
+    monkeypatch.setattr("nnssl_plugin.checkpoints.adaptation.fitting_tables.shipped_mappings", lambda: list(small))
+    original = fitting_tables.with_table
+    monkeypatch.setattr(fitting_tables, "with_table", lambda source, name: original(source, small[name]))
+    assert fitting_tables.fitting_tables(read_source(tmp_path / "a.pt")) == ["voco-b"]
+    write_edited_plan("901", "second", presets=["swinunetr-b"], assignments=SMALL)
+    write_edited_plan("901", "first", source="second", assignments=[f"{UNDER}.architecture.arch_kwargs.use_v2=false"])
+    given = ["-w", str(tmp_path / "a.pt"), "--mapping", small["swinunetr-ssl"]]
+    assert main(["adapt", "-d", "901", "-p", "first", "-n", "x", *given]) == 2
+    said = capsys.readouterr().err
+    assert "of the checkpoint's encoder has a place in this network" in said
+    assert "the network of the table voco-b: --mapping voco-b" in said and "plan -d 901 -p first --like" in said
+
+
 def test_its_checkpoint_says_which_network_it_is(tmp_path):
     weights = network_of(channels=3).state_dict()
     torch.save(weights, tmp_path / "bare.pt")
@@ -225,7 +249,7 @@ def test_groups_of_fine_tuning_hold_every_parameter_once():
 @pytest.mark.parametrize("use_v2", [True, False])
 def test_a_linear_probe_moves_the_last_layer_alone(use_v2):
     network = network_of(with_swin(fake_plan(), use_v2=use_v2))
-    assert len(network_parts(network).stages) == 4
+    assert len(parts_of(network).stages) == 4
     freeze_the_rest(network, parameter_groups(network, trains="head"))
     assert {name for name, p in network.named_parameters() if p.requires_grad} == {
         "out.conv.conv.weight",

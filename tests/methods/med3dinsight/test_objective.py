@@ -7,6 +7,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
+from nnssl_plugin.diagnostics.collapse import feature_std
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.methods.med3dinsight.objective import Med3DInsight
 from nnssl_plugin.methods.med3dinsight.settings import TRAINING, Settings
@@ -137,6 +138,19 @@ def test_views_mask_blocks_from_one_generator():
     assert torch.equal(first["image"], batch["image"])
 
 
+def test_what_all_embeddings_have_in_common_is_taken_off():
+    common = torch.randn(2, EMBEDDING_DIM, generator=torch.Generator().manual_seed(3))
+    batch = make_batch()
+    backbone = build().backbone
+    for centre, shift in ((True, common), (False, torch.zeros_like(common))):
+        task = Med3DInsight(backbone, Settings(**SMALL, centre=centre), EMBEDDING_DIM, common=common)
+        views = views_of(task, batch)
+        for row, name in enumerate(("image_embedding", "text_embedding")):
+            expected = (batch[name] - shift[row]) / (batch[name] - shift[row]).norm(dim=1, keepdim=True)
+            torch.testing.assert_close(views[name], expected)
+        assert not any("common" in key for key in task.state_dict())  # checkpoints of before can be loaded
+
+
 def test_without_corruption_the_skips_carry_nothing():
     task = build(corruption="none")
     views = views_of(task, make_batch())
@@ -149,7 +163,7 @@ def test_without_corruption_the_skips_carry_nothing():
 @pytest.mark.parametrize(("field_of_view", "window"), [("window", "slice"), ("resize", "whole")])
 def test_field_of_view_decides_the_window(field_of_view, window):
     needs = build(field_of_view=field_of_view).needs
-    assert (needs.window, needs.triplets, needs.dimensions) == (window, True, (3,))
+    assert (needs.window, needs.placement, needs.triplets, needs.dimensions) == (window, "free", True, (3,))
     assert Med3DInsight.needs.window == "slice"
 
 
@@ -245,36 +259,67 @@ def test_state_dict_holds_everything_that_is_learned():
     assert {"metric", "psat.queries", "psat.plane_slice"} <= set(task.state_dict())
 
 
-def test_diagnostics_see_a_perfect_and_a_useless_match(monkeypatch):
+class Oracle(nn.Module):
+    """In the transformer's place: gives each sample the embedding that is written into its tokens, or one by place."""
+
+    def __init__(self, table, *, by_place):
+        super().__init__()
+        self.table, self.by_place = table, by_place
+
+    def forward(self, tokens, grid, plane, position):
+        volume = tokens[:, 0, 0].round().long().clamp(0, len(self.table) - 1)
+        return self.table[plane if self.by_place else volume]
+
+
+def with_oracle(task, views, table, *, by_place):
+    """Tokens say which sample they are of (an empty volume: the first), planes too."""
+    task.psat = Oracle(table, by_place=by_place)
+    task.backbone.features = lambda image: [image]
+    task.backbone.tokens = lambda features: (features[0].flatten(1)[:, :1, None], (1,))
+    image = torch.arange(4.0).reshape(4, 1, 1, 1, 1).expand_as(views["image"])
+    return views | {"corrupted": image, "plane": torch.arange(4)}
+
+
+def test_controls_stay_at_chance_where_the_volume_is_read():
+    task = build()
+    views = views_of(task, make_batch())
+    found = task.diagnostics(with_oracle(task, views, views["text_embedding"], by_place=False))
+    assert found["retrieval_text"] == 1 and found["retrieval_image"] < 1
+    assert found["retrieval_text_other_case"] == 0  # the other case's own text
+    assert found["retrieval_text_empty"] == found["retrieval_text_chance"] == 0.25
+    assert found["features"].shape == (4, EMBEDDING_DIM)
+
+
+def test_controls_show_a_match_by_the_place_alone():
+    task = build()
+    views = views_of(task, make_batch())
+    found = task.diagnostics(with_oracle(task, views, views["text_embedding"], by_place=True))
+    for name in ("", "_other_case", "_empty"):
+        assert found[f"retrieval_text{name}"] == 1
+    assert feature_std(found["features"]) == 0  # the alarm of the trainer: the volume adds nothing
+
+
+def test_equal_texts_are_one_candidate_and_their_chance_is_said():
+    task = build()
+    views = views_of(task, make_batch())
+    views["text_embedding"] = views["text_embedding"][[0, 0, 1, 2]]
+    views = with_oracle(task, views, views["text_embedding"], by_place=False)
+    found = task.diagnostics(views)
+    assert found["retrieval_text"] == 1
+    assert found["retrieval_text_chance"].item() == pytest.approx(1 / 3)
+    assert found["retrieval_image_chance"] == 0.25
+    assert found["retrieval_text_empty"] == 0.5  # the first text, which two of four have
+
+
+def test_diagnostics_of_the_network_are_finite_and_a_single_sample_has_no_other_case():
     task = build()
     views = views_of(task, make_batch())
     found = task.diagnostics(views)
-    assert found["features"].shape == (4, EMBEDDING_DIM)
     assert found["metric_smallest_eigenvalue"].item() == pytest.approx(1)
-    monkeypatch.setattr(
-        task,
-        "encode",
-        lambda views: (
-            {
-                "volume": views["text_embedding"],
-                "image": views["text_embedding"][[1, 2, 3, 0]],
-                "text": views["text_embedding"],
-            },
-            {},
-        ),
-    )
-    found = task.diagnostics(views)
-    assert found["retrieval_text"].item() == 1
-    assert found["retrieval_image"].item() == 0
-    monkeypatch.setattr(
-        task,
-        "encode",
-        lambda views: (
-            {"volume": torch.ones(4, EMBEDDING_DIM), "image": views["text_embedding"], "text": views["text_embedding"]},
-            {},
-        ),
-    )
-    assert task.diagnostics(views)["retrieval_text"].item() == 0.25
+    assert all(value.isfinite().all() for value in found.values())
+    assert feature_std(found["features"]) > 0
+    single = task.diagnostics(views_of(task, make_batch(1)))
+    assert set(found) - set(single) == {"retrieval_image_other_case", "retrieval_text_other_case"}
 
 
 def test_pictures_show_the_first_sample():
@@ -319,6 +364,7 @@ def test_settings_come_from_a_plan_and_mistakes_are_named():
         "epsilon": -1.0,
         "field_of_view": "sphere",
         "corruption": "blur",
+        "output": "place",
         "mask_ratio": 1.0,
         "queries": 0,
         "dim": 500,

@@ -103,6 +103,36 @@ def test_the_place_reaches_tokens_and_queries():
     torch.testing.assert_close(seen["queries"], (before["queries"] + 1).expand(3, -1, -1))
 
 
+def test_attended_output_says_nothing_where_the_volume_says_nothing():
+    """Of tokens that are all alike, no place can be read; of others it decides what is read."""
+    psat = build(output="attended").double()
+    with torch.no_grad():
+        psat.plane_slice.normal_()
+    tokens, grid, *_ = inputs()
+    alike = tokens[:, :1].expand_as(tokens).double()
+    places = [place(2, 0.3), place(0, 0.3), place(2, 0.9)]
+    first, *others = (psat(alike, grid, *where) for where in places)
+    assert all(torch.allclose(first, other, atol=1e-12) for other in others)
+    first, *others = (psat(tokens.double(), grid, *where) for where in places)
+    assert not any(torch.allclose(first, other, atol=1e-4) for other in others)
+
+
+def test_residual_output_names_the_place_of_an_empty_volume():
+    psat = build()
+    with torch.no_grad():
+        psat.plane_slice.normal_()
+    tokens, grid, *_ = inputs()
+    empty = torch.zeros_like(tokens)
+    assert not torch.allclose(psat(empty, grid, *place(2, 0.3)), psat(empty, grid, *place(0, 0.3)), atol=1e-2)
+
+
+def test_attended_output_trains_every_parameter():
+    psat = build(output="attended")
+    tokens, grid, plane, position = inputs()
+    (psat(tokens, grid, plane, position) * torch.randn(3, 10)).sum().backward()
+    assert [name for name, p in psat.named_parameters() if p.grad is None] == []
+
+
 def test_samples_do_not_interact():
     psat = build()
     tokens, grid, plane, position = inputs()

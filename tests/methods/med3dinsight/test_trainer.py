@@ -7,6 +7,7 @@ import pytest
 import torch
 from pretraining_harness import assert_same, make_trainer, run, state_of
 
+from nnssl_plugin.data.cases import Cases
 from nnssl_plugin.data.triplets import EMBEDDINGS_FILE, TRIPLETS_FILE
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.methods.med3dinsight.trainer import Med3DInsightPretrainer
@@ -77,6 +78,24 @@ def test_checkpoint_keeps_metric_and_transformer_beside_the_network():
     trained = ["encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages."]
     assert checkpoint["provenance"]["trained"] == trained
     assert "Med3DInsight" in checkpoint["citations"][0]["apa_citations"][0]
+
+
+def test_the_log_says_what_is_matched_and_names_the_cases_of_a_skipped_step(monkeypatch):
+    load = Cases.load_labelled
+
+    def with_nan(self, case):
+        image, segmentation, facts = load(self, case)
+        return (image[:] * (np.nan if case == "case_04" else 1)), segmentation, facts
+
+    monkeypatch.setattr(Cases, "load_labelled", with_nan)
+    trainer = run(**arguments())
+    log = Path(trainer.log_file).read_text()
+    assert "Slices and texts: 6 of 6 cases, embedded by test." in log and "have a single slice" in log
+    skipped = [line for line in log.splitlines() if "was the first to be skipped" in line]
+    history = trainer.log.history()
+    assert len(skipped) == sum(number > 0 for number in history["skipped_steps"]) > 0
+    assert all("not finite in the image: case_04" in line for line in skipped)
+    assert {"diagnostics/retrieval_image_empty", "diagnostics/retrieval_text_other_case"} <= set(history)
 
 
 def test_draws_reconstructions():

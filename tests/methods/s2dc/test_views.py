@@ -10,6 +10,7 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.methods.s2dc.heads import TokenNorm, global_head, token_head
 from nnssl_plugin.methods.s2dc.settings import Settings
 from nnssl_plugin.methods.s2dc.views import augmented_copy, cut, join, second_view, vary_intensity
+from nnssl_plugin.settings import settings_from
 
 STILL = Settings(
     rotation=0.0,
@@ -106,7 +107,7 @@ def test_nothing_changes_with_probability_zero():
 )
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
-        Settings(**wrong)
+        settings_from(wrong, Settings(), "plan")
 
 
 # ---------------------------------------------------------------------- heads

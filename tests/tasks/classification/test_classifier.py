@@ -5,7 +5,7 @@ import torch
 from fake_dataset import fake_plan
 from small_primus import with_primus
 
-from nnssl_plugin.finetuning.parameter_groups import freeze_the_rest, network_parts, parameter_groups, rest_at_test_mode
+from nnssl_plugin.finetuning.parameter_groups import freeze_the_rest, parameter_groups, rest_at_test_mode
 from nnssl_plugin.nnunet.plans import build_network
 from nnssl_plugin.tasks.classification.classifier import AttentionPooling, Classifier
 
@@ -79,17 +79,17 @@ def test_the_decoder_rests_and_everything_else_learns():
 
 def test_the_recipes_know_encoder_stages_and_head():
     subject = classifier()
-    groups = parameter_groups(subject, layer_decay=0.5, frozen_until=2)
+    groups = parameter_groups(subject, parts=subject.parts(), layer_decay=0.5, frozen_until=2)
     assert [group["name"] for group in groups] == ["head", "encoder stage 0", "encoder stage 1", "encoder stage 2"]
     assert [group["lr_scale"] for group in groups] == [1, 0.125, 0.25, 0.5]
     listed = [id(p) for group in groups for p in group["params"]]
     assert sorted(listed) == sorted(id(p) for p in subject.parameters() if p.requires_grad)
-    assert {id(p) for p in network_parts(subject).head} == {id(p) for p in groups[0]["params"]}
+    assert {id(p) for p in subject.parts().head} == {id(p) for p in groups[0]["params"]}
 
 
 def test_a_linear_probe_leaves_the_encoder_in_test_mode():
     subject = classifier().train()
-    groups = parameter_groups(subject, trains="head")
+    groups = parameter_groups(subject, parts=subject.parts(), trains="head")
     freeze_the_rest(subject, groups)
     rest_at_test_mode(subject)
     assert {name.split(".")[0] for name, p in subject.named_parameters() if p.requires_grad} == {"windows", "heads"}
@@ -103,6 +103,6 @@ def test_primus_serves_too():
     subject = Classifier(network, input_channels=1, heads=HEADS)
     x = torch.randn(2, 2, 1, *plan["configurations"]["3d_fullres"]["patch_size"])
     assert subject(x)["diagnosis"].shape == (2, 3)
-    groups = parameter_groups(subject, layer_decay=0.9)
+    groups = parameter_groups(subject, parts=subject.parts(), layer_decay=0.9)
     listed = {id(p) for group in groups for p in group["params"]}
     assert {id(p) for p in subject.parameters() if p.requires_grad} <= listed

@@ -15,7 +15,7 @@ from nnssl_plugin.statistics.delong import auroc_difference
 from nnssl_plugin.tasks.classification.comparison import compare_classifiers, permutation_p
 from nnssl_plugin.tasks.classification.evaluation import evaluate_classification
 from nnssl_plugin.tasks.classification.predictions import read_predictions
-from nnssl_plugin.tasks.classification.summary import make_predictions, resampled_measures, write_validation
+from nnssl_plugin.tasks.classification.summary import make_predictions, resampled_metrics, write_validation
 
 NAME = "Dataset921_Classes"
 BINARY = Target("malignancy", "binary", ("benign", "malignant"))
@@ -124,11 +124,11 @@ def test_differences_are_those_of_the_measures_and_of_delong(target):
     json.dumps(comparison.as_dict(), allow_nan=False)
     found = comparison.differences["pretrained"]
     a, b = runs["pretrained"], runs["scratch"]
-    k, measure = (1, "auroc") if target is BINARY else (0, f"auroc/{target.classes[0]}")
+    k, metric = (1, "auroc") if target is BINARY else (0, f"auroc/{target.classes[0]}")
     truth = a.labels == 1 if target is BINARY else a.labels[:, 0] if target is FINDINGS else a.labels == 0
     expected = auroc_difference(a.probabilities[:, k], b.probabilities[:, k], truth, subjects=subjects)
-    assert (found[measure].p, found[measure].low) == pytest.approx((expected.p, expected.low))
-    drawn_a, drawn_b = resampled_measures([a, b])
+    assert (found[metric].p, found[metric].low) == pytest.approx((expected.p, expected.low))
+    drawn_a, drawn_b = resampled_metrics([a, b])
     expected = np.quantile(drawn_a["brier"] - drawn_b["brier"], [0.025, 0.975])
     assert (found["brier"].low, found["brier"].high) == pytest.approx(tuple(expected))
     assert found["accuracy"].value > 0 and found["accuracy"].p < 0.05

@@ -40,7 +40,7 @@ def place(tmp_path, monkeypatch):
     trained_folds(tmp_path / "model")
     loaded = {}
 
-    def load(folder, fold, *, checkpoint, device):
+    def load(folder, fold, *, checkpoint, device, trust):
         factor, more = {"0": 1.0, "1": 3.0}[str(fold)], load.more
         loaded[str(fold)] = FakeClassifier(inference_plan(), lambda x: factor * corner(x), mirroring=(0, 2), **more)
         return loaded[str(fold)]

@@ -1,4 +1,4 @@
-"""Measures of a classifier: scikit-learn's numbers, what is not defined, and intervals that draw subjects."""
+"""Metrics of a classifier: scikit-learn's numbers, what is not defined, and intervals that draw subjects."""
 
 import json
 import warnings
@@ -10,12 +10,12 @@ from sklearn.calibration import calibration_curve
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.case_labels import Target
-from nnssl_plugin.tasks.classification.metrics import areas, class_measures
+from nnssl_plugin.tasks.classification.metrics import areas, class_metrics
 from nnssl_plugin.tasks.classification.predictions import read_predictions, write_predictions
 from nnssl_plugin.tasks.classification.summary import (
     class_summary,
     make_predictions,
-    resampled_measures,
+    resampled_metrics,
     subject_intervals,
 )
 
@@ -177,10 +177,10 @@ def test_tuples_of_classes_and_indicators_are_the_same_labels():
 def test_a_weight_counts_a_case_as_often_as_repeating_it(target):
     labels, probabilities = random_case(target)
     times = np.random.default_rng(1).integers(0, 4, size=(5, len(labels)))
-    weighted = class_measures(labels, probabilities, times.astype(float), target=target)
+    weighted = class_metrics(labels, probabilities, times.astype(float), target=target)
     for row, repeats in enumerate(times):
         index = np.repeat(np.arange(len(labels)), repeats)
-        repeated = class_measures(labels[index], probabilities[index], np.ones((1, len(index))), target=target)
+        repeated = class_metrics(labels[index], probabilities[index], np.ones((1, len(index))), target=target)
         for name, values in repeated.items():
             np.testing.assert_allclose(weighted[name][row], values[0], err_msg=name)
 
@@ -202,8 +202,8 @@ def test_cases_of_one_subject_are_drawn_together():
     names = [f"s{i:02d}" for i in range(40)]
     once = make_predictions(BINARY, names, names, labels, probabilities)
     copied = once.select(np.repeat(np.arange(40), 10))
-    for name, values in resampled_measures([once])[0].items():
-        np.testing.assert_allclose(values, resampled_measures([copied])[0][name], err_msg=name)
+    for name, values in resampled_metrics([once])[0].items():
+        np.testing.assert_allclose(values, resampled_metrics([copied])[0][name], err_msg=name)
     alone = make_predictions(BINARY, copied.cases, [str(i) for i in range(400)], copied.labels, copied.probabilities)
     low, high = subject_intervals(copied)["accuracy"]
     sure_low, sure_high = subject_intervals(alone)["accuracy"]

@@ -19,6 +19,7 @@ from nnssl_plugin.io.files import read_json
 from nnssl_plugin.nnunet.case_labels import ClassLabels, Target
 from nnssl_plugin.nnunet.plans import build_network
 from nnssl_plugin.tasks.classification.loading import load_classifier
+from nnssl_plugin.tasks.classification.settings import read_finetuning
 from nnssl_plugin.tasks.classification.trainer import PretrainedClassificationTrainer
 
 DATASET_JSON = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "body": 1}}
@@ -221,7 +222,7 @@ def test_all_cases_train_in_fold_all_and_cases_without_label_never():
         ({"windows": 0}, "whole number"),
         ({"stages": True}, "expected"),
         ({"label_smoothing": 1.0}, r"\[0, 1\)"),
-        ({"lr": -1}, "positive"),
+        ({"lr": -1}, "above 0"),
         ({"balance": "both"}, "sampling"),
         ({"dropout": "much"}, "expected"),
         ({"learning_rate": 1}, "Unknown setting"),
@@ -229,7 +230,7 @@ def test_all_cases_train_in_fold_all_and_cases_without_label_never():
         ({"targets": ["grade"]}, "the dataset has: diagnosis"),
         ({"batch_size": 2.5}, "whole number"),
         ({"crop_margin": -0.1}, "from 0"),
-        ({"targets": [1]}, "names"),
+        ({"targets": [1]}, "each entry a text"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(settings, said):
@@ -268,3 +269,8 @@ def test_the_results_folder_holds_what_prediction_reads():
     folder = Path(trainer.output_folder).parent
     assert read_json(folder / "plans.json")["classification"]["epochs"] == 1
     assert (folder / "dataset.json").is_file() and folder.parent.name == NAME
+
+
+def test_settings_of_the_fine_tuning_without_weights_train_from_scratch():
+    settings = read_finetuning({"plans_name": "mine", "finetuning": {"epochs": 10, "seed": 1}}, "3d_fullres")
+    assert (settings.epochs, settings.seed, settings.weights) == (10, 1, None)

@@ -22,7 +22,7 @@ from nnssl_plugin.cli.main import main
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.statistics.bootstrap import paired_bootstrap
-from nnssl_plugin.tasks.segmentation import evaluation as room
+from nnssl_plugin.tasks.segmentation import evaluation as module
 from nnssl_plugin.tasks.segmentation.evaluation import evaluate_segmentation
 
 NAME = "Dataset908_Scored"
@@ -88,7 +88,7 @@ def results(nnunet_environment):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Without the picture, which takes a second."""
-    monkeypatch.setattr(room, "draw_comparison", lambda *arguments: None)
+    monkeypatch.setattr(module, "draw_comparison", lambda *arguments: None)
 
 
 def evaluate(folders, *names, **options):
@@ -243,12 +243,12 @@ def test_a_comparison_is_drawn_and_is_plain_json(folders):
 
 def test_what_goes_to_workers_and_back_can_be_pickled(folders, monkeypatch):
     evaluate(folders, "a")
-    alone, score_case = rows(folders / "out"), room._score_case
+    alone, score_case = rows(folders / "out"), module._score_case
 
     def there_and_back(task):
         return pickle.loads(pickle.dumps(score_case(pickle.loads(pickle.dumps(task)))))
 
-    monkeypatch.setattr(room, "_score_case", there_and_back)
+    monkeypatch.setattr(module, "_score_case", there_and_back)
     evaluate(folders, "a")
     assert rows(folders / "out") == alone
     assert str(pickle.loads(pickle.dumps(UserError("what", "how")))) == "what\nhow"
@@ -293,19 +293,20 @@ def test_folds_can_be_chosen_and_must_share_no_case(results, tmp_path):
         evaluate_segmentation({"run": results}, tmp_path / "out", folds=[7], processes=1)
 
 
-def test_the_reader_is_the_one_of_the_plan(results, tmp_path):
-    """NibabelIOWithReorient turns a flipped file over, as nnU-Net does; SimpleITK leaves it."""
+def test_a_flipped_file_lies_where_it_lies_with_every_reader(results, tmp_path):
+    """NibabelIOWithReorient turns a flipped file over itself; SimpleITK leaves it."""
     plans = read_json(results / "plans.json")
     array = nibabel.load(results / "fold_0" / "validation" / "c0.nii.gz").get_fdata()
     references = Path(os.environ["nnUNet_preprocessed"]) / NAME / "gt_segmentations"
     affine = np.diag([-1.0, 0.8, 3.0, 1.0])
+    affine[0, 3] = 11
     nibabel.save(nibabel.Nifti1Image(array[::-1].astype(np.uint8), affine), references / "c0.nii.gz")
     dice = {}
     for reader in ("SimpleITKIO", "NibabelIOWithReorient"):
         write_json(results / "plans.json", plans | {"image_reader_writer": reader})
         evaluation = evaluate_segmentation({"run": results / "fold_0"}, tmp_path / "out", processes=1)
         dice[reader] = evaluation.summaries["run"]["metric_per_case"][0]["metrics"]["1"]["Dice"]
-    assert dice["NibabelIOWithReorient"] == 1.0 != dice["SimpleITKIO"]
+    assert dice == {"NibabelIOWithReorient": 1.0, "SimpleITKIO": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -345,8 +346,8 @@ def test_what_is_missing_is_named(folders, options, said):
 
 
 def test_predictions_without_a_reference_are_named(folders):
-    write(folders / "a" / "stranger.nii.gz", np.zeros((3, 3, 3)))
-    with pytest.raises(UserError, match="stranger"):
+    write(folders / "a" / "unreferenced.nii.gz", np.zeros((3, 3, 3)))
+    with pytest.raises(UserError, match="unreferenced"):
         evaluate(folders, "a")
 
 
@@ -401,3 +402,219 @@ def test_the_command_prints_a_table_and_writes_the_files(folders, capsys):
 def test_the_command_refuses_runs_that_it_cannot_name(runs, said, tmp_path, capsys):
     assert main(["evaluate", "segmentation", "-i", *runs, "-o", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
+
+
+OBLIQUE = np.array([[0.1, -0.79, 0.2, 4.0], [0.99, 0.08, -0.3, -7.0], [0.05, 0.1, 2.97, 30.0], [0, 0, 0, 1]])
+
+
+def oblique_affine():
+    """Right-angled axes near OBLIQUE with the voxel sizes of SPACING."""
+    rotation, _ = np.linalg.qr(OBLIQUE[:3, :3])
+    affine = np.eye(4)
+    affine[:3, :3] = rotation * np.array(SPACING)
+    affine[:3, 3] = OBLIQUE[:3, 3]
+    return affine
+
+
+def save(path, array, affine):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+@pytest.mark.parametrize("flips", [(1, 1, 1), (-1, -1, 1), (1, -1, -1)])
+def test_another_orientation_of_the_same_place_scores_the_same(tmp_path, ending, order, flips):
+    import SimpleITK
+
+    rng, affine = np.random.default_rng(3), oblique_affine()
+    reference, prediction = segmentation(rng), segmentation(rng)
+    turn = np.stack([order, flips], axis=1).astype(float)
+    turned = nibabel.apply_orientation(prediction, turn)
+    turned_affine = affine @ nibabel.orientations.inv_ornt_aff(turn, prediction.shape)
+    for name, array, matrix in (
+        ("references", reference, affine),
+        ("same", prediction, affine),
+        ("turned", turned, turned_affine),
+    ):
+        save(tmp_path / name / "x.nii.gz", array, matrix)
+        if ending == ".mha":
+            image = SimpleITK.ReadImage(str(tmp_path / name / "x.nii.gz"))
+            SimpleITK.WriteImage(image, str(tmp_path / name / "x.mha"))
+    dataset_json(tmp_path, file_ending=ending)
+    same, other = (evaluate(tmp_path, name).summaries[name] for name in ("same", "turned"))
+    for label in ("1", "2"):
+        for key in ("Dice", "HD95_mm", "NSD"):
+            expected = same["mean"][label][key]
+            assert other["mean"][label][key] == pytest.approx(expected, rel=1e-5), (label, key)
+    assert same["mean"]["1"]["Dice"] < 1 and not same["warnings"]
+    is_turned = (order, flips) != ((0, 1, 2), (1, 1, 1))
+    assert any("another orientation" in text for text in other["warnings"]) == is_turned
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (np.array([[1, 0, 0, 50], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]), "50 mm away"),
+        (np.diag([-1.0, 1, 1, 1]), "does not lie where"),
+        (np.diag([-1.0, -1, 1, 1]), "does not lie where"),
+        (np.array([[1, 0, 0, 0.3], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]), "0.3 mm away"),
+        (np.array([[0.8, -0.6, 0, 0], [0.6, 0.8, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]), "does not lie where"),
+    ],
+)
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
+def test_predictions_that_lie_elsewhere_are_refused(folders, change, said, reader):
+    dataset_json(folders, overwrite_image_reader_writer=reader)
+    array = segmentation(np.random.default_rng(0))
+    save(folders / "references" / "x.nii.gz", array, np.diag([1.0, 1, 1, 1]))
+    save(folders / "c" / "x.nii.gz", array, change)
+    with pytest.raises(UserError, match=said) as error:
+        evaluate(folders, "c")
+    assert "origins" in error.value.problem and "orientations" in error.value.problem
+
+
+def test_the_rounding_of_headers_is_no_other_place(folders):
+    affine = oblique_affine()
+    save(folders / "references" / "x.nii.gz", segmentation(np.random.default_rng(0)), affine)
+    save(folders / "c" / "x.nii.gz", segmentation(np.random.default_rng(0)), np.round(affine, 4))
+    assert evaluate(folders, "c").summaries["c"]["mean"]["1"]["Dice"] == 1
+
+
+@pytest.mark.parametrize("reader", ["NibabelIO", "SimpleITKIO"])
+def test_distances_are_in_mm_whatever_unit_the_header_states(folders, reader):
+    dataset_json(folders, overwrite_image_reader_writer=reader)
+    for name, at in (("references", 1), ("c", 4)):
+        array = np.zeros((8, 8, 8), dtype=np.uint8)
+        array[at, 4, 4] = 1
+        image = nibabel.Nifti1Image(array, np.diag([500.0, 500, 500, 1]))
+        image.header.set_xyzt_units("micron")
+        (folders / name).mkdir(exist_ok=True)
+        nibabel.save(image, folders / name / "x.nii.gz")
+    assert evaluate(folders, "c").summaries["c"]["mean"]["1"]["HD95_mm"] == pytest.approx(1.5)
+
+
+def float_prediction(folders, change, name="c"):
+    for case in range(6):
+        array = nibabel.load(folders / "references" / f"case_{case}.nii.gz").get_fdata()
+        save(folders / name / f"case_{case}.nii.gz", change(array).astype(np.float32), np.diag([*SPACING, 1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: a / 3, "between whole numbers, for example 0.(3333|6667)"),
+        (lambda a: np.where(a == 1, np.nan, a), "NaN"),
+        (lambda a: a * 127.5 + (a == 1) * 0.0, "between whole numbers"),
+        (lambda a: (a > 0) * 255, r"hold the values 0, 255 and no label of dataset.json \(liver 1, tumour 2\)"),
+        (lambda a: a * 1e12, "beyond"),
+        (lambda a: -a, "hold the values -2, -1, 0 and no label"),
+    ],
+)
+def test_files_that_hold_no_labels_are_refused(folders, change, said):
+    dataset_json(folders, overwrite_image_reader_writer="NibabelIO")  # ITK reads NaN as 0
+    float_prediction(folders, change)
+    with pytest.raises(UserError, match=said):
+        evaluate(folders, "c")
+
+
+def test_references_that_hold_no_labels_are_refused(folders):
+    for case in range(6):
+        path = folders / "references" / f"case_{case}.nii.gz"
+        write(path, (nibabel.load(path).get_fdata() > 0) * 255)
+    with pytest.raises(UserError, match=r"The references in .* hold the values 0, 255"):
+        evaluate(folders, "a")
+
+
+def test_values_that_are_almost_whole_are_rounded_and_told(folders):
+    float_prediction(folders, lambda a: a * 0.9999999)
+    evaluation = evaluate(folders, "c")
+    assert evaluation.summaries["c"]["foreground_mean"]["Dice"] == 1
+    (text,) = evaluation.odd["c"]
+    assert "rounded" in text and len(evaluation.odd["c"][text]) == 6
+
+
+def test_labels_that_dataset_json_does_not_name_are_told(folders, capsys):
+    path = folders / "a" / "case_3.nii.gz"
+    array = nibabel.load(path).get_fdata()
+    array[0, 0, :2] = 7, 9
+    write(path, array)
+    arguments = ["evaluate", "segmentation", "-i", f"a={folders / 'a'}", "-ref", str(folders / "references")]
+    assert main([*arguments, "-o", str(folders / "out"), "-np", "1"]) == 0
+    assert "Warning: a: holds 7, 9, which dataset.json does not name" in capsys.readouterr().out
+    warnings = read_json(folders / "out" / "a" / "summary.json")["warnings"]
+    assert list(warnings.values()) == [["case_3"]]
+
+
+def test_a_colour_picture_and_a_volume_per_class_are_refused(tmp_path, folders):
+    dataset_json(tmp_path, file_ending=".png")
+    for name in ("references", "a"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        shape = (9, 9, 3) if name == "a" else (9, 9)
+        io.imsave(tmp_path / name / "x.png", np.ones(shape, dtype=np.uint8), check_contrast=False)
+    with pytest.raises(UserError, match="holds 3 channels"):
+        evaluate(tmp_path, "a")
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "expected"),
+    [
+        (REGIONS, {}, {"(1, 2)": "whole organ", "2": "tumour"}),
+        (LABELS | {"ignore": 9}, {}, {"1": "liver", "2": "tumour"}),
+        ({"background": 0, "ignore": 1, "tumour": 2}, {}, {"2": "tumour"}),
+        ({"background": "0", "liver": "1", "tumour": "2"}, {}, {"1": "liver", "2": "tumour"}),
+        ({"background": 0, "liver": [1], "tumour": 2.0}, {}, {"1": "liver", "2": "tumour"}),
+    ],
+)
+def test_labels_that_training_would_not_take_are_scored(folders, labels, more, expected):
+    dataset_json(folders, labels, **more)
+    summary = evaluate(folders, "references").summaries["references"]
+    assert summary["label_names"] == expected
+    assert all(mean["Dice"] == 1 for mean in summary["mean"].values())
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"background": 0, "liver": "one"}, "label 'liver' is 'one'"),
+        ({"background": 0, "liver": 1.5}, "label 'liver' is 1.5"),
+        ({"background": 0, "liver": True}, "label 'liver' is True"),
+        ({"background": 0}, "names no label besides the background"),
+        ({"background": 0, "liver": 1, "ignore": 1}, "ignore label is 1"),
+        ({"background": 0, "liver": 1, "ignore": [2, 3]}, "ignore label is"),
+        (["background", "liver"], "is no object"),
+        ({"0": "background", "1": "liver"}, "nnU-Net v1"),
+    ],
+)
+def test_labels_that_cannot_be_read_are_refused(folders, labels, said):
+    dataset_json(folders, labels)
+    with pytest.raises(UserError, match=said):
+        evaluate(folders, "a")
+
+
+def test_without_monai_dice_alone_is_scored(folders, monkeypatch, capsys):
+    whole = evaluate(folders, "a").summaries["a"]
+    monkeypatch.setattr("nnssl_plugin.tasks.segmentation.metrics.find_spec", lambda name: None)
+    arguments = ["-i", f"a={folders / 'a'}", f"b={folders / 'b'}", "-ref", str(folders / "references")]
+    assert main(["evaluate", "segmentation", *arguments, "-o", str(folders / "dice"), "-np", "1"]) == 0
+    assert 'pip install "nnssl_plugin[evaluation]"' in capsys.readouterr().out
+    alone = read_json(folders / "dice" / "a" / "summary.json")
+    assert alone["mean"]["1"]["Dice"] == whole["mean"]["1"]["Dice"] and "NSD" not in alone["mean"]["1"]
+    assert {row["nsd"] for row in rows(folders / "dice")} == {""}
+    assert list(read_json(folders / "dice" / "comparison.json")["differences"]["b"]["liver"]) == ["Dice"]
+
+
+def test_intervals_draw_subjects(folders, undrawn, tmp_path):
+    subjects = {f"case_{case}": f"p{case // 3}" for case in range(6)}
+    table = tmp_path / "subjects.csv"
+    table.write_text("case,subject\n" + "".join(f"{case},{subject}\n" for case, subject in subjects.items()))
+    found = evaluate(folders, "a", "b", subjects=table).comparison
+    by_case = evaluate(folders, "a", "b").comparison
+    assert (found.subjects, by_case.subjects) == (2, 6)
+    value = {(row["run"], row["case"]): float(row["dice"]) for row in rows(folders / "out") if row["label"] == "liver"}
+    b, a = ([value[run, case] for case in subjects] for run in ("b", "a"))
+    expected = paired_bootstrap(b, a, subjects=list(subjects.values()))
+    shown = found.differences["b"]["liver"]["dice"]
+    assert (shown.low, shown.high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    (folders / "classification.csv").write_bytes(table.read_bytes())
+    assert evaluate(folders, "a", "b").comparison == found
+    assert read_json(folders / "out" / "comparison.json")["subjects"] == 2

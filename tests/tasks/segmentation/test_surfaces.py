@@ -7,9 +7,8 @@ import pytest
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
-from nnssl_plugin.errors import UserError
 from nnssl_plugin.tasks.segmentation import surfaces
-from nnssl_plugin.tasks.segmentation.surfaces import score_masks, surface_distances
+from nnssl_plugin.tasks.segmentation.surfaces import score_masks, score_overlap, surface_distances
 
 SPACINGS = {2: (0.7, 1.9), 3: (3.0, 0.8, 1.1)}
 
@@ -149,8 +148,10 @@ def test_distances_are_measured_in_the_small_box_only(monkeypatch):
     assert measured == [(7, 7, 31)]  # one voxel more on each side, except where the image ends
 
 
-def test_without_monai_the_error_says_what_to_install(monkeypatch):
-    surfaces.check_monai()
-    monkeypatch.setattr(surfaces, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "nnssl_plugin\[evaluation\]"'):
-        surfaces.check_monai()
+def test_dice_alone_is_the_dice_of_all():
+    masks = blobs(np.random.default_rng(0), (9, 8, 7))
+    alone, all_metrics = (score(*masks, spacing=(1, 1, 1)) for score in (score_overlap, score_masks))
+    assert (alone.dice, alone.n_prediction) == (all_metrics.dice, all_metrics.n_prediction)
+    empty = np.zeros((9, 8, 7), dtype=bool)
+    assert score_overlap(masks[0], empty, spacing=(1, 1, 1)).dice == 0
+    assert np.isnan(score_overlap(empty, empty, spacing=(1, 1, 1)).dice)

@@ -1,15 +1,19 @@
 """Fine-tuning: the plan's block, what is loaded when, the groups, the frozen encoder, and resuming."""
 
 import os
+import signal
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fake_dataset import NAME, fake_plan, write_fake_dataset
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from pretraining_harness import assert_same
 from small_primus import with_primus
 
 from nnssl_plugin.checkpoints.adaptation.finetuning_plan import adapt_checkpoint
@@ -20,6 +24,7 @@ from nnssl_plugin.finetuning.settings import read_settings
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.nnunet.plans import build_network
 from nnssl_plugin.tasks.segmentation.trainer import PretrainedSegmentationTrainer
+from nnssl_plugin.training.interruption import DEADLINE
 
 TRAINED = ["encoder.", "decoder.encoder."]
 DATASET_JSON = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "body": 1}}
@@ -258,9 +263,137 @@ def test_a_resumed_run_is_exact(folder, stop):
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
 
 
-@pytest.mark.parametrize(("epochs", "every"), [(1000, 50), (40, 2), (4, 1)])
-def test_short_runs_are_saved_often(folder, epochs, every):
-    assert trainer(folder, epochs=epochs).save_every == every
+class Counted:
+    """The optimiser steps of a trainer, and a signal after one of them."""
+
+    def __init__(self, subject, *, signal_after=None):
+        self.steps, step = 0, subject.optimizer.step
+
+        def counted(*given, **more):
+            step(*given, **more)
+            self.steps += 1
+            if self.steps == signal_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        subject.optimizer.step = counted
+
+
+def started(folder, *, resume=None, **settings):
+    """A trainer with three steps per epoch whose figures are left out: they take longer than the training."""
+    subject = trainer(folder, iterations_per_epoch=3, **settings)
+    subject.logger.plot_progress_png = lambda output_folder: None
+    if resume is None:
+        subject.initialize()
+    else:
+        subject.load_checkpoint(str(Path(subject.output_folder, resume)))
+    return subject
+
+
+def test_sigterm_stops_after_the_step_and_the_rest_of_the_epoch_is_run(folder):
+    subject = started(folder, epochs=2)
+    counted = Counted(subject, signal_after=2)
+    with pytest.raises(SystemExit) as ended:
+        subject.run_training()
+    assert ended.value.code == 75 and counted.steps == 2
+    before = list(subject.epoch_losses)
+    resumed = started(folder, epochs=2, resume="checkpoint_latest.pth")
+    assert (resumed.current_epoch, resumed.step, resumed.num_iterations_per_epoch) == (0, 2, 1)
+    assert_same(copy_of(subject.network), copy_of(resumed.network))
+    momenta = [[state["momentum_buffer"] for state in s.optimizer.state.values()] for s in (subject, resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+    counted, losses, step = Counted(resumed), before, resumed.train_step
+    resumed.train_step = lambda batch: (result := step(batch), losses.append(float(result["loss"])))[0]
+    resumed.run_training()
+    assert counted.steps == 4 and len(losses) == 6  # with the two before the stop: as many as were planned
+    means = resumed.logger.get_value("train_losses", step=None)
+    assert means == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
+    kept = read_checkpoint(Path(resumed.output_folder, "checkpoint_final.pth"))
+    assert kept["current_epoch"] == 2 and {len(series) for series in kept["logging"].values()} == {2}
+    again = started(folder, epochs=2, resume="checkpoint_final.pth")  # as --c does where the validation is left
+    again.run_training()
+    assert again.step == 6
+
+
+def test_a_stop_in_the_last_epoch_leaves_the_validation_to_the_next_run(folder, monkeypatch):
+    subject = started(folder, epochs=1)
+    Counted(subject, signal_after=3)
+    subject.run_training()
+    with pytest.raises(SystemExit) as ended:
+        subject.perform_actual_validation()
+    assert ended.value.code == 75 and Path(subject.output_folder, "checkpoint_final.pth").is_file()
+
+
+def test_the_time_limit_stops_with_a_checkpoint(folder, monkeypatch):
+    monkeypatch.setenv(DEADLINE, "1")
+    subject = started(folder)
+    with pytest.raises(SystemExit) as ended:
+        subject.run_training()
+    assert ended.value.code == 75 and subject.step == 1
+    assert Path(subject.output_folder, "checkpoint_latest.pth").is_file()
+
+
+def test_a_checkpoint_of_a_stop_is_one_of_nnunet(folder):
+    """Stock nnU-Net goes on from it, takes its weights, and opens it without unpickling."""
+    subject = started(folder, epochs=2)
+    Counted(subject, signal_after=4)
+    with pytest.raises(SystemExit):
+        subject.run_training()
+    file = Path(subject.output_folder, "checkpoint_latest.pth")
+    torch.load(file, weights_only=True)
+    stock = trainer(folder, kind=nnUNetTrainer)
+    stock.configure_optimizers = lambda: PretrainedSegmentationTrainer.configure_optimizers(subject)
+    stock.load_checkpoint(str(file))
+    assert stock.current_epoch == 1 and len(stock.logger.get_value("val_losses", step=None)) == 1
+    other = build_network(read_json(folder / "nnUNetPlans-toy.json"), "3d_fullres", DATASET_JSON)
+    load_pretrained_weights(other, str(file))
+    for network in (stock.network, other):
+        state = network.state_dict()
+        assert all(
+            torch.equal(value, state[key]) for key, value in subject.network.state_dict().items() if "seg" not in key
+        )
+
+
+def test_checkpoints_that_nnunet_wrote_go_on(folder):
+    subject = started(folder)
+    train_epochs(subject, [0], batches(2))
+    subject.step, subject.current_epoch = 3, 0
+    file = str(Path(subject.output_folder, "checkpoint_latest.pth"))
+    for key in ("mean_fg_dice", "train_losses", "val_losses", "lrs"):
+        subject.logger.local_logger.my_fantastic_logging[key] = [np.float64(0.5)]
+    nnUNetTrainer.save_checkpoint(subject, file)
+    resumed = started(folder, resume="checkpoint_latest.pth")
+    assert (resumed.current_epoch, resumed.step, resumed.epoch_losses) == (1, 3, [])
+    assert_same(copy_of(subject.network), copy_of(resumed.network))
+
+
+def test_going_on_with_another_recipe_is_refused(folder):
+    subject = started(folder)
+    subject.save_checkpoint(str(Path(subject.output_folder, "checkpoint_latest.pth")))
+    with pytest.raises(UserError, match="optimiser does not fit the plan"):
+        started(folder, resume="checkpoint_latest.pth", layer_decay=0.5)
+
+
+def test_a_checkpoint_is_written_after_an_epoch_unless_one_is_fresh(folder):
+    for seconds, expected in ((0.0, True), (1000.0, False)):
+        subject = started(folder, epochs=2)
+        subject.seconds_between_checkpoints = seconds
+        latest = Path(subject.output_folder, "checkpoint_latest.pth")
+        subject.current_epoch, subject.step = 1, 3
+        subject.end_epoch()
+        assert latest.is_file() == expected
+        latest.unlink(missing_ok=True)
+
+
+def test_going_on_with_a_seed_does_not_repeat_the_first_batches(folder):
+    def first_batch(step):
+        subject = started(folder, weights=None, seed=3)
+        subject.step = step
+        subject.on_train_start()
+        subject.interruption.release()
+        return next(subject.dataloader_train)["data"]
+
+    start, going_on, same = first_batch(0), first_batch(2), first_batch(2)
+    assert torch.equal(going_on, same) and not torch.equal(start, going_on)
 
 
 def test_learning_rate_and_schedule_come_from_the_plan(folder):
@@ -283,6 +416,7 @@ def test_learning_rate_and_schedule_come_from_the_plan(folder):
         ({"weights": None, "seed": -1}, "whole number from 0"),
         ({"weights": None, "lr": 0}, "positive number"),
         ({"weights": 3}, "a file name"),
+        ({"epochs": 10}, "has settings in its finetuning block, but no weights"),
         ({"weights": "a.pth", "configuration": "2d"}, "adapted to 2d, not to 3d_fullres"),
     ],
 )
@@ -311,7 +445,7 @@ def test_weights_that_no_longer_fit_the_plan_are_refused(folder):
     write_json(folder / "nnUNetPlans-toy.json", plan)
     subject = trainer(folder)
     subject.initialize()
-    with pytest.raises(UserError, match="of the encoder's parameters come from the checkpoint"):
+    with pytest.raises(UserError, match="were not written for the network of plan"):
         subject.load_pretrained_weights()
 
 

@@ -1,0 +1,151 @@
+"""Primus of dynamic_network_architectures (Wald et al. 2025): a patch embedding, a transformer, an up-projection."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.networks.family import Family, Parts
+from nnssl_plugin.networks.receptive_fields import chain
+
+
+class PrimusReader:
+    """The tokens are the one stage of features, a map at the stride of the patch embedding. There are no skips."""
+
+    dimensions = 3
+    encoder_prefixes = ("eva.", "down_projection.", "register_tokens")
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self.channels = (network.embed_dim,)
+        sampling = chain(_embedding(network.down_projection), self.dimensions)
+        self.strides, self.offsets = (sampling.stride,), (sampling.offset,)
+        last = len(network.up_projection.decode) - 1  # it gives the classes
+        self.prefixes = (
+            "down_projection.",
+            "eva.",
+            "register_tokens",
+            *(f"up_projection.decode.{stage}." for stage in range(last)),
+        )
+        self.head_prefixes = (f"up_projection.decode.{last}.",)
+
+    @property
+    def planned_grid(self) -> tuple[int, ...] | None:
+        """That of the rotary embedding."""
+        grid = getattr(getattr(self.network.eva, "rope", None), "feat_shape", None)
+        return None if grid is None else tuple(int(size) for size in grid)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The tokens as one map (B, embed_dim, *spatial / stride).
+
+        Raises:
+            UserError: for an image of another size than the network was built for.
+        """
+        embedded = self.network.down_projection(x)
+        grid = embedded.shape[2:]
+        tokens = embedded.flatten(2).transpose(1, 2)
+        registers = self.network.register_tokens
+        if registers is not None:
+            tokens = torch.cat((registers.expand(len(x), -1, -1), tokens), 1)
+        self._check(tokens, x)
+        tokens, kept = self.network.eva(tokens)
+        if registers is not None:
+            tokens = tokens[:, registers.shape[1] :]
+        tokens, _ = self.network.restore_full_sequence(tokens, kept, grid.numel())
+        return [tokens.transpose(1, 2).unflatten(2, grid)]
+
+    def decode(self, features: Sequence[Tensor], skips: bool) -> Tensor:
+        """The map before the last up-sampling, which in Primus is the segmentation layer at once."""
+        return self.network.up_projection.decode[:-1](features[-1])
+
+    def image_layer(self, input_channels: int) -> nn.Module:
+        """A fresh last up-sampling, to an image in place of classes."""
+        last = self.network.up_projection.decode[-1]
+        return nn.ConvTranspose3d(last.in_channels, input_channels, last.kernel_size, last.stride)
+
+    def encoder_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of patch embedding and transformer."""
+        yield from self.network.down_projection.parameters()
+        yield from self.network.eva.parameters()
+        if self.network.register_tokens is not None:
+            yield self.network.register_tokens
+
+    def decoder_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the up-projection without its last layer."""
+        return self.network.up_projection.decode[:-1].parameters()
+
+    def parts(self) -> Parts:
+        """The stages are the transformer's blocks."""
+        network = self.network
+        stages = [list(block.parameters()) for block in network.eva.blocks]
+        embedding = [*network.down_projection.parameters(), network.eva.pos_embed, network.register_tokens]
+        stages[0] = [p for p in embedding if p is not None] + stages[0]
+        stages[-1] = [*stages[-1], *network.eva.norm.parameters()]
+        return Parts(stages, "encoder block", list(network.up_projection.decode[-1].parameters()))
+
+    def compiled(self) -> list[nn.Module]:
+        """Modules that are worth compiling one by one."""
+        return [self.network.eva, *self.network.up_projection.decode[:-1]]
+
+    def _check(self, tokens: Tensor, x: Tensor) -> None:
+        positions = self.network.eva.pos_embed
+        if positions is not None and positions.shape[1] != tokens.shape[1]:
+            raise UserError(
+                f"{type(self.network).__name__} was built for {positions.shape[1]} tokens; an image of "
+                f"{'x'.join(str(size) for size in x.shape[2:])} voxels gives {tokens.shape[1]}.",
+                "Give the method windows of the plan's patch size, or use a convolutional network.",
+            )
+
+
+def _embedding(module: nn.Module) -> list[nn.Module]:
+    """The layers of a patch embedding, in order: one convolution, or a residual stem with its stages. What PrimusV3
+    adds of finer stages begins at a hundred-thousandth of the sum, and does not count."""
+    if hasattr(module, "proj"):
+        return [module.proj]
+    return [module.stem, *module.stages, module.final_proj]
+
+
+def _is_primus(network: nn.Module) -> bool:
+    return all(hasattr(network, name) for name in ("down_projection", "eva", "up_projection"))
+
+
+def _has_stem(network: nn.Module) -> bool:
+    return _is_primus(network) and hasattr(network.down_projection, "stem")
+
+
+def _has_one_layer(network: nn.Module) -> bool:
+    return _is_primus(network) and not _has_stem(network)
+
+
+def _embedded_patch(arguments: Mapping[str, Any], dimensions: int) -> list[int]:
+    return list(arguments.get("patch_embed_size", [1] * dimensions))
+
+
+PRIMUS = Family(
+    name="Primus",
+    classes=r"Primus(?!V\d).*",
+    marker="down_projection.proj.",
+    recognises=_has_one_layer,
+    reader=PrimusReader,
+    encoder="eva",
+    stem="down_projection",
+    image_layers=("down_projection.proj",),
+    available="nnssl_plugin plan --preset primus-s",
+    positions="eva.pos_embed",
+    divisors=_embedded_patch,
+    optimiser="adamw",
+)
+WITH_STEM = replace(
+    PRIMUS,
+    name="Primus with a convolutional stem",
+    classes=r"PrimusV\d.*",
+    marker="down_projection.stem.",
+    recognises=_has_stem,
+    image_layers=("down_projection.stem.blocks.0.conv1.conv", "down_projection.stem.blocks.0.conv1.all_modules.0"),
+    available="its class in the plan",
+    image_skips=("down_projection.stem.blocks.0.skip",),
+)
+FAMILIES = (PRIMUS, WITH_STEM)
