@@ -1,8 +1,8 @@
 """Draw the README's picture: a volume, the same masked, and its reconstruction by a Med3DInsight checkpoint.
 
-    python benchmarks/readme_picture.py -d 501 -p nnUNetPlans -w fold_all/checkpoint_final.pth --case CASE -o picture.png
+    python benchmarks/readme_picture.py -d 501 -p nnUNetPlans -w FILE --case CASE -o picture.png
 
-The case is preprocessed and should be one that the pretraining did not see.
+The pretraining held out fold 0; CASE is one of its cases.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from nnssl_plugin.methods.med3dinsight.trainer import Med3DInsightPretrainer
 from nnssl_plugin.methods.med3dinsight.views import corrupt
 from nnssl_plugin.nnunet.plans import dataset_folder, read_dataset_json, read_plan, resolve_configuration
 
-CONFIGURATION = "3d_fullres"
+CONFIGURATION, FOLD = "3d_fullres", 0
 SEED = 0
 """Draws the masked blocks."""
 TITLES = ("volume", "what the network sees", "what it restores")
@@ -30,7 +30,7 @@ def restored_volume(dataset: str, plans_name: str, checkpoint: Path, case: str) 
     plans, dataset_json = read_plan(folder, plans_name), read_dataset_json(folder)
     planned = resolve_configuration(plans, CONFIGURATION)
     trainer = Med3DInsightPretrainer(
-        plans | {"continue_training": True}, CONFIGURATION, "all", dataset_json, torch.device("cpu")
+        plans | {"continue_training": True}, CONFIGURATION, FOLD, dataset_json, torch.device("cpu")
     )
     trainer.load_checkpoint(str(checkpoint))
     task = trainer.task.eval()

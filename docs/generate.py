@@ -7,14 +7,20 @@
 
 import ast
 import configparser
+import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from nnssl_plugin import FUNCTIONS, __version__
+from nnssl_plugin.io.files import read_json
 from nnssl_plugin.registry import METHODS, RELATED_PAPERS, TASKS, Method, Paper, Task
+from nnssl_plugin.settings import assignment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLASSES = ("nnssl_plugin.tasks.features.pretrained_backbone.PretrainedBackbone",)
@@ -62,7 +68,7 @@ def generated(
         "README.md": {"methods": methods_table(methods)},
         "docs/README.md": {"methods": methods_index(methods)},
         "docs/reference/commands.md": {"trainers": trainers_table(methods, tasks)},
-        "plans/README.md": {"presets": presets_table(methods)},
+        "plans/README.md": {"presets": presets_table(methods, root / "plans")},
     }
     pages = {root / page: with_blocks((root / page).read_text("utf-8"), given) for page, given in blocks.items()}
     pages[root / "CITATION.cff"] = citation_file((root / "CITATION.cff").read_text("utf-8"), methods)
@@ -127,11 +133,39 @@ def trainers_table(methods: Mapping[str, Method], tasks: Mapping[str, Task]) -> 
     return _table(rows)
 
 
-def presets_table(methods: Mapping[str, Method]) -> str:
-    """The presets of methods; the first of a method is its recommendation."""
-    rows = [("preset", "what it is")]
-    rows += [(f"`{name}`", said) for method in methods.values() for name, said in method.presets.items()]
+def presets_table(methods: Mapping[str, Method], folder: Path) -> str:
+    """The presets of methods with what each sets; the first of a method is its recommendation."""
+    rows = [("preset", "method", "sets, other than the defaults", "what it is")]
+    for name, method in methods.items():
+        rows += [
+            (f"`{p}`", f"`{name}`", _sets(folder / f"{p}.json", method), said) for p, said in method.presets.items()
+        ]
     return _table(rows)
+
+
+def _sets(preset: Path, method: Method) -> str:
+    """What a preset sets other than the method's defaults, as ``--set`` takes it."""
+    if not preset.is_file():
+        return ""
+    block = read_json(preset)["pretraining"]
+    own, common = _as_in_json(asdict(_located(method.settings)())), _as_in_json(asdict(_located(method.training)))
+    given = {key: value for key, value in block.items() if key not in ("method", "method_name")}
+    changed = {key: value for key, value in given.items() if value != common[key]}
+    changed |= {f"method.{key}": value for key, value in block["method"].items() if value != own[key]}
+    return (
+        "`" + " ".join(assignment(key, value).replace("'", "") for key, value in changed.items()) + "`"
+        if changed
+        else ""
+    )
+
+
+def _located(dotted: str) -> Any:
+    module, _, name = dotted.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _as_in_json(values: Any) -> Any:
+    return json.loads(json.dumps(values))
 
 
 def citation_file(text: str, methods: Mapping[str, Method]) -> str:

@@ -3,12 +3,13 @@
 ``nnssl_plugin`` itself offers them all: ``import nnssl_plugin as nnssl; nnssl.prepare(…)``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from nnssl_plugin.captions.captioners import CAPTIONERS
+from nnssl_plugin.captions.captioners import open_captioner
 from nnssl_plugin.captions.embeddings import EmbeddingSummary, store_embeddings
-from nnssl_plugin.captions.triplets import caption_dataset
+from nnssl_plugin.captions.triplets import SLICES, caption_dataset
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.labelled import prepare_class_dataset
 from nnssl_plugin.intake.unlabelled import PrepareSummary, prepare_dataset
@@ -59,6 +60,8 @@ def caption(
     dataset: str | int,
     *,
     captioner: str = "template",
+    options: Mapping[str, Any] | None = None,
+    slices: int = SLICES,
     seed: int = 0,
     body_part: str | None = None,
     weights: str | None = None,
@@ -68,7 +71,9 @@ def caption(
 
     Args:
         dataset: ID or full name of a raw dataset.
-        captioner: who writes the texts.
+        captioner: who writes the texts: ``template``, or your own ``package.module:Class``.
+        options: of the captioner, those that differ from its defaults.
+        slices: per case.
         seed: draws the slices.
         body_part: goes into the texts.
         weights: file, folder or open_clip tag of the frozen encoders; None: small random ones, which only tell slices
@@ -82,7 +87,5 @@ def caption(
         UserError: for a dataset, captioner or weights that are not there.
     """
     folder = raw_dataset_folder(dataset)
-    if captioner not in CAPTIONERS:
-        raise UserError(f"There is no captioner '{captioner}'.", f"Known captioners: {', '.join(CAPTIONERS)}.")
-    caption_dataset(folder, CAPTIONERS[captioner](), seed=seed, body_part=body_part)
+    caption_dataset(folder, open_captioner(captioner, options), seed=seed, slices=slices, body_part=body_part)
     return store_embeddings(folder, model=model, weights=weights)

@@ -95,9 +95,8 @@ METHODS = {
         docs="docs/methods/med3dinsight.md",
         presets={
             "med3dinsight": "Med3DInsight as recommended here: every default, written out",
-            "med3dinsight-paper": "the numbers that the paper states: whole volumes resized, no corruption before the "
-            "reconstruction. Where the paper is silent (transported mass, entropy, depth of the transformer …) the "
-            "defaults stand, and so do the formulas",
+            "med3dinsight-paper": "the numbers that the paper states, and its reading of the input. [Not all of it is "
+            "literal](#how-literal-the-papers-presets-are)",
         },
     ),
     "s2dc": Method(
@@ -128,9 +127,7 @@ METHODS = {
         presets={
             "s2dc": "S2DC as recommended here: every default, written out",
             "s2dc-paper": "the numbers that the paper states: 100,000 steps, weights of 1, dual softmax, no "
-            "temperature before it. Several sub-volumes per window; their number, 4 × 4 in a plane, is the public "
-            "code's. The paper's network and crop: `--preset swinunetr-b s2dc-paper --set "
-            "configurations.3d_fullres.patch_size=[96,96,96]`. Where the paper is silent the defaults stand",
+            "temperature before it. [Not all of it is literal](#how-literal-the-papers-presets-are)",
             "s2dc-reference": "the numbers of the paper's public code: bottleneck tokens, Sinkhorn, weights of 0.5, a "
             "queue of 90, rotations in the plane",
         },

@@ -86,6 +86,8 @@ def _presets(name: str, methods: Mapping[str, Method], root: Path) -> list[str]:
             continue
         block = dict(read_json(path)["pretraining"])
         given = block.pop("method", {})
+        if block.pop("method_name", name) != name:
+            problems.append(f"plans/{preset}.json is for another method")
         settings_from(given, settings, where=preset), settings_from(block, training, where=preset)
         if number == 0 and given != as_in_json(dataclasses.asdict(settings)):
             problems.append(f"plans/{preset}.json does not write out every default of the method")

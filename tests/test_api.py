@@ -65,13 +65,18 @@ def test_prepare_takes_a_table_of_classes(raw, scans, tmp_path):
 
 def test_caption_writes_what_the_verb_writes(raw, scans):
     folders = [nnssl.prepare(scans, number, "Same", processes=1).folder for number in (501, 502)]
-    written = nnssl.caption(501, body_part="left knee", seed=3)
-    assert main(["caption", "-d", "502", "--body-part", "left knee", "--seed", "3"]) == 0
-    assert written.path == folders[0] / EMBEDDINGS_FILE and (written.computed, written.reused) == (2, 0)
+    written = nnssl.caption(501, body_part="left knee", seed=3, slices=3, options={"size": False})
+    assert (
+        main(
+            ["caption", "-d", "502", "--body-part", "left knee", "--seed", "3", "--slices", "3", "--set", "size=false"]
+        )
+        == 0
+    )
+    assert written.path == folders[0] / EMBEDDINGS_FILE and (written.computed, written.reused) == (6, 0)
     same_files(*folders, [TRIPLETS_FILE])
     first, second = (np.load(folder / EMBEDDINGS_FILE) for folder in folders)
     assert set(first) == set(second) and all((first[key] == second[key]).all() for key in first)
-    with pytest.raises(UserError, match="no captioner 'poet'"):
+    with pytest.raises(UserError, match="poet"):
         nnssl.caption(501, captioner="poet")
 
 

@@ -87,7 +87,7 @@ def add_the_toy(root: Path, *, without: str = "") -> dict[str, Method]:
     """Do by hand what a contributor does, but for one file; returns the registry."""
     from toy_method import Settings
 
-    preset = {"pretraining": {"method": dataclasses.asdict(Settings())}}
+    preset = {"pretraining": {"method_name": NAME, "method": dataclasses.asdict(Settings())}}
     for path, content in (WRITTEN | {"plans/toy.json": json.dumps(preset)}).items():
         if not path.startswith(without or "-"):
             (root / path).parent.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ def test_commands_in_prose_name_verbs_and_flags_that_exist(repository):
     wrong = []
     for page in pages(repository):
         for code in CODE.findall(FENCE.sub("", page.read_text("utf-8"))):
-            for words in _commands(code.split()):
+            for words in _commands(code.split()) if code.startswith(COMMAND) else ():
                 if words and words[0] in VERBS and (why := unknown_flags(words)):
                     wrong.append((page.name, code, why))
                 elif words and re.fullmatch(r"[a-z]+", words[0]) and words[0] not in VERBS:
@@ -188,9 +188,9 @@ def test_a_wrong_command_would_be_noticed(refusing):
 def paths_named(text, tops):
     """Paths in code spans that begin with a folder of the repository or of the package."""
     for code in CODE.findall(FENCE.sub("", text)):
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", code) and code.split("/")[0] in tops and "NAME" not in code:
-            if not code.startswith(OTHER_REPOSITORIES):
-                yield code
+        is_path = re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", code) and "NAME" not in code
+        if is_path and code.split("/")[0] in tops and not code.startswith(OTHER_REPOSITORIES):
+            yield code
 
 
 def test_files_that_pages_name_exist(repository):

@@ -42,7 +42,8 @@ def test_a_new_method_changes_every_table(generate, repository):
         "| `NewcomerPretrainer` | pretraining with [Newcomer](../methods/newcomer.md) | 2D, 3D |"
         in (text["docs/reference/commands.md"])
     )
-    assert "| `newcomer` | said of it |" in text["plans/README.md"]
+    assert "| `newcomer` | `newcomer` |  | said of it |" in text["plans/README.md"]
+    assert "| `s2dc-paper` | `s2dc` | `batch_size=1 method.grid=[1,4,4] method.matching" in text["plans/README.md"]
     for line in ('title: "A title: with colon"', "family-names: Example, given-names: Ada M.", "journal: A Venue"):
         assert line in text["CITATION.cff"]
 

@@ -12,7 +12,7 @@ import pytest
 import nnssl_plugin
 from nnssl_plugin.cli.main import VERBS
 
-SHELVES = ("pretrain_trainers", "plans")
+MAPPED = ("pretrain_trainers", "plans")
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def setup_cfg(repository):
 
 def module_names():
     names = {m.name for m in pkgutil.walk_packages(nnssl_plugin.__path__, "nnssl_plugin.")}
-    for shelf in SHELVES:  # an editable install keeps them outside the package's folder
-        package = importlib.import_module(f"nnssl_plugin.{shelf}")
+    for folder in MAPPED:  # an editable install keeps them outside the package's folder
+        package = importlib.import_module(f"nnssl_plugin.{folder}")
         names |= {package.__name__, *(m.name for m in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))}
     return sorted(names)
 
@@ -33,12 +33,12 @@ def module_names():
 def test_setup_cfg_lists_every_package_of_the_tree(setup_cfg, repository):
     listed = setup_cfg["options"]["packages"].split()
     folders = {path.parent.relative_to(repository) for path in (repository / "nnssl_plugin").rglob("*.py")}
-    expected = {".".join(folder.parts) for folder in folders} | {f"nnssl_plugin.{shelf}" for shelf in SHELVES}
+    expected = {".".join(folder.parts) for folder in folders} | {f"nnssl_plugin.{folder}" for folder in MAPPED}
     assert sorted(listed) == sorted(expected)
 
 
 def test_every_package_has_an_init(repository):
-    folders = {path.parent for room in ("nnssl_plugin", *SHELVES) for path in (repository / room).rglob("*.py")}
+    folders = {path.parent for top in ("nnssl_plugin", *MAPPED) for path in (repository / top).rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
@@ -47,7 +47,7 @@ def test_nothing_but_the_package_lands_at_the_top_level(setup_cfg):
     assert {name.split(".")[0] for name in options["packages"].split()} == {"nnssl_plugin"}
     assert "py_modules" not in options
     mapped = dict(line.split(" = ") for line in options["package_dir"].strip().splitlines())
-    assert mapped == {f"nnssl_plugin.{shelf}": shelf for shelf in SHELVES}
+    assert mapped == {f"nnssl_plugin.{folder}": folder for folder in MAPPED}
 
 
 @pytest.mark.parametrize("name", module_names())
@@ -80,14 +80,14 @@ def not_a_re_export(source: str) -> list[str]:
     return [ast.unparse(node) for node in rest]
 
 
-def test_the_discovery_shelf_holds_re_exports_only(repository):
+def test_the_folder_that_nnunet_searches_holds_re_exports_only(repository):
     # a class defined there loses its identity: nnU-Net's finder drops the module from sys.modules
     modules = sorted((repository / "pretrain_trainers").rglob("*.py"))
     assert modules
     assert {path.name: not_a_re_export(path.read_text()) for path in modules} == {path.name: [] for path in modules}
 
 
-def test_a_class_on_the_shelf_would_be_noticed():
+def test_a_class_among_the_re_exports_would_be_noticed():
     source = '"""Doc."""\nfrom x import Y\n__all__ = ["Y"]\nclass Z(Y):\n    lr = 1\n'
     assert not_a_re_export(source) == ["class Z(Y):\n    lr = 1"]
 

@@ -89,7 +89,7 @@ def test_the_paper_is_cited_once(name, repository):
 
 
 def test_networks_are_those_that_can_be_read(repository):
-    source = "".join(path.read_text() for path in (repository / "nnssl_plugin" / "networks").glob("*.py"))
+    source = "".join(path.read_text() for path in (repository / "nnssl_plugin" / "networks").rglob("*.py"))
     assert [network for network in NETWORKS if network not in source] == []
 
 

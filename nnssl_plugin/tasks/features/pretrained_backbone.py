@@ -1,6 +1,5 @@
 """A pretrained network out of its checkpoint, with the preprocessing of its plan: features of any image."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,9 @@ from nnssl_plugin.checkpoints.sources.source import Source, read_source
 from nnssl_plugin.data.images import UnusableCase, read_image
 from nnssl_plugin.data.windows import read_window
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import read_json
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.nnunet.plans import build_network, input_channels, resolve_configuration
+from nnssl_plugin.nnunet.plans import build_network, input_channels, read_dataset_json
 
-NETWORK = re.compile(
-    r"dynamic_network_architectures\.architectures\.(unet|primus)\.\w+|monai\.networks\.nets\.swin_unetr\.SwinUNETR"
-    r"|nnssl_plugin\.networks\.swin_unetr\.\w+"
-)
-"""Network classes that a file may name."""
-LAYER = re.compile(r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*")
-"""Layers that a file may name: classes of torch.nn."""
 STEP = 1.0
 """Step between two windows of an image over their size: they overlap only where the image is no multiple of it."""
 
@@ -150,7 +141,11 @@ class PretrainedBackbone(Backbone):
 
 
 def load_backbone(
-    checkpoint: str | Path, *, trainable: bool = False, device: str | torch.device = "cpu"
+    checkpoint: str | Path,
+    *,
+    trainable: bool = False,
+    device: str | torch.device = "cpu",
+    trust: bool = False,
 ) -> PretrainedBackbone:
     """The network of a checkpoint as a frozen or trainable encoder, with the preprocessing of its plan.
 
@@ -160,16 +155,15 @@ def load_backbone(
         trainable: False: no gradients, in test mode. True: the encoder takes gradients, in training mode; the decoder
             stays frozen.
         device: where the weights go.
+        trust: build the network whatever class the file names; by default only known classes are built.
 
     Raises:
-        UserError: for a file without a plan or whose weights are not those of its plan, and what ``read_source``
-            raises.
+        UserError: for a file without a plan, with a plan that names an unknown class, or with other weights than those
+            of its plan's network; and what ``read_source`` raises.
     """
     source = read_source(checkpoint)
     plans, configuration, dataset_json = _plan_of(source)
-    architecture = resolve_configuration(plans, configuration)["architecture"]
-    _check_classes(architecture, source.path)
-    network = build_network(plans, configuration, dataset_json)
+    network = build_network(plans, configuration, dataset_json, trust=trust)
     try:
         network.load_state_dict(source.weights)
     except RuntimeError as error:
@@ -185,28 +179,12 @@ def load_backbone(
 def _plan_of(source: Source) -> tuple[Mapping[str, Any], str, Mapping[str, Any]]:
     """Plan, configuration and dataset.json; for weights that ``adapt`` wrote the last one lies beside them."""
     beside = source.path.parent / "dataset.json"
-    dataset_json = source.dataset_json or (read_json(beside) if source.plans and beside.is_file() else None)
+    dataset_json = source.dataset_json or (
+        read_dataset_json(beside.parent) if source.plans and beside.is_file() else None
+    )
     if not source.plans or not source.configuration or not dataset_json:
         raise UserError(
             f"{source.path} does not say which plan its weights were trained with.",
             f"Fit them to a dataset, and load what that writes: nnssl_plugin adapt -d ID -w {source.path} -n NAME",
         )
     return source.plans, source.configuration, dataset_json
-
-
-def _check_classes(architecture: Mapping[str, Any], path: Path) -> None:
-    """Refuse classes that a foreign file may not have built.
-
-    Raises:
-        UserError: with the first name that is neither a known network nor a layer of torch.nn.
-    """
-    arguments = architecture["arch_kwargs"]
-    named = [arguments.get(key) for key in architecture["_kw_requires_import"]]
-    wrong = [name for name in named if name is not None and not LAYER.fullmatch(str(name))]
-    if not NETWORK.fullmatch(str(architecture["network_class_name"])):
-        wrong.insert(0, architecture["network_class_name"])
-    if wrong:
-        raise UserError(
-            f"{path} asks for {str(wrong[0])[:100]!r}, which is no network or layer that is known here.",
-            "Do not use this file unless you know its author.",
-        )
