@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nnssl_plugin.checkpoints.format.provenance import as_architecture
 from nnssl_plugin.checkpoints.sources.mappings import shipped_mappings
@@ -291,7 +291,7 @@ def training_bytes(
 
     image = torch.empty(1, input_channels(plans, configuration, dataset_json), *resolved["patch_size"], device="meta")
     with (
-        mock.patch.object(F, "scaled_dot_product_attention", _attention_without_matrix),
+        _FusedAttention(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         outputs = _run(network, image, plans["plans_name"])  # held until all is counted: no number of a storage twice
@@ -310,10 +310,15 @@ def _run(network: nn.Module, image: Tensor, plans_name: str) -> Any:
         ) from error
 
 
-def _attention_without_matrix(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """Of the shape of attention among the tokens of one image, and keeps query, key, value and one more of their size,
-    as the fused kernels do (Dao et al. 2022, FlashAttention)."""
-    return query * key * value
+class _FusedAttention(TorchFunctionMode):
+    """Attention that keeps query, key, value and one more of their size, as the fused kernels do (Dao et al. 2022,
+    FlashAttention), and no matrix; its values are meaningless."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        return given["query"] * given["key"] * given["value"]
 
 
 def _by(sizes: Any) -> str:
