@@ -153,7 +153,7 @@ class Med3DInsight(PretextTask):
         if not self.settings.centre or len(embeddings) == 1:
             return embeddings
         with torch.autocast(embeddings.device.type, enabled=False):
-            return F.normalize(embeddings - embeddings.mean(0), dim=1)
+            return F.normalize(embeddings - embeddings.mean(0), dim=1, eps=1e-4)  # no difference stays none
 
     def _reconstruct(self, features: list[Tensor]) -> Tensor:
         return self.backbone.reconstruct(features, skips=self.settings.corruption != "none").float()

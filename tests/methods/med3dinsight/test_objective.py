@@ -143,6 +143,7 @@ def test_what_all_embeddings_of_a_step_have_in_common_counts_only_where_it_is_no
     task = build(centre=centre)
     outputs, _ = task.encode(views_of(task, make_batch()))
     outputs = {name: value.detach().double() for name, value in outputs.items()}
+    task.double()
     shifted = outputs | {"text": outputs["text"] + 3}
     loss, other = task.loss(outputs, 0.0), task.loss(shifted, 0.0)
     assert torch.allclose(loss["mpot_text"], other["mpot_text"], atol=1e-5) == centre
@@ -157,7 +158,7 @@ def test_volumes_that_are_nearly_alike_get_a_gradient_that_sets_them_apart():
     """At the start all volumes give nearly the same embedding; uncentred, they are then nowhere near to a match."""
     found = {}
     for centre in (True, False):
-        task = build(centre=centre)
+        task = build(centre=centre).double()
         generator = torch.Generator().manual_seed(0)
         base = torch.randn(1, EMBEDDING_DIM, generator=generator, dtype=torch.float64)
         noise = torch.randn(4, EMBEDDING_DIM, generator=generator, dtype=torch.float64)
