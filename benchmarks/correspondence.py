@@ -24,6 +24,7 @@ from nnssl_plugin.io.files import write_json
 from nnssl_plugin.methods.s2dc.correspondence import patch_correspondence
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.teacher import Teacher
+from nnssl_plugin.networks.token_grid import TokenGrid
 from nnssl_plugin.transforms.affine import AffineRange, random_affine
 
 WARM_UP = 2
@@ -65,11 +66,12 @@ def measure(
     image = torch.randn(batch, 1, *patch, generator=generator, device=device)
     ranges = AffineRange(rotation=30.0, scale=(0.9, 1.2), translation=0.0625, flip=0.0, in_plane=None)
     affine = random_affine(batch, patch, ranges, spacing=(1.0, 1.0, 1.0), generator=generator, device=device)
+    tokens = TokenGrid(tuple(grid), (0.0,) * 3, tuple(size // count for size, count in zip(patch, grid, strict=True)))
     times: list[tuple[float, float]] = []
     for _ in range(rounds + WARM_UP):
         times.append(
             (
-                _seconds(lambda: patch_correspondence(affine, grid, patch), device),
+                _seconds(lambda: patch_correspondence(affine, tokens), device),
                 _seconds(lambda: _networks(student, teacher, image), device),
             )
         )
@@ -80,7 +82,7 @@ def measure(
         "correspondence_ms": 1000 * statistics.median(own for own, _ in kept),
         "networks_ms": 1000 * statistics.median(rest for _, rest in kept),
         "share": statistics.median(own / (own + rest) for own, rest in kept),
-        "matches_per_sample": float(patch_correspondence(affine, grid, patch).sum()) / batch,
+        "matches_per_sample": float(patch_correspondence(affine, tokens).sum()) / batch,
     }
 
 

@@ -1,4 +1,4 @@
-"""A classifier without a network, whose answers follow from the image in closed form, and files for it to be found."""
+"""A classifier without a network, whose probabilities follow from the image in closed form, and files to find it by."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ def inference_plan(*, dimensions=3, spacing=None, reader="NibabelIOWithReorient"
 
 
 class FakeClassifier:
-    """What ``load_classifier`` returns; ``log_odds(x (B, W, C, *patch)) -> (B,)`` is the answer of every target.
+    """What ``load_classifier`` returns; ``log_odds(x (B, W, C, *patch)) -> (B,)`` is what every target gets.
 
     The multi-label target has its second class with the opposite log-odds.
     """
@@ -63,19 +63,19 @@ class FakeClassifier:
         self.targets, self.mirroring_axes, self.log_odds = tuple(targets), tuple(mirroring), log_odds
         arguments = {"crop": crop, "crop_margin": 0.0, "strategy": strategy, "windows": 2}
         self.settings = SimpleNamespace(crop=crop, input_arguments=lambda patch: arguments | {"patch_size": patch})
-        self.asked = 0
+        self.images_seen = 0
 
     def inputs(self, data, segmentation=None):
         patch = self.configuration_manager.patch_size
         return torch.from_numpy(case_inputs(data, segmentation, **self.settings.input_arguments(patch)))
 
     def probabilities(self, x):
-        self.asked += len(x)
+        self.images_seen += len(x)
         p = torch.sigmoid(self.log_odds(x))
         return {target.name: torch.stack([1 - p, p], dim=1) for target in self.targets}
 
 
-def trained_folds(folder, folds=("0", "1"), checkpoint="checkpoint_best.pth"):
+def trained_folds(folder, folds=("0", "1"), checkpoint="checkpoint_final.pth"):
     """A model folder whose checkpoints can be found and hashed, but not loaded."""
     for fold in folds:
         (folder / f"fold_{fold}").mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 RANKS = 2
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # spawned processes import tests by their full name
 
 
 def on_two_ranks(function, folder: Path, *arguments) -> list:

@@ -24,6 +24,6 @@ def pretrain_one_step(folder: Path, **dataset) -> Path:
             patch.setenv(name, str(folder / name))
         patch.setenv("nnUNet_n_proc_DA", "0")
         for drawing in ("draw_pictures", "draw_progress"):
-            patch.setattr(f"nnssl_plugin.pretraining.pretrainer.{drawing}", lambda *arguments: None)
+            patch.setattr(f"nnssl_plugin.pretraining.pretrainer.{drawing}", lambda *arguments, **options: None)
         trainer = run(**{"pretraining": ONE_STEP, "cases": 2} | dataset)
         return Path(trainer.output_folder, "checkpoint_final.pth")

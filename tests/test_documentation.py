@@ -6,6 +6,7 @@ import re
 import shlex
 
 import pytest
+from settings_tables import field_docstrings, settings_table, with_tables
 
 from nnssl_plugin.cli.main import VERBS, build_parser
 from nnssl_plugin.pretraining.settings import TrainingSettings
@@ -65,7 +66,18 @@ def test_every_verb_is_in_the_reference(verb, repository):
 @pytest.mark.parametrize("settings", [TrainingSettings, FinetuningSettings, ClassificationSettings])
 def test_every_field_of_a_block_is_in_the_reference(settings, repository):
     page = (repository / "docs" / "reference" / "plan-blocks.md").read_text()
-    assert [field.name for field in dataclasses.fields(settings) if f"`{field.name}`" not in page] == []
+    assert settings_table(settings) in page and page == with_tables(page), "python tests/settings_tables.py"
+    assert field_docstrings(settings).keys() == {field.name for field in dataclasses.fields(settings)}
+
+
+def test_a_table_of_settings_is_written_from_the_dataclass():
+    marked = "a\n<!-- settings: nnssl_plugin.pretraining.settings.TrainingSettings -->\nold\n<!-- end -->\nb"
+    written = with_tables(marked)
+    assert "old" not in written and written.startswith("a\n<!-- settings:") and written.endswith("\n<!-- end -->\nb")
+    assert (
+        "| `gradient_clip` | a number above 0 | `12.0` | Largest norm of the gradient (12 is nnU-Net's). |" in written
+    )
+    assert with_tables(written) == written
 
 
 def test_every_page_is_reached_from_the_index(repository):

@@ -50,6 +50,7 @@ def run(args):
             "--zip packs a fine-tuned model; a shared folder is shared as it is.", "Add --stock, or leave --zip out."
         )
     from nnssl_plugin.checkpoints.sharing.export import export_checkpoint
+    from nnssl_plugin.io.text import printable
     from nnssl_plugin.registry import METHODS
 
     exported = export_checkpoint(
@@ -61,7 +62,7 @@ def run(args):
         papers={name: method.paper for name, method in METHODS.items()},
     )
     for place in exported.removed:
-        print(f"removed a path of this machine: {place}")
+        print(printable(f"removed a path of this machine: {place}"))
     for path in sorted(exported.folder.iterdir()):
         print(f"wrote {path}")
     print(f"weights {exported.weights_sha256}")

@@ -37,8 +37,8 @@ def _check_pretraining(plans: Mapping[str, Any], known: list[str]) -> None:
     if method is None:
         method = _likeliest_method(block.get(pretraining.METHOD, {}))
     if method in METHODS:
-        defaults = pydoc.locate(METHODS[method].training), pydoc.locate(METHODS[method].settings)()
-        pretraining.read_settings(plans, method, *defaults, elsewhere=known)
+        entry = METHODS[method]
+        pretraining.read_settings(plans, method, _located(entry.training), _located(entry.settings)(), elsewhere=known)
     elif method is not None:
         _check_name(method)
 
@@ -47,7 +47,7 @@ def _likeliest_method(block: Any) -> str | None:
     """The method that knows most of the names of a ``method`` part, or names like them; none for an empty part."""
     if not block:
         return None
-    known = {method: _fields(pydoc.locate(METHODS[method].settings)) for method in METHODS}
+    known = {method: _fields(_located(METHODS[method].settings)) for method in METHODS}
     return max(
         METHODS,
         key=lambda method: (
@@ -74,7 +74,7 @@ def _names(plans: Mapping[str, Any]) -> list[str]:
     return [
         *_fields(pretraining.TrainingSettings),
         *pretraining.OTHERS,
-        *(f"method.{name}" for method in METHODS.values() for name in _fields(pydoc.locate(method.settings))),
+        *(f"method.{name}" for method in METHODS.values() for name in _fields(_located(method.settings))),
         *(f"configurations.{configuration}.{name}" for name in plans["configurations"].get(configuration, {})),
         *(f"finetuning.{name}" for name in _fields(finetuning.FinetuningSettings)),
         *(f"classification.{name}" for name in _fields(classification.ClassificationSettings)),
@@ -83,3 +83,7 @@ def _names(plans: Mapping[str, Any]) -> list[str]:
 
 def _fields(settings: Any) -> list[str]:
     return [field.name for field in fields(settings)]
+
+
+def _located(dotted: str) -> Any:
+    return pydoc.locate(dotted)

@@ -1,4 +1,4 @@
-"""Has the representation collapsed? Two numbers on a batch of feature vectors, computed in float32."""
+"""Collapse of a representation: spread and effective rank of a batch of feature vectors, in float32."""
 
 import math
 

@@ -1,10 +1,11 @@
-"""How well the features of tokens tell structures apart: same-label tokens alike, different-label tokens apart.
+"""Separation of token features by label: the label of each token, cosine gap, and silhouette.
 
 Pan et al., "Structure-aware Semantic Discrepancy and Consistency for 3D Medical Image Self-supervised Learning",
-section 4.3 and figure 5. Measures for diagnostics and evaluation, not losses: labels below 0 count nowhere.
+section 4.3 and figure 5. Measures for diagnostics and evaluation, not losses: tokens with a label below 0, or with
+features that are not finite, count nowhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,22 +15,19 @@ MOST_TOKENS = 4000
 """Tokens that the silhouette compares pair by pair; of more, a fixed random choice."""
 
 
-def token_labels(segmentation: Tensor, grid: Sequence[int]) -> Tensor:
-    """The label that most voxels of each token's cell have; of equally frequent ones the smallest.
+def token_labels(segmentation: Tensor, sums: Callable[[Tensor], Tensor]) -> Tensor:
+    """The label that most voxels around each token's centre have; of equally frequent ones the smallest.
 
     Args:
         segmentation: (B, *size) integers; -1 outside the case.
-        grid: tokens per axis, as ``Backbone.tokens`` gives it.
+        sums: of maps (B, 1, *size) over the cells of the N tokens, (B, 1, N): ``TokenGrid.sums``.
 
     Returns:
-        (B, N) int64, N the product of ``grid``, in the order of the tokens.
+        (B, N) int64.
     """
     values = segmentation.unique()
-    shares = [
-        functional.interpolate((segmentation == value).float()[:, None], size=tuple(grid), mode="area")
-        for value in values
-    ]
-    return values[torch.cat(shares, 1).argmax(1)].flatten(1).long()
+    shares = [sums((segmentation == value).float()[:, None]) for value in values]
+    return values[torch.cat(shares, 1).argmax(1)].long()
 
 
 def cosine_gap(tokens: Tensor, labels: Tensor) -> Tensor:
@@ -42,8 +40,8 @@ def cosine_gap(tokens: Tensor, labels: Tensor) -> Tensor:
     Returns:
         () float; NaN where there is no pair of one of the two kinds.
     """
-    known = (labels >= 0).float()
-    unit = functional.normalize(tokens.float(), dim=1) * known[:, None]
+    known = _known(tokens, labels).float()
+    unit = functional.normalize(tokens.float().nan_to_num(0, 0, 0), dim=1) * known[:, None]
     values, index = labels.unique(return_inverse=True)
     members = functional.one_hot(index, len(values)).float() * known[:, None]
     sums, counts, own = members.T @ unit, members.sum(0), unit.square().sum()
@@ -65,7 +63,7 @@ def silhouette(tokens: Tensor, labels: Tensor) -> float:
     """
     from sklearn.metrics import silhouette_score
 
-    known = labels >= 0
+    known = _known(tokens, labels)
     features = functional.normalize(tokens[known].float(), dim=1).cpu()
     kept = labels[known].cpu()
     if len(kept) > MOST_TOKENS:
@@ -74,3 +72,8 @@ def silhouette(tokens: Tensor, labels: Tensor) -> float:
     if not 2 <= len(kept.unique()) < len(kept):
         return float("nan")
     return float(silhouette_score(features.numpy(), kept.numpy(), metric="cosine"))
+
+
+def _known(tokens: Tensor, labels: Tensor) -> Tensor:
+    """Tokens (N,) that count."""
+    return (labels >= 0) & tokens.isfinite().all(1)

@@ -1,4 +1,4 @@
-"""Who learns how fast in fine-tuning: the parts of a network, groups of parameters, and the optimiser."""
+"""Parameter groups of fine-tuning with their learning rates, what is frozen, and the optimiser."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,1 +1,1 @@
-"""Who learns: backbones, teachers and heads."""
+"""Families of planned networks, the interface to their features, and teachers."""

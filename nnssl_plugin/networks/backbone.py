@@ -1,14 +1,15 @@
-"""Reading features, tokens and reconstructions out of the network that nnU-Net built from a plan."""
+"""The interface to planned networks: features, tokens and where they lie, reconstructions, trained parts."""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from nnssl_plugin.networks.family import Parts, reader_of
+from nnssl_plugin.networks.token_grid import TokenGrid
 
 
 class Backbone(nn.Module):
-    """One way to ask any planned network for features; methods never look inside a network.
+    """Features of any planned network by one interface; methods never look inside a network.
 
     Serves the networks of every family in ``networks/families``. Feature maps are ordered fine to coarse; the tokens of
     Primus are one map, at the stride of its patches. In SwinUNETR the stage of stride 1 is the image itself, which its
@@ -49,6 +50,20 @@ class Backbone(nn.Module):
         """
         maps = features[self.stage(stride)]
         return maps.flatten(2).transpose(1, 2), tuple(maps.shape[2:])
+
+    def token_grid(self, counts: Sequence[int], stride: int | None = None) -> TokenGrid:
+        """Where the tokens of one stage lie in the image.
+
+        Args:
+            counts: tokens per axis, the grid that :meth:`tokens` gives.
+            stride: see :meth:`stage`.
+        """
+        stage = self.stage(stride)
+        return TokenGrid(tuple(counts), self._reader.offsets[stage], self.strides[stage])
+
+    def token_centres(self, counts: Sequence[int], stride: int | None = None) -> Tensor:
+        """Centres (N, d) of the tokens of one stage in the image, in voxels; arguments as of :meth:`token_grid`."""
+        return self.token_grid(counts, stride).centres()
 
     def pooled(self, features: Sequence[Tensor]) -> Tensor:
         """Mean of the bottleneck (B, C)."""

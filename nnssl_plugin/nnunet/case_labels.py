@@ -71,7 +71,7 @@ class Target:
 
     @property
     def outputs(self) -> int:
-        """Logits: K for multi-class (binary: 2) and multi-label, K − 1 cumulative ones for ordinal."""
+        """Logits: K for multi-class (binary: 2) and multi-label, K − 1 conditional ones for ordinal."""
         return len(self.classes) - (self.kind == ORDINAL)
 
     def is_missing(self, cell: str) -> bool:

@@ -207,7 +207,7 @@ def takes_deep_supervision(network_class: str) -> bool:
     family = family_of_class(network_class)
     if family is not None:
         return family.deep_supervision
-    located = pydoc.locate(network_class)
+    located: Any = pydoc.locate(network_class)
     return located is None or "deep_supervision" in inspect.signature(located).parameters
 
 

@@ -120,17 +120,17 @@ def lowest_loss(targets: Sequence[Hashable]) -> float:
     return float(np.mean([np.log(counts[target]) for target in targets]))
 
 
-def mean_embeddings(dataset_name: str) -> np.ndarray:
-    """Means (2, E) float32 of the slices' and of the texts' embeddings of a dataset.
+def embedding_size(dataset_name: str) -> int:
+    """Length E of the stored slice and text embeddings of a dataset.
 
     Raises:
         UserError: there are no triplets, or no embeddings of them.
     """
     folder = raw_folder(dataset_name)
-    rows = list(read_embeddings(folder, read_triplets(folder)).values())
-    if not rows:
+    triplets = read_triplets(folder)
+    if not triplets:
         raise UserError(f"{folder} has no triplets.", f"nnssl_plugin caption -d {dataset_name}")
-    return np.mean(rows, axis=0, dtype=np.float64).astype(np.float32)
+    return len(read_embeddings(folder, triplets)[triplets[0].key][0])
 
 
 def _require_triplets(cases: list[str], triplets: dict, dataset: str) -> None:

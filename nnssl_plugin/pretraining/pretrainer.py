@@ -322,7 +322,7 @@ class Pretrainer(ResumableTrainer):
         letters = axis_letters(self.plans_manager.plans)
         for name, images in self.task.pictures(views).items():
             path = join(self.output_folder, "figures", f"{name}_epoch_{self.current_epoch:04d}.png")
-            draw_pictures(images, path, spacing=self.configuration_manager.spacing, letters=letters)
+            draw_pictures(images, path, self.configuration_manager.spacing, letters)
 
     # ------------------------------------------------------------------ ends
 

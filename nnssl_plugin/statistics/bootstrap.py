@@ -1,6 +1,6 @@
 """Scores of the same cases compared, with intervals and tests that draw subjects: their cases stay together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,3 +112,31 @@ def subject_sums(values: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, 
     """Sum (S,) of the values (N,) of each subject and its number of cases, in the order of the sorted subjects."""
     _, subject_of = np.unique(subjects, return_inverse=True)
     return np.bincount(subject_of, weights=values), np.bincount(subject_of)
+
+
+def subject_weights(subjects: Sequence[str], *, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each case counts in each bootstrap draw of subjects, in chunks (S, N).
+
+    For metrics that are quick for many weightings of the cases at once and not defined in some draws, which SciPy's
+    bootstrap does not leave out.
+
+    Args:
+        subjects: N names.
+        samples: how many draws in all.
+        seed: the same seed gives the same draws.
+    """
+    names, subject_of = np.unique(np.asarray(subjects), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    rows = max(1, CHUNK // 4 // len(subject_of))
+    for start in range(0, samples, rows):
+        number = min(rows, samples - start)
+        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=number)
+        yield drawn[:, subject_of].astype(float)
+
+
+def percentile_interval(values: np.ndarray, *, confidence: float = 0.95) -> list[float | None]:
+    """[low, high] of the values of draws that are defined; [None, None] where more than every tenth is NaN."""
+    defined = values[~np.isnan(values)]
+    if len(defined) < 0.9 * len(values):
+        return [None, None]
+    return [float(edge) for edge in np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])]

@@ -1,6 +1,6 @@
 """How well slices and texts find each other: recall and median rank, beside what guessing gives.
 
-Equal texts count as one candidate, and any slice that has the text is a right answer to it, so that repeated captions
+Equal texts count as one candidate, and any slice that has the text is right for it, so that repeated captions
 are neither held against a pair of encoders nor in its favour.
 """
 
@@ -17,9 +17,9 @@ TITLES = {SLICE_TO_TEXT: "slice → text", TEXT_TO_SLICE: "text → slice"}
 class Retrieval:
     """One direction of retrieval."""
 
-    recall_at_1: float  # share of the queries whose first answer is right
-    recall_at_5: float  # share with a right answer among the first five
-    median_rank: float  # of the first right answer; 1 is perfect
+    recall_at_1: float  # share of the queries whose first candidate is right
+    recall_at_5: float  # share with a right one among the first five
+    median_rank: float  # of the first right candidate; 1 is perfect
     queries: int
     candidates: int
 
@@ -44,7 +44,7 @@ def measure_retrieval(image: np.ndarray, text: np.ndarray, texts: list[str]) -> 
 
 
 def chance_of_retrieval(texts: list[str]) -> dict[str, Retrieval]:
-    """What :func:`measure_retrieval` gives on average for answers in random order.
+    """What :func:`measure_retrieval` gives on average for candidates in random order.
 
     Among n candidates of which m are right, one of the first k is right with probability 1 − C(n−m, k) / C(n, k).
     """

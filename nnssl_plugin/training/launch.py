@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch.distributed as dist
-
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.training.interruption import DEADLINE, TO_BE_CONTINUED
 from nnssl_plugin.training.user_errors import words_of
@@ -44,11 +42,8 @@ def launch(arguments: list[str], *, search_path: str, time_limit: str | None = N
         os.environ[DEADLINE] = str(time.monotonic() + seconds_of(time_limit))
     os.environ["nnUNet_extTrainer"] = search_path
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _join_ranks(arguments)
-        try:
+        with _joined_ranks(arguments):
             _train(arguments)
-        finally:
-            dist.destroy_process_group()
     elif ranks > 1:
         return run_ranks([sys.executable, "-m", "nnssl_plugin.cli.main", "train", *arguments], ranks)
     else:
@@ -101,8 +96,10 @@ def _without_num_gpus(arguments: list[str], ranks: int) -> tuple[list[str], int]
     return arguments[:place] + arguments[place + 2 :], max(ranks, int(value))
 
 
-def _join_ranks(arguments: list[str]) -> None:
-    import torch
+@contextmanager
+def _joined_ranks(arguments: list[str]) -> Iterator[None]:
+    import torch  # here, as a process that only starts ranks needs none of it
+    import torch.distributed as dist
 
     from nnssl_plugin.training.distributed import check_device
 
@@ -111,6 +108,10 @@ def _join_ranks(arguments: list[str]) -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

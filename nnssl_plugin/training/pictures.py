@@ -43,7 +43,6 @@ SMALLEST = 0.5
 def draw_pictures(
     images: list[tuple[str, Tensor | Overlay | Colours]],
     path: str | Path,
-    *,
     spacing: Sequence[float] | None = None,
     letters: Sequence[str] | None = None,
 ) -> None:

@@ -73,6 +73,7 @@ class ResumableTrainer(PlannedNetworkTrainer):
             self.grad_scaler = None
         self.log = EpochLog(self.logger)
         self._saved_at = self._drawn_at = time.monotonic()
+        self._saved_step: int | None = None
         self._whole_checkpoint: str | None = None
         """Name of the newest readable checkpoint of this run."""
 
@@ -200,7 +201,8 @@ class ResumableTrainer(PlannedNetworkTrainer):
 
     def _stop(self) -> None:
         """Save and leave with the exit code that says: continue with --c."""
-        self.save_checkpoint(join(self.output_folder, LATEST))
+        if self._saved_step != self.step:
+            self.save_checkpoint(join(self.output_folder, LATEST))
         self.print_to_log_file(
             f"Stopped by {self.interruption.reason or 'another rank'} after step {self.step} of {self.total_steps}; "
             "the same command with --c goes on from here."
@@ -245,7 +247,7 @@ class ResumableTrainer(PlannedNetworkTrainer):
         save_checkpoint(content, path, keep_as=previous if self._whole_checkpoint == LATEST else None)
         if self._whole_checkpoint not in (LATEST, PREVIOUS):
             previous.unlink(missing_ok=True)
-        self._whole_checkpoint, self._saved_at = LATEST, time.monotonic()
+        self._whole_checkpoint, self._saved_step, self._saved_at = LATEST, self.step, time.monotonic()
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Go on where the checkpoint was written.

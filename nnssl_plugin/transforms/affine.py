@@ -154,24 +154,6 @@ def warp_image(image: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(valid, view, 0.0).to(image.dtype), valid
 
 
-def grid_centres(grid: Sequence[int], patch_size: Sequence[int], *, device: torch.device | str) -> Tensor:
-    """Centres of the cells of a regular grid over a patch, such as the tokens of a feature map.
-
-    Args:
-        grid: number of cells along each axis.
-        patch_size: size of the patch in voxels along each axis; a cell is ``patch_size / grid`` voxels wide.
-        device: where the points are made.
-
-    Returns:
-        (N, d) float32 in voxels, in the order in which a map (*grid) is flattened.
-    """
-    centres = []
-    for cells, length in zip(grid, patch_size, strict=True):
-        number = torch.arange(cells, device=device, dtype=torch.float32)
-        centres.append((number + 0.5) * (length / cells) - 0.5)
-    return torch.stack(torch.meshgrid(*centres, indexing="ij"), -1).flatten(0, -2)
-
-
 def _moving_axes(size: Sequence[int], spacing: Sequence[float], in_plane: bool | None) -> tuple[int, ...]:
     """The axes that are rotated, scaled and shifted."""
     axes = tuple(range(len(size)))

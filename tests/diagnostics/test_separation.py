@@ -10,12 +10,19 @@ import torch
 from sklearn.metrics import silhouette_samples
 
 from nnssl_plugin.diagnostics.separation import MOST_TOKENS, cosine_gap, silhouette, token_labels
+from nnssl_plugin.networks.token_grid import TokenGrid
+
+
+def cells(grid, size):
+    """Tokens in the middle of the cells that a grid cuts an image into."""
+    spacing = tuple(s // g for s, g in zip(size, grid, strict=True))
+    return TokenGrid(grid, tuple((s - 1) / 2 for s in spacing), spacing)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((8, 12), (2, 3)), ((6, 8, 4), (3, 2, 1)), ((4, 4, 4), (4, 4, 4))])
 def test_a_token_has_the_label_of_most_of_its_voxels(size, grid):
     segmentation = torch.randint(-1, 4, (2, *size), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
-    labels = token_labels(segmentation, grid)
+    labels = token_labels(segmentation, cells(grid, size).sums)
     assert labels.shape == (2, math.prod(grid)) and labels.dtype == torch.int64
     steps = [s // g for s, g in zip(size, grid, strict=True)]
     for sample in range(2):
@@ -26,10 +33,27 @@ def test_a_token_has_the_label_of_most_of_its_voxels(size, grid):
             assert labels[sample, number] == min(value for value, count in counts.items() if count == most)
 
 
-def test_sizes_that_the_grid_does_not_divide_still_have_a_label():
-    segmentation = torch.zeros(1, 7, 9, 5, dtype=torch.int16)
-    segmentation[:, 4:] = 3
-    assert token_labels(segmentation, (2, 2, 2)).tolist() == [[0] * 4 + [3] * 4]
+@pytest.mark.parametrize(
+    ("size", "counts", "offset", "spacing"),
+    [
+        ((16, 24), (4, 3), (0.0, 0.0), (4, 8)),
+        ((7, 9, 5), (4, 3, 2), (0.0, 1.0, 0.75), (2, 4, 4)),
+    ],
+)
+def test_the_label_is_that_around_the_centre_also_where_cells_leave_the_image(size, counts, offset, spacing):
+    segmentation = torch.randint(-1, 4, (2, *size), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    tokens = TokenGrid(counts, offset, spacing)
+    labels = token_labels(segmentation, tokens.sums)
+    for sample, (number, centre) in product(range(2), enumerate(tokens.centres().tolist())):
+        shares = Counter()
+        for voxel in np.ndindex(*size):
+            lengths = [
+                max(0.0, min(v + 0.5, c + s / 2) - max(v - 0.5, c - s / 2))
+                for v, c, s in zip(voxel, centre, spacing, strict=True)
+            ]
+            shares[int(segmentation[sample][voxel])] += math.prod(lengths)
+        most = max(shares.values())
+        assert labels[sample, number] == min(value for value, share in shares.items() if share == most)
 
 
 def naive_gap(tokens, labels):

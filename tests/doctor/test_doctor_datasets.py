@@ -140,7 +140,7 @@ def test_triplets_without_embeddings_or_with_a_broken_line_are_problems(environm
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "cannot be read"), ("[]", "lacks channel_names"), ('{"labels": {}}', "numTraining")]
+    ("text", "message"), [("{", "is not valid JSON"), ("[]", "holds a list"), ('{"labels": {}}', "numTraining")]
 )
 def test_a_damaged_description_is_a_problem(text, message, environment):
     (raw_of(environment) / "dataset.json").write_text(text)

@@ -26,7 +26,7 @@ MED3D = {"queries": 4, "dim": 16, "heads": 2, "layers": 1, "mask_block": 4, "sli
 def quiet(nnunet_environment, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     for name in ("draw_progress", "draw_pictures"):
-        monkeypatch.setattr(f"nnssl_plugin.pretraining.pretrainer.{name}", lambda *arguments: None)
+        monkeypatch.setattr(f"nnssl_plugin.pretraining.pretrainer.{name}", lambda *arguments, **options: None)
 
 
 def preprocessed() -> Path:

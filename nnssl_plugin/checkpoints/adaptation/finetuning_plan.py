@@ -104,7 +104,7 @@ def adapt_checkpoint(
     plan = {key: value for key, value in plans.items() if key != "pretraining"} | {"plans_name": new_name, BLOCK: block}
     plan_file = folder / f"{new_name}.json"
     _check_free(folder, plan, configuration)
-    if file is None:
+    if file is None or source is None or weights is None:  # from scratch: the last two follow
         write_json(plan_file, plan)
         return Adapted(new_name, plan_file, None, None, None)
 

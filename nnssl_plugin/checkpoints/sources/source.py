@@ -60,7 +60,7 @@ DESCRIBING = (
 """Entries of a file that :attr:`Source.content` keeps; optimisers and teachers would double the memory."""
 
 
-DESCRIPTIONS = ("provenance", "nnssl_adaptation_plan", "adaptation", "citations", "current_epoch", "epoch")
+DESCRIPTIONS = ("provenance", "nnssl_adaptation_plan", "adaptation", "citations")
 NAMING = ("plans", "configuration", "configuration_name", "dataset_json")
 """Entries of ``init_args`` that are read, of nnU-Net's and of nnssl's."""
 

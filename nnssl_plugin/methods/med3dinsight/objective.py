@@ -30,13 +30,12 @@ class Med3DInsight(PretextTask):
         backbone: the planned network; encoder and decoder are trained.
         settings: :class:`Settings`.
         embedding_dim: E of the image and text embeddings.
-        common: (2, E) mean of the dataset's image and of its text embeddings, for ``settings.centre``; None is 0.
     """
 
     needs = Needs(window="slice", placement="free", triplets=True, dimensions=(3,))
     trained_parts = ("encoder", "decoder")
 
-    def __init__(self, backbone: Backbone, settings: Settings, embedding_dim: int, *, common: Tensor | None = None):
+    def __init__(self, backbone: Backbone, settings: Settings, embedding_dim: int):
         super().__init__(backbone, settings)
         if settings.field_of_view == "resize":
             self.needs = replace(self.needs, window="whole")
@@ -51,8 +50,6 @@ class Med3DInsight(PretextTask):
             slice_bins=settings.slice_bins,
             output=settings.output,
         )
-        common = common if settings.centre and common is not None else torch.zeros(2, embedding_dim)
-        self.register_buffer("common", common, persistent=False)  # a fact of the dataset, not of the training
         # M of the Mahalanobis distance, shared by images and texts; the identity starts at the Euclidean distance
         self.metric = nn.Parameter(torch.eye(embedding_dim))
 
@@ -65,8 +62,8 @@ class Med3DInsight(PretextTask):
             "available": batch["available"],
             "plane": batch["plane"],
             "position": batch["slice_position"],
-            "image_embedding": F.normalize(batch["image_embedding"].float() - self.common[0], dim=1),
-            "text_embedding": F.normalize(batch["text_embedding"].float() - self.common[1], dim=1),
+            "image_embedding": F.normalize(batch["image_embedding"].float(), dim=1),
+            "text_embedding": F.normalize(batch["text_embedding"].float(), dim=1),
         }
 
     def encode(self, views: Views) -> tuple[Views, Terms]:
@@ -86,9 +83,10 @@ class Med3DInsight(PretextTask):
 
     def loss(self, outputs: Views, progress: float) -> Terms:
         """The two terms of Eq. 2 over the samples of all ranks, each shifted so that 0 is a perfect match."""
+        volume, image, text = (self._compared(outputs[name]) for name in ("volume", "image", "text"))
         image, text = mpot_loss(
-            outputs["volume"],
-            torch.stack((outputs["image"], outputs["text"])),
+            volume,
+            torch.stack((image, text)),
             self.metric,
             mass=self.settings.mass,
             epsilon=self.settings.epsilon,
@@ -133,7 +131,10 @@ class Med3DInsight(PretextTask):
         measures = {"metric_smallest_eigenvalue": torch.linalg.eigvalsh(self.metric)[0]}
         for kind in ("image", "text"):
             target = views[f"{kind}_embedding"]
-            measures |= {f"retrieval_{kind}{name}": retrieval(v, target, self.metric) for name, v in found.items()}
+            measures |= {
+                f"retrieval_{kind}{name}": retrieval(self._compared(volume), self._compared(target), self.metric)
+                for name, volume in found.items()
+            }
             measures[f"retrieval_{kind}_chance"] = 1 / _first_of_equal(target).float().sum()
         if len(tokens) == 1:
             measures = {name: value for name, value in measures.items() if not name.endswith("_other_case")}
@@ -146,6 +147,13 @@ class Med3DInsight(PretextTask):
         restored = self._reconstruct(self.backbone.features(views["corrupted"][:1]))
         shown = {"input": views["image"], "corrupted": views["corrupted"], "reconstruction": restored}
         return {"reconstruction": [(title, image[0, 0].float()) for title, image in shown.items()]}
+
+    def _compared(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (B, E) of a step as they are compared: with ``centre``, unit vectors away from their mean."""
+        if not self.settings.centre or len(embeddings) == 1:
+            return embeddings
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return F.normalize(embeddings - embeddings.mean(0), dim=1)
 
     def _reconstruct(self, features: list[Tensor]) -> Tensor:
         return self.backbone.reconstruct(features, skips=self.settings.corruption != "none").float()

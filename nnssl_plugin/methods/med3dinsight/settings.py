@@ -41,9 +41,10 @@ class Settings:
     """``window``: crops at the plan's spacing that contain the slice, as nnU-Net's fine-tuning sees voxels (95.23 Dice
     in table VI(g)); ``resize``: the whole case resized to the patch, the paper's main setting (94.75)."""
     centre: bool = True
-    """Take off what all slices have in common, and what all texts have, before volumes are matched with them: it tells
-    nothing apart and makes all distances alike (two slices of one random pair of encoders have a cosine of 0.7). False
-    is the paper's reading, which leaves it to the metric."""
+    """Match volumes, slices and texts by what sets them apart from the others of their step: the mean of the step is
+    taken off before they are compared. What all share tells nothing apart and makes all distances alike: volumes of an
+    untrained network have a cosine of 0.999, slices under a random pair of encoders one of 0.7. False is the paper's
+    reading."""
     corruption: Literal["mask", "none"] = "mask"
     """``mask``: the encoder sees the volume with blocks set to 0; ``none``: the clean volume, the literal Eq. 3, and no
     skip connections in the reconstruction, which would copy it."""

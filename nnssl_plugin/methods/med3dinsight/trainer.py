@@ -1,12 +1,10 @@
 """``nnUNetv2_train ID 3d_fullres all -tr Med3DInsightPretrainer``."""
 
-import torch
-
 from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.methods.med3dinsight.objective import Med3DInsight
 from nnssl_plugin.methods.med3dinsight.settings import TRAINING, Settings
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.pretraining.batches import matching_notes, mean_embeddings
+from nnssl_plugin.pretraining.batches import embedding_size, matching_notes
 from nnssl_plugin.pretraining.pretrainer import TRAIN, Pretrainer
 
 
@@ -30,5 +28,4 @@ class Med3DInsightPretrainer(Pretrainer):
         return batches
 
     def build_task(self, backbone: Backbone) -> Med3DInsight:
-        common = torch.from_numpy(mean_embeddings(self.plans_manager.dataset_name))
-        return Med3DInsight(backbone, self.method_settings, common.shape[1], common=common)
+        return Med3DInsight(backbone, self.method_settings, embedding_size(self.plans_manager.dataset_name))

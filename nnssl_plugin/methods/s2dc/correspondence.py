@@ -1,22 +1,19 @@
-"""Which patches of two views correspond, and the losses on them: Eqs. 2 to 8 of S2DC.
+"""Correspondence of the patches of two views, and the losses on it: Eqs. 2 to 8 of S2DC.
 
 Pan et al., "Structure-aware Semantic Discrepancy and Consistency for 3D Medical Image Self-supervised Learning".
 """
 
-import math
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_plugin.transforms.affine import grid_centres, invert_affine, transform_points
+from nnssl_plugin.networks.token_grid import TokenGrid
+from nnssl_plugin.transforms.affine import invert_affine, transform_points
 
 LEAST_VISIBLE = 0.5
-"""Share of a patch that must lie in the field of view."""
+"""Share of what the image holds of a patch that must lie in the field of view."""
 
 
-def patch_correspondence(affine: Tensor, grid: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+def patch_correspondence(affine: Tensor, tokens: TokenGrid) -> Tensor:
     """M_gt of Eqs. 2 and 3: patches whose centres fall into each other, there and back.
 
     H(c_i) − c_j and H⁻¹(c_j) − c_i must lie in [−½, ½) patches on every axis. The interval is half-open, so that a
@@ -24,45 +21,33 @@ def patch_correspondence(affine: Tensor, grid: Sequence[int], patch_size: Sequen
 
     Args:
         affine: H, (B, d, d+1), from points of the first view to points of the second, in voxels.
-        grid: tokens per axis, each of which is a patch to the paper.
-        patch_size: size of the image that the grid divides, in voxels per axis; a patch is patch_size / grid.
+        tokens: where the tokens lie in both views; the cell of each is a patch to the paper.
 
     Returns:
         (B, N, N) bool: patch i of the first view and j of the second; row and column sums are at most 1.
     """
-    patches = torch.arange(math.prod(grid), device=affine.device)
-    forward = _patch_at(affine, grid, patch_size)
-    back = _patch_at(invert_affine(affine), grid, patch_size)
+    centres = tokens.centres(affine.device).to(affine.dtype).expand(len(affine), -1, -1)
+    patches = torch.arange(centres.shape[1], device=affine.device)
+    forward = tokens.token_at(transform_points(centres, affine))
+    back = tokens.token_at(transform_points(centres, invert_affine(affine)))
     return (forward[:, :, None] == patches) & (back[:, None, :] == patches[:, None])
 
 
-def _patch_at(affine: Tensor, grid: Sequence[int], patch_size: Sequence[int]) -> Tensor:
-    """Index (B, N) of the patch into which each patch's centre falls, -1 outside the grid."""
-    centres = grid_centres(grid, patch_size, device=affine.device).to(affine.dtype)
-    moved = transform_points(centres.expand(len(affine), -1, -1), affine)
-    index, inside = torch.zeros_like(moved[..., 0]), torch.ones_like(moved[..., 0], dtype=torch.bool)
-    for axis, (patches, size) in enumerate(zip(grid, patch_size, strict=True)):
-        # the first patch begins half a voxel before the centre of its first voxel
-        place = ((moved[..., axis] + 0.5) * (patches / size)).floor()
-        index = index * patches + place
-        inside &= (place >= 0) & (place < patches)
-    return torch.where(inside, index, -1).long()
-
-
-def visible_patches(image: Tensor, valid: Tensor, grid: Sequence[int]) -> Tensor:
-    """Patches that show something: half of them lies in the field of view, and not all of it is padding.
+def visible_patches(image: Tensor, valid: Tensor, tokens: TokenGrid) -> Tensor:
+    """Patches that show something: half of what the image holds of them lies in the field of view, and not all of it is
+    padding.
 
     Args:
         image: (B, C, *spatial), 0 where nothing was imaged.
         valid: (B, 1, *spatial) bool, False outside the field of view.
-        grid: patches per axis.
+        tokens: where the tokens lie in the image.
 
     Returns:
         (B, N) bool.
     """
-    not_empty = image.ne(0).any(1, keepdim=True).float()
-    shares = F.interpolate(torch.cat((valid.float(), not_empty), 1), size=tuple(grid), mode="area").flatten(2)
-    return (shares[:, 0] >= LEAST_VISIBLE) & (shares[:, 1] > 0)
+    whole = torch.ones_like(valid)
+    valid, not_empty, whole = tokens.sums(torch.cat((valid, image.ne(0).any(1, keepdim=True), whole), 1)).unbind(1)
+    return (valid >= LEAST_VISIBLE * whole) & (not_empty > 0)
 
 
 def patch_to_patch_loss(log_assignment: Tensor, matches: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from nnssl_plugin.methods.s2dc.settings import Settings
 from nnssl_plugin.methods.s2dc.views import augmented_copy, cut, join, second_view
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.teacher import Teacher
+from nnssl_plugin.networks.token_grid import TokenGrid
 from nnssl_plugin.objectives.contrastive import FeatureQueue, info_nce, log_dual_softmax, sinkhorn_with_dustbin
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms, Views
 
@@ -37,8 +38,8 @@ class Reading(NamedTuple):
 
     tokens: Tensor
     """(B, N, C), over the whole window."""
-    grid: tuple[int, ...]
-    """Tokens per axis of the window."""
+    grid: TokenGrid
+    """Where they lie in the window."""
     pooled: Tensor
     """(B, K, C'), of each sub-volume."""
 
@@ -187,7 +188,8 @@ class S2DC(PretextTask):
         features = backbone.features(parts.flatten(0, 1))
         tokens, cells = backbone.tokens(features, self.settings.token_stride)
         maps = join(tokens.mT.unflatten(2, cells).unflatten(0, together), self.grid)
-        return Reading(maps.flatten(2).mT, tuple(maps.shape[2:]), backbone.pooled(features).unflatten(0, together))
+        grid = backbone.token_grid(maps.shape[2:], self.settings.token_stride)
+        return Reading(maps.flatten(2).mT, grid, backbone.pooled(features).unflatten(0, together))
 
     def _match(self, student: Reading, teacher: Reading, views: Views) -> Matching:
         """Cosines of projected tokens, their assignment (Eq. 4), and the true matches (Eqs. 2 and 3)."""
@@ -209,9 +211,9 @@ class S2DC(PretextTask):
         return plan[:, :-1, :-1]
 
     @torch.no_grad()
-    def _matches(self, views: Views, grid: tuple[int, ...]) -> Tensor:
+    def _matches(self, views: Views, grid: TokenGrid) -> Tensor:
         """M_gt without the patches that show padding alone, in either view."""
-        matches = patch_correspondence(views["affine"], grid, views["image"].shape[2:])
+        matches = patch_correspondence(views["affine"], grid)
         source = visible_patches(views["image"], torch.ones_like(views["valid"]), grid)
         target = visible_patches(views["warped"], views["valid"], grid)
         return matches & source[:, :, None] & target[:, None, :]
@@ -258,7 +260,7 @@ def _separation(reading: Reading, labels: Tensor) -> Terms:
     """Figure 5's silhouette, and the mean cosine of same-label tokens less that of the others: of the structures among
     themselves, as in the figure, and with the background as one more label. NaN where there are no two labels."""
     tokens = reading.tokens.flatten(0, 1).float()
-    named = token_labels(labels, reading.grid).flatten()
+    named = token_labels(labels, reading.grid.sums).flatten()
     kinds = {"": named.where(named > 0, -1), "_with_background": named}
     return {
         f"{name}{kind}": torch.as_tensor(measure(tokens, chosen), device=tokens.device)

@@ -1,4 +1,4 @@
-"""Every number of S2DC: the ``pretraining`` block of a plan, its ``method`` part being :class:`Settings`."""
+"""Settings of S2DC: the ``pretraining`` block of a plan, its ``method`` part being :class:`Settings`."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

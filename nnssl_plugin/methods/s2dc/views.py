@@ -1,4 +1,4 @@
-"""What student and teacher see: the window, and a copy of it that was moved and whose intensities were changed."""
+"""Views of student and teacher: the window, and a copy of it that was moved and whose intensities were changed."""
 
 from collections.abc import Sequence
 

@@ -54,8 +54,8 @@ class SwinUNETRReader:
         parameter that is trained.
         """
         x = self.network.encoder10(features[-1])
-        ways = zip(self._upsampling(), self._skips(), features[:-1], strict=True)
-        for upsample, skip, values in reversed(list(ways)):
+        levels = zip(self._upsampling(), self._skips(), features[:-1], strict=True)
+        for upsample, skip, values in reversed(list(levels)):
             x = upsample(x, skip(values) if skips else 0 * skip(values))
         return x
 

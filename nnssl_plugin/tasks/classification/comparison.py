@@ -8,11 +8,11 @@ import numpy as np
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.case_labels import BINARY, Target
-from nnssl_plugin.statistics.bootstrap import paired_permutation_p
+from nnssl_plugin.statistics.bootstrap import paired_permutation_p, percentile_interval
 from nnssl_plugin.statistics.delong import auroc_difference
 from nnssl_plugin.tasks.classification.metrics import class_metrics, indicators, overall_metrics
 from nnssl_plugin.tasks.classification.predictions import Predictions, predicted_labels
-from nnssl_plugin.tasks.classification.summary import CONFIDENCE, SAMPLES, SEED, percentile_interval, resampled_metrics
+from nnssl_plugin.tasks.classification.summary import CONFIDENCE, SAMPLES, SEED, resampled_metrics
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,9 @@ def _differences(
     found = {}
     for metric in compared_metrics(run.target):
         low, high = (
-            percentile_interval(drawn[metric] - drawn_first[metric]) if len(set(run.subjects)) > 1 else (None, None)
+            percentile_interval(drawn[metric] - drawn_first[metric], confidence=CONFIDENCE)
+            if len(set(run.subjects)) > 1
+            else (None, None)
         )
         found[metric] = Difference(
             _plain(ours[metric][0] - theirs[metric][0]), low, high, None, "bootstrap over subjects"

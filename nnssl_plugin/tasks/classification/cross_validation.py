@@ -111,7 +111,7 @@ def pool(by_fold: dict[int, Predictions]) -> Predictions:
                 )
             seen |= dict.fromkeys(getattr(predictions, what), fold)
     parts = list(by_fold.values())
-    epochs = {fold: p.checkpoint or BEST for fold, p in by_fold.items()}
+    epochs = {fold: p.checkpoint for fold, p in by_fold.items()}
     if len(set(epochs.values())) > 1:
         shown = ", ".join(f"{fold}: {epoch}" for fold, epoch in epochs.items())
         raise UserError(

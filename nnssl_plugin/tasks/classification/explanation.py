@@ -1,4 +1,4 @@
-"""Where a classifier looks: how much less sure it is of its answer when a part of the image is hidden.
+"""Where a classifier looks: how much less sure it is of its prediction when a part of the image is hidden.
 
 Occlusion sensitivity (Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, ECCV 2014, section 4.2)
 by MONAI. It asks the model only about images, so it holds for every network and both input strategies, and its unit is

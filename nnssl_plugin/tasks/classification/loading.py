@@ -10,9 +10,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor
 
 from nnssl_plugin.checkpoints.format.files import read_checkpoint
+from nnssl_plugin.checkpoints.sources.description import check_plan, unreadable
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.case_labels import Target, targets_from_block
-from nnssl_plugin.nnunet.plans import build_network, input_channels
+from nnssl_plugin.nnunet.plans import UNBUILDABLE, build_network, input_channels
 from nnssl_plugin.settings import settings_from
 from nnssl_plugin.tasks.classification.batches import FOREGROUND, case_inputs
 from nnssl_plugin.tasks.classification.checkpoints import FILES, FINAL
@@ -90,7 +91,16 @@ def load_classifier(
             f"{path} holds no classifier, but a checkpoint of {trainer}.",
             "Name a folder of results of PretrainedClassificationTrainer.",
         )
+    try:
+        return _built(content, path, torch.device(device), trust=trust)
+    except (*UNBUILDABLE, RecursionError) as error:
+        raise unreadable(path, f"{type(error).__name__}: {error}") from error
+
+
+def _built(content: dict[str, Any], path: Path, device: torch.device, *, trust: bool) -> LoadedClassifier:
+    """The classifier that a checkpoint describes, with its weights."""
     state, given = content[BLOCK], content["init_args"]
+    check_plan(given["plans"], given["configuration"], path)
     targets = targets_from_block(state)
     settings = settings_from(state["settings"], ClassificationSettings(), f"the classification block of {path}")
     plans, configuration, dataset_json = given["plans"], given["configuration"], given["dataset_json"]
@@ -110,5 +120,5 @@ def load_classifier(
         manager.get_configuration(configuration),
         dataset_json,
         tuple(content["inference_allowed_mirroring_axes"] or ()),
-        torch.device(device),
+        device,
     )

@@ -13,7 +13,8 @@ ordinal      K − 1    (B,) int64, rank of the class  (K,)
 
 Ordinal targets follow the continuation ratio of CORN (Shi, Cao and Raschka 2023, eq. 1-4): logit k is that of "beyond
 class k, given at least class k". The probability of "beyond k" is a product, so it never grows with k, whatever the
-logits; K − 1 free cumulative logits would give negative probabilities where they cross.
+logits; K − 1 free cumulative logits would give negative probabilities where they cross. The predicted class is the most
+probable one, as for every other kind; CORN's rank rule counts the thresholds k with P(beyond k) > 0.5 instead.
 """
 
 from collections.abc import Mapping, Sequence

@@ -11,7 +11,7 @@ from nnssl_plugin.io.files import read_json
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.case_labels import BLOCK, Label, Target, read_table, subject_of, targets_from_block
 from nnssl_plugin.tasks.classification.checkpoints import BEST, FINAL, VALIDATION, checkpoint_name
-from nnssl_plugin.tasks.classification.predictions import Predictions, read_predictions
+from nnssl_plugin.tasks.classification.predictions import Predictions, name_suffix, read_predictions
 
 
 def find_tables(place: str | Path, *, checkpoint: str = FINAL) -> list[Path]:
@@ -98,7 +98,7 @@ def read_tables(
                 f"Add it, or name tables of {', '.join(references)} only.",
             )
         table = read_predictions(path, known[name], references=references and references[name])
-        found[name] = replace(table, checkpoint=table.checkpoint or _checkpoint_of(path))
+        found[name] = replace(table, checkpoint=table.checkpoint or _checkpoint_of(path, known[name]))
     return found
 
 
@@ -140,12 +140,13 @@ def read_references(path: str | Path, targets: Sequence[Target]) -> dict[str, di
     return found
 
 
-def _checkpoint_of(table: Path) -> str:
+def _checkpoint_of(table: Path, target: Target) -> str:
     """``final`` or ``best`` where the table does not say: ``classify`` notes its checkpoint in a file beside it, and
     earlier versions validated folds with the best one. Empty where it is not known."""
-    record = table.with_suffix(".json")
-    if record.is_file():
-        return checkpoint_name(str(read_json(record, dict).get("checkpoint", "")))
+    for stem in (table.stem, table.stem.removesuffix(name_suffix(target, (target, target)))):
+        record = table.with_name(f"{stem}.json")
+        if record.is_file():
+            return checkpoint_name(str(read_json(record, dict).get("checkpoint", "")))
     in_fold = table.parent.name == VALIDATION[FINAL] and table.parent.parent.name.startswith("fold_")
     return BEST if in_fold and "checkpoint" not in read_table(table)[0] else ""
 

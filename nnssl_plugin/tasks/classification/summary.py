@@ -8,6 +8,7 @@ import numpy as np
 
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.nnunet.case_labels import BINARY, MULTILABEL, Target
+from nnssl_plugin.statistics.bootstrap import percentile_interval, subject_weights
 from nnssl_plugin.tasks.classification.checkpoints import BEST, TOO_GOOD
 from nnssl_plugin.tasks.classification.metrics import BINS, OF_CLASS, class_metrics, indicators
 from nnssl_plugin.tasks.classification.predictions import (
@@ -19,8 +20,6 @@ from nnssl_plugin.tasks.classification.predictions import (
 )
 
 CONFIDENCE, SAMPLES, SEED = 0.95, 2000, 0
-CHUNK = 2**20
-"""Weights that are held at once (8 MiB)."""
 
 
 def write_validation(
@@ -143,35 +142,16 @@ def subject_intervals(predictions: Predictions) -> dict[str, list[float | None]]
         )
         return {name: [None, None] for name in names}
     drawn = resampled_metrics([predictions])[0]
-    return {name: percentile_interval(values) for name, values in drawn.items()}
+    return {name: percentile_interval(values, confidence=CONFIDENCE) for name, values in drawn.items()}
 
 
 def resampled_metrics(runs: Sequence[Predictions]) -> list[dict[str, np.ndarray]]:
     """Metrics of runs over the same cases, name → (SAMPLES,), the same subjects drawn for all."""
     parts = [
         [class_metrics(run.labels, run.probabilities, weights, target=run.target) for run in runs]
-        for weights in _drawn_weights(runs[0].subjects)
+        for weights in subject_weights(runs[0].subjects, samples=SAMPLES, seed=SEED)
     ]
     return [{name: np.concatenate([part[i][name] for part in parts]) for name in parts[0][i]} for i in range(len(runs))]
-
-
-def percentile_interval(values: np.ndarray) -> list[float | None]:
-    """[low, high] of the defined values; [null, null] where more than every tenth is not defined."""
-    defined = values[~np.isnan(values)]
-    if len(defined) < 0.9 * len(values):
-        return [None, None]
-    return [float(edge) for edge in np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])]
-
-
-def _drawn_weights(subjects: Sequence[str]) -> Iterator[np.ndarray]:
-    """How often each case counts in each draw, in chunks (S, N)."""
-    names, subject_of = np.unique(np.asarray(subjects), return_inverse=True)
-    rng = np.random.default_rng(SEED)
-    rows = max(1, CHUNK // len(subject_of))
-    for start in range(0, SAMPLES, rows):
-        number = min(rows, SAMPLES - start)
-        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=number)
-        yield drawn[:, subject_of].astype(float)
 
 
 def _reasons(values: dict[str, float | None], truth: np.ndarray, target: Target) -> Iterator[tuple[str, str]]:

@@ -1,1 +1,1 @@
-"""Probing: what frozen features tell apart."""
+"""Probing of frozen features: separation of tokens by label."""

@@ -1,4 +1,4 @@
-"""Does pretraining tell structures apart? Tokens of labelled cases, from pretrained weights and from random ones.
+"""Separation of tokens by the labels of structures, with pretrained weights and with random ones.
 
 After figure 5 of Pan et al. (S2DC): the silhouette of token features by the label under each token. The weights are
 compared with the random initialisation of the same network on the same windows: before and after pretraining.
@@ -79,7 +79,7 @@ def evaluate_tokens(
     """Token separation of a plan's network on a labelled, preprocessed dataset, before and after pretraining.
 
     Every case gives one window of the plan's patch size around one of its labelled voxels; the tokens of all windows
-    are measured together. A token counts with the label of most of its voxels.
+    are measured together. A token counts with the label of most voxels around its centre.
 
     Args:
         dataset: ID or full name.
@@ -113,7 +113,7 @@ def evaluate_tokens(
     network = build_network(plans, configuration, dataset_json)
     backbone = Backbone(network, input_channels(plans, configuration, dataset_json)).eval()
     before, grid = _tokens(backbone, windows.images, stride, device)
-    labels = token_labels(windows.labels, grid).flatten()
+    labels = token_labels(windows.labels, backbone.token_grid(grid, stride).sums).flatten()
     result = {
         "dataset": folder.name,
         "plan": plans_name,

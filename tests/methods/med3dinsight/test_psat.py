@@ -74,6 +74,24 @@ def test_property_8_a_step_changes_only_the_entries_in_use():
     assert torch.equal(changed, expected)
 
 
+@pytest.mark.parametrize("bins", [1, 5, 8, 128])
+def test_a_slice_falls_into_the_bin_that_holds_its_position(bins):
+    """Bin j holds the positions from j / J up to (j + 1) / J; the last one holds 1 too."""
+    psat = build(slice_bins=bins)
+    with torch.no_grad():
+        psat.plane_slice.copy_(torch.arange(3 * bins, dtype=torch.float32).reshape(1, 3, bins).expand(16, -1, -1))
+    seen = {}
+    psat.token_norm.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0]))
+    positions = [*torch.rand(40, generator=torch.Generator().manual_seed(bins)).tolist(), 0.0, 1.0]
+    for position in positions:
+        expected = next(j for j in range(bins) if position < (j + 1) / bins or j == bins - 1)
+        for plane in range(3):
+            tokens = torch.zeros(1, 1, 6)
+            psat(tokens, (1, 1, 1), *place(plane, position, batch=1))
+            added = seen["tokens"] - psat.project_tokens(tokens) - grid_positions((1, 1, 1), 16, "cpu")
+            assert added.mean().round().item() == plane * bins + expected, (plane, position)
+
+
 def test_a_trained_place_tells_slices_apart():
     psat = build()
     with torch.no_grad():

@@ -15,10 +15,22 @@ from nnssl_plugin.methods.s2dc.correspondence import (
     sharpe_ratio,
     visible_patches,
 )
+from nnssl_plugin.networks.token_grid import TokenGrid
 from nnssl_plugin.objectives.contrastive import dual_softmax, log_dual_softmax
 from nnssl_plugin.transforms.affine import AffineRange, invert_affine, random_affine, warp_image
 
 GRID, SIZE = (6, 6, 6), (96, 96, 96)
+
+
+def cells(grid, size):
+    """Tokens in the middle of the cells that a grid cuts an image into, as patch embeddings have them."""
+    spacing = tuple(s // g for s, g in zip(size, grid, strict=True))
+    return TokenGrid(grid, tuple((s - 1) / 2 for s in spacing), spacing)
+
+
+TOKENS = cells(GRID, SIZE)
+STRIDED = TokenGrid(GRID, (0.0, 0.0, 0.0), (16, 16, 16))
+"""As strided convolutions with padding have them."""
 
 
 def about_centre(linear, size, shift=None):
@@ -37,11 +49,11 @@ def rotation(degrees, axes=(1, 2), dims=3):
     return matrix
 
 
-def by_loops(affine, grid, size, mutual=True):
+def by_loops(affine, tokens, mutual=True):
     """Eqs. 2 and 3 as printed (half-open): one pair of patches after the other."""
-    affine, cell = affine[0].double().numpy(), np.array(size) / np.array(grid)
+    affine, cell = affine[0].double().numpy(), np.array(tokens.spacing)
     linear, offset = affine[:, :-1], affine[:, -1]
-    centres = np.array([(np.array(index) + 0.5) * cell - 0.5 for index in np.ndindex(*grid)])
+    centres = np.array([np.array(tokens.offset) + np.array(index) * cell for index in np.ndindex(*tokens.counts)])
     there, back = centres @ linear.T + offset, (centres - offset) @ np.linalg.inv(linear).T
 
     def near(first, second):
@@ -59,13 +71,13 @@ def is_partial_permutation(matches):
 
 
 def test_the_identity_matches_every_patch_with_itself():
-    matches = patch_correspondence(about_centre(torch.eye(3), SIZE), GRID, SIZE)
+    matches = patch_correspondence(about_centre(torch.eye(3), SIZE), TOKENS)
     assert torch.equal(matches[0], torch.eye(216, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("axes", [(0, 1), (0, 2), (1, 2)])
 def test_a_quarter_turn_is_a_permutation(axes):
-    matches = patch_correspondence(about_centre(rotation(90, axes), SIZE), GRID, SIZE)
+    matches = patch_correspondence(about_centre(rotation(90, axes), SIZE), TOKENS)
     assert matches.sum() == 216 and is_partial_permutation(matches)
     turned = torch.arange(216).view(GRID).rot90(-1, axes)  # what stands where after the turn
     again = torch.arange(216).view(GRID).rot90(1, axes)
@@ -78,7 +90,7 @@ def test_a_quarter_turn_is_a_permutation(axes):
 def test_a_shift_by_one_patch_keeps_five_of_six_layers(axis):
     shift = [0.0, 0.0, 0.0]
     shift[axis] = 16.0
-    matches = patch_correspondence(about_centre(torch.eye(3), SIZE, shift), GRID, SIZE)
+    matches = patch_correspondence(about_centre(torch.eye(3), SIZE, shift), TOKENS)
     assert matches.sum() == 180
     first, second = matches[0].nonzero(as_tuple=True)
     assert ((second - first) == (36, 6, 1)[axis]).all()
@@ -89,16 +101,38 @@ def test_the_way_back_matters():
     in_plane[0, 0] = 1
     centred, shifted = (about_centre(in_plane, SIZE, shift) for shift in ((0, 0, 0), (0, -3, -1)))
     for affine in (centred, shifted):
-        matches = patch_correspondence(affine, GRID, SIZE)
+        matches = patch_correspondence(affine, TOKENS)
         assert matches.sum() == 168 and is_partial_permutation(matches)
-    assert by_loops(shifted, GRID, SIZE, mutual=False).sum() == 174
-    shrunk = by_loops(invert_affine(centred), GRID, SIZE, mutual=False)
+    assert by_loops(shifted, TOKENS, mutual=False).sum() == 174
+    shrunk = by_loops(invert_affine(centred), TOKENS, mutual=False)
     assert shrunk.sum() == 216 and shrunk.sum(0).max() == 2  # two patches fall into one
+
+
+def test_under_a_flip_strided_tokens_match_those_that_lie_where_they_go():
+    """Token i of a strided convolution lies at 16 i, and a flip of 96 voxels moves it to 95 − 16 i, nearest to token
+    6 − i: the first one goes to where there is none. Tokens in the middle of their cells would match 5 − i."""
+    matches = patch_correspondence(about_centre(torch.diag(torch.tensor([-1.0, 1, 1])), SIZE), STRIDED)
+    found = matches[0].nonzero().tolist()
+    assert len(found) == 5 * 36
+    for first, second in found:
+        (i, *others), (j, *same) = np.unravel_index(first, GRID), np.unravel_index(second, GRID)
+        assert i + j == 6 and others == same
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("offset", [(0.0, 0.0, 0.0), (3.75, 0.0, 7.5)])
+def test_matches_of_strided_tokens_are_those_of_the_loop(seed, offset):
+    ranges = AffineRange(rotation=30, scale=(0.9, 1.2), translation=0.0625, flip=0.5)
+    generator = torch.Generator().manual_seed(seed)
+    affine = random_affine(1, (64, 48, 48), ranges, spacing=(1, 1, 1), generator=generator, device="cpu")
+    tokens = TokenGrid((4, 3, 3), offset, (16, 16, 16))
+    matches = patch_correspondence(affine, tokens)
+    assert torch.equal(matches[0], by_loops(affine, tokens)) and matches.sum() > 0
 
 
 def test_half_a_patch_of_shift_matches_nothing_twice():
     for shift in (8.0, -8.0):
-        matches = patch_correspondence(about_centre(torch.eye(3), SIZE, (shift, 0, 0)), GRID, SIZE)
+        matches = patch_correspondence(about_centre(torch.eye(3), SIZE, (shift, 0, 0)), TOKENS)
         assert is_partial_permutation(matches)
 
 
@@ -113,22 +147,22 @@ def test_half_a_patch_of_shift_matches_nothing_twice():
 def test_equals_a_loop_over_pairs_for_random_affines(grid, size, spacing):
     ranges = AffineRange(rotation=30, scale=(0.9, 1.2), translation=0.2, flip=0.3)
     affine = random_affine(6, size, ranges, spacing=spacing, generator=torch.Generator().manual_seed(0), device="cpu")
-    matches = patch_correspondence(affine, grid, size)
+    matches = patch_correspondence(affine, cells(grid, size))
     assert is_partial_permutation(matches)
     for one, found in zip(affine, matches, strict=True):
-        assert torch.equal(found, by_loops(one[None], grid, size))
+        assert torch.equal(found, by_loops(one[None], cells(grid, size)))
 
 
 def test_swapping_the_views_transposes_the_matches():
     ranges = AffineRange(rotation=40, scale=(0.8, 1.3), translation=0.1)
     affine = random_affine(8, SIZE, ranges, spacing=(1, 1, 1), generator=torch.Generator().manual_seed(3), device="cpu")
-    there = patch_correspondence(affine, GRID, SIZE)
-    back = patch_correspondence(invert_affine(affine), GRID, SIZE)
+    there = patch_correspondence(affine, TOKENS)
+    back = patch_correspondence(invert_affine(affine), TOKENS)
     assert torch.equal(there, back.mT) and there.sum() > 0
 
 
 def test_a_view_that_left_the_window_has_no_matches():
-    assert patch_correspondence(about_centre(torch.eye(3), SIZE, (200.0, 0, 0)), GRID, SIZE).sum() == 0
+    assert patch_correspondence(about_centre(torch.eye(3), SIZE, (200.0, 0, 0)), TOKENS).sum() == 0
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.5, 1.0, 1.0)])
@@ -143,7 +177,9 @@ def test_matched_patches_show_the_same_blob(spacing, flip):
     ranges = AffineRange(rotation=25, scale=(0.9, 1.2), translation=0.1, flip=flip, in_plane=False)
     affine = random_affine(4, size, ranges, spacing=spacing, generator=torch.Generator().manual_seed(1), device="cpu")
     view, valid = warp_image(blobs.expand(4, 1, *size), affine)
-    matches = patch_correspondence(affine, grid, size) & visible_patches(view, valid, grid)[:, None, :]
+    matches = (
+        patch_correspondence(affine, cells(grid, size)) & visible_patches(view, valid, cells(grid, size))[:, None, :]
+    )
     back = invert_affine(affine).double()
     found = wrong = 0
     for sample, first, second in matches.nonzero().tolist():
@@ -161,9 +197,19 @@ def test_padding_shows_nothing():
     image[0, :, :8] = 0  # outside the case
     valid = torch.ones(2, 1, 16, 16, 16, dtype=torch.bool)
     valid[1, :, :, :5] = False  # 3 of 8 voxels are left of the first patches
-    seen = visible_patches(image, valid, (2, 2, 2)).view(2, 2, 2, 2)
+    seen = visible_patches(image, valid, cells((2, 2, 2), (16, 16, 16))).view(2, 2, 2, 2)
     assert not seen[0, 0].any() and seen[0, 1].all()
     assert not seen[1, :, 0].any() and seen[1, :, 1].all()
+
+
+def test_of_a_patch_that_leaves_the_image_what_the_image_holds_counts():
+    tokens = TokenGrid((2, 2), (0.0, 0.0), (8, 8))  # the first patches reach from voxel −4 to 4
+    image, valid = torch.ones(2, 1, 16, 16), torch.ones(2, 1, 16, 16, dtype=torch.bool)
+    assert visible_patches(image, valid, tokens).all()
+    valid[0, :, :3] = False  # 3 of the 4.5 voxels that the first patches have in the image
+    valid[1, :, :2] = False
+    seen = visible_patches(image, valid, tokens).view(2, 2, 2)
+    assert not seen[0, 0].any() and seen[0, 1].all() and seen[1].all()
 
 
 # ---------------------------------------------------------------------- losses

@@ -9,12 +9,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from nnssl_plugin.diagnostics.collapse import feature_std
+from nnssl_plugin.methods.s2dc.correspondence import patch_to_patch_loss
 from nnssl_plugin.methods.s2dc.heads import RunningNorm
 from nnssl_plugin.methods.s2dc.objective import S2DC
 from nnssl_plugin.methods.s2dc.settings import Settings
-from nnssl_plugin.methods.s2dc.views import join
+from nnssl_plugin.methods.s2dc.views import cut, join
 from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.objectives.contrastive import log_dual_softmax
 from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks
+from nnssl_plugin.training.pictures import draw_pictures
 
 SMALL = {"hidden": 16, "dim": 8, "queue": 12, "token_stride": 4}
 
@@ -108,7 +111,7 @@ def test_a_virtual_batch_has_the_same_gradients(grid):
     torch.testing.assert_close(chunked["total"], whole["total"].detach())
     for name, parameter in task.named_parameters():
         if name in expected:
-            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=3e-5)
 
 
 def test_equal_networks_and_an_unmoved_view_match_every_patch():
@@ -121,6 +124,52 @@ def test_equal_networks_and_an_unmoved_view_match_every_patch():
     outputs, own = task.encode(views)
     torch.testing.assert_close(outputs["query"], outputs["key"], atol=1e-4, rtol=1e-3)  # teacher = student at first
     assert own["p2p"].max() < 0.5 * 2 * math.log(64)
+
+
+def test_the_matches_of_a_flip_are_where_the_tokens_lie():
+    """Tokens of stride 4 lie at voxels 0, 4, 8 and 12; a flip of 16 voxels moves them to 15, 11, 7 and 3, of which the
+    cells of the tokens at 12, 8 and 4 hold the last three."""
+    task = make_task(rotation=0.0, scale=(1.0, 1.0), translation=0.0, flip=1.0)
+    views = make_views(task, make_batch(1))
+    grid = task._read(task.backbone, views["image"]).grid
+    assert sorted(set(grid.centres()[:, 0].tolist())) == [0, 4, 8, 12]
+    found = task._matches(views, grid)[0].nonzero()
+    assert len(found) == 27
+    for first, second in found.tolist():
+        there = 15 - grid.centres()[first]
+        assert (there - grid.centres()[second]).abs().max() <= 2
+
+
+def test_the_student_sees_the_window_and_the_teacher_its_copy():
+    task = make_task(momentum=0.5)
+    one_step(task, make_views(task, make_batch()))  # from now on the two networks differ
+    views = make_views(task, make_batch(), seed=5)
+    outputs, own = task.encode(views)
+    teacher = task.teacher["backbone"].module
+    for name, network, view in (("student", task.backbone, "image"), ("teacher", teacher, "warped")):
+        torch.testing.assert_close(outputs[f"{name}_pooled"], network.pooled(network.features(views[view])))
+    tokens = task.heads["tokens"](task.backbone.tokens(task.backbone.features(views["image"]), 4)[0])
+    others = task.teacher["heads"].module["tokens"](teacher.tokens(teacher.features(views["warped"]), 4)[0])
+    similarity = nn.functional.normalize(tokens, dim=-1) @ nn.functional.normalize(others, dim=-1).mT
+    matches = task._matches(views, task._read(task.backbone, views["image"]).grid)
+    expected = patch_to_patch_loss(log_dual_softmax(similarity, 0.1), matches)
+    torch.testing.assert_close(own["p2p"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_side_is_normalised_by_its_own_statistics():
+    task = make_task()
+    generator, applied = torch.Generator().manual_seed(0), torch.tensor(True)
+    for name, mean, scale in (("student", 2.0, 3.0), ("teacher", -5.0, 0.5)):
+        task.norms[name].update(mean + scale * torch.randn(50, 10, generator=generator), applied)
+    outputs, _ = task.encode(make_views(task, make_batch()))
+    for side, name, head in (
+        ("student", "query", task.heads["pooled"]),
+        ("teacher", "key", task.teacher["heads"].module["pooled"]),
+    ):
+        norm, pooled = task.norms[side], outputs[f"{side}_pooled"]
+        mean, square = norm.mean / norm.weight, norm.square / norm.weight
+        expected = head((pooled - mean) / (square - mean**2 + 1e-6).sqrt())
+        torch.testing.assert_close(outputs[name], nn.functional.normalize(expected, dim=1), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_in_sight_gives_zero_with_a_graph():
@@ -261,7 +310,7 @@ def test_tokens_of_a_tiled_window_are_those_of_its_parts():
     assert task.needs.margin == (1.0, 2.0, 3.0)
     block = torch.randn(2, 1, 16, 32, 48)
     reading = task._read(task.backbone, block)
-    assert reading.grid == (4, 8, 12) and reading.pooled.shape == (2, 6, 10)
+    assert reading.grid.counts == (4, 8, 12) and reading.pooled.shape == (2, 6, 10)
     one = task.backbone.features(block[1:, :, :, 16:32, 32:48])  # row 1, column 2
     tokens = reading.tokens[1].view(4, 8, 12, 8)[:, 4:, 8:]
     torch.testing.assert_close(tokens.movedim(-1, 0), one[2][0], rtol=1e-4, atol=1e-5)
@@ -273,8 +322,12 @@ def test_a_tiled_window_compares_one_chosen_sub_volume():
     task = make_task(grid=(1, 2, 2), momentum=0.5)
     views = make_views(task, make_batch(3, size=(16, 32, 32)))
     assert views["copy"].shape == (3, 1, 16, 16, 16) and views["chosen"].shape == (3,)
+    views["chosen"] = torch.tensor([3, 0, 2])
     outputs, _ = task.encode(views)
-    for sample in range(3):
+    for sample, number in enumerate(views["chosen"].tolist()):
+        window = cut(views["image"], (1, 2, 2))[sample, number][None]
+        pooled = task.backbone.pooled(task.backbone.features(window))
+        torch.testing.assert_close(outputs["student_pooled"][sample : sample + 1], pooled, rtol=1e-4, atol=1e-5)
         part = task.backbone.features(views["copy"][sample : sample + 1])
         key = nn.functional.normalize(task.heads["pooled"](task.backbone.pooled(part)), dim=1)
         torch.testing.assert_close(outputs["key"][sample : sample + 1], key, rtol=1e-4, atol=1e-5)
@@ -333,6 +386,36 @@ def test_running_norm_is_a_batch_norm_of_earlier_steps():
     torch.testing.assert_close(norm(first), expected, rtol=1e-2, atol=1e-2)
     norm.update(first + 4, torch.tensor(True))  # the newer step weighs twice as much as the older one
     torch.testing.assert_close((norm.mean / norm.weight), first.mean(0) + 4 * 2 / 3)
+
+
+def test_running_norm_keeps_its_share_of_the_statistics():
+    norm = RunningNorm(2, momentum=0.9)
+    steps = torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(0))
+    for features in steps:
+        norm.update(features, torch.tensor(True))
+    weights = torch.tensor([0.81, 0.9, 1.0])  # of old and new steps
+    mean = (weights[:, None] * steps.mean(1)).sum(0) / weights.sum()
+    square = (weights[:, None] * steps.square().mean(1)).sum(0) / weights.sum()
+    torch.testing.assert_close(
+        norm(steps[0]), (steps[0] - mean) / (square - mean**2 + 1e-6).sqrt(), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("spoiled", [(0,), (0, 1)])
+def test_a_case_with_nan_does_not_stop_the_validation(spoiled, tmp_path):
+    task, batch = make_task(), make_batch()
+    for sample in spoiled:
+        batch["image"][sample, 0, 3, 4, 5] = float("nan")
+    labels = torch.zeros(2, 16, 16, 16, dtype=torch.int16)
+    labels[:, 8:], labels[:, :, 8:] = 1, 2
+    views = make_views(task, batch | {"labels": labels})
+    task(views, 0.0)
+    numbers = task.diagnostics(views)
+    assert numbers["silhouette_with_background"].isfinite() == (len(spoiled) == 1)
+    assert numbers["cosine_gap_with_background"].isfinite() == (len(spoiled) == 1)
+    for name, pictures in task.pictures(views).items():
+        draw_pictures(pictures, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").is_file()
 
 
 def test_the_global_features_of_instance_normalised_images_do_not_collapse():

@@ -76,6 +76,15 @@ def test_changes_of_intensity_mean_the_same_on_any_scale(scale, offset):
     assert moved.std() > 0.05 and moved.abs().mean() < 0.5
 
 
+def test_padding_does_not_count_in_mean_and_spread():
+    settings = replace(STILL, intensity_probability=1.0, intensity_scale=0.5, intensity_shift=0.5, intensity_noise=0.0)
+    image = 3 + torch.rand(2, 2, 6, 6, 6, generator=seeded(4))
+    padded = torch.nn.functional.pad(image, (0, 8, 3, 0))
+    alone, beside = vary_intensity(image, settings, seeded()), vary_intensity(padded, settings, seeded())
+    torch.testing.assert_close(beside[..., 3:, :6], alone)
+    assert not torch.allclose(alone, image)
+
+
 def test_what_is_zero_stays_zero():
     image = torch.randn(2, 2, 8, 8, 8)
     image[0, 1] = 0  # a channel that the case lacks

@@ -12,6 +12,7 @@ from fake_dataset import NAME
 from labelled_dataset import DIAGNOSIS, GRADE, SIGNS, class_labels, write_class_dataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnssl_plugin.nnunet.case_labels import ClassLabels, Target
 from nnssl_plugin.tasks.classification.batches import (
     ClassCases,
     TrainingBatches,
@@ -179,3 +180,36 @@ def test_validation_shows_each_case_once_in_order(cases):
     assert [name for k in range(2) for name in batches[k]["case"]] == subject.names
     assert batches[1]["data"].shape == (2, 1, 1, 16, 16, 16)
     assert torch.equal(batches[0]["data"], batches[0]["data"])
+
+
+def test_a_multilabel_case_is_drawn_by_the_rarest_of_its_labels():
+    """Label 0 is common and label 1 rare; the cases that have both are as rare as their rarest label."""
+    target = Target("findings", "multilabel", ("common", "rare"))
+    of_case = {f"c{i}": (0,) for i in range(6)} | {"c6": (0, 1), "c7": (0, 1), "c8": (), "c9": ()}
+    names = list(of_case)
+    labels = ClassLabels((target,), {name: name for name in names}, {"findings": of_case})
+    expected = np.array([1 / 8] * 6 + [1 / 2] * 2 + [1 / 2] * 2)
+    weights = sampling_weights(labels, (target,), names)
+    np.testing.assert_allclose(weights, expected / expected.sum())
+    by_name = dict(zip(names, weights, strict=True))
+    assert by_name["c6"] == pytest.approx(4 * by_name["c0"])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sampling_weights_are_those_of_a_naive_loop(seed):
+    rng = np.random.default_rng(seed)
+    names = [f"c{i}" for i in range(30)]
+    findings = Target("findings", "multilabel", ("a", "b", "c", "d"))
+    kind = Target("kind", "multiclass", ("x", "y", "z"))
+    of_case = {
+        "findings": {n: tuple(np.flatnonzero(rng.random(4) < (0.7, 0.3, 0.1, 0.02))) for n in names},
+        "kind": {n: int(rng.choice(3, p=(0.7, 0.2, 0.1))) for n in names},
+    }
+    labels = ClassLabels((findings, kind), {name: name for name in names}, of_case)
+    expected = np.zeros(len(names))
+    for values in of_case.values():
+        groups = {name: (v or ("none",)) if isinstance(v, tuple) else (v,) for name, v in values.items()}
+        count = {g: sum(g in groups[name] for name in names) for name in names for g in groups[name]}
+        rarity = np.array([1 / min(count[g] for g in groups[name]) for name in names])
+        expected += rarity / rarity.sum() / 2
+    np.testing.assert_allclose(sampling_weights(labels, (findings, kind), names), expected)

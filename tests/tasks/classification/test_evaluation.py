@@ -11,8 +11,9 @@ from nnssl_plugin.cli.main import main
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.nnunet.case_labels import Target, targets_block
+from nnssl_plugin.statistics.bootstrap import paired_permutation_p
 from nnssl_plugin.statistics.delong import auroc_difference
-from nnssl_plugin.tasks.classification.comparison import compare_classifiers, permutation_p
+from nnssl_plugin.tasks.classification.comparison import compare_classifiers
 from nnssl_plugin.tasks.classification.evaluation import evaluate_classification
 from nnssl_plugin.tasks.classification.predictions import read_predictions
 from nnssl_plugin.tasks.classification.summary import make_predictions, resampled_metrics, write_validation
@@ -34,7 +35,9 @@ def drawn(target, cases, *, knows=1.0, seed=0):
     return labels, logits / logits.sum(axis=1, keepdims=True)
 
 
-def model_folder(home, *, plan="nnUNetPlans", targets=(BINARY,), folds=3, per_fold=20, knows=1.0, seed=0):
+def model_folder(
+    home, *, plan="nnUNetPlans", targets=(BINARY,), folds=3, per_fold=20, knows=1.0, seed=0, checkpoint="final"
+):
     """What a training leaves of each fold: two cases per subject, no subject in two folds."""
     folder = home / f"PretrainedClassificationTrainer__{plan}__3d_fullres"
     write_json(folder / "dataset.json", {"classification": targets_block(targets)})
@@ -45,7 +48,14 @@ def model_folder(home, *, plan="nnUNetPlans", targets=(BINARY,), folds=3, per_fo
         for target in targets:
             labels, probabilities = drawn(target, cases, knows=knows, seed=seed + fold)
             write_validation(
-                folder / f"fold_{fold}" / "validation", target, cases, subjects, labels, probabilities, targets=targets
+                folder / f"fold_{fold}" / ("validation" if checkpoint == "final" else "validation_best"),
+                target,
+                cases,
+                subjects,
+                labels,
+                probabilities,
+                targets=targets,
+                checkpoint=checkpoint,
             )
     return folder
 
@@ -107,14 +117,16 @@ def test_a_fold_without_validation_is_named(tmp_path):
 
 def test_a_fold_with_one_class_is_pooled_all_the_same(tmp_path):
     folder = model_folder(tmp_path, folds=2)
-    write_validation(folder / "fold_2" / "validation", BINARY, ["c900"], ["s900"], [0], [[0.4, 0.6]])
+    write_validation(
+        folder / "fold_2" / "validation", BINARY, ["c900"], ["s900"], [0], [[0.4, 0.6]], checkpoint="final"
+    )
     evaluate_classification({"run": folder})
     summary = read_json(folder / "crossval_results_folds_0_1_2" / "summary.json")
     assert summary["folds"]["2"]["auroc"] is None and summary["mean_of_folds"]["auroc"]["folds"] == 2
 
 
 @pytest.mark.parametrize("target", [BINARY, THREE, FINDINGS], ids=lambda t: t.kind)
-def test_differences_are_those_of_the_measures_and_of_delong(target):
+def test_differences_are_those_of_the_metrics_and_of_delong(target):
     cases, subjects = [f"c{i:03d}" for i in range(80)], [f"s{i // 2}" for i in range(80)]
     runs = {}
     for name, knows in (("scratch", 0.3), ("pretrained", 1.5)):
@@ -140,11 +152,11 @@ def test_the_permutation_test_equals_all_assignments():
     sums = [differences[subjects == s].sum() for s in range(8)]
     every = [abs(sum(s * (1 if code >> k & 1 else -1) for k, s in enumerate(sums))) for code in range(256)]
     exact = np.mean(np.array(every) >= abs(sum(sums)))
-    assert permutation_p(differences, subjects, flips=40_000) == pytest.approx(exact, abs=0.01)
-    assert permutation_p(-differences, subjects) == permutation_p(differences, subjects)
-    assert permutation_p(np.zeros(5), np.arange(5)) == 1
-    assert permutation_p(np.ones(60), np.arange(60)) == pytest.approx(1 / 10_001)
-    assert permutation_p(np.ones(60), np.zeros(60)) == 1  # one subject proves nothing
+    assert paired_permutation_p(differences, subjects, samples=40_000) == pytest.approx(exact, abs=0.01)
+    assert paired_permutation_p(-differences, subjects) == paired_permutation_p(differences, subjects)
+    assert paired_permutation_p(np.zeros(5), np.arange(5)) == 1
+    assert paired_permutation_p(np.ones(60), np.arange(60)) == pytest.approx(1 / 10_001)
+    assert paired_permutation_p(np.ones(60), np.zeros(60)) == 1  # one subject proves nothing
 
 
 def test_runs_that_disagree_about_a_label_are_refused():
@@ -216,3 +228,67 @@ def test_a_folder_without_a_description_asks_for_one(tmp_path):
         evaluate_classification({"test": tmp_path}, tmp_path / "out")
     with pytest.raises(UserError, match="No folder for the results"):
         evaluate_classification({"test": tmp_path})
+
+
+def without_checkpoint(table):
+    """A table as earlier versions wrote it."""
+    with table.open(newline="") as file:
+        rows = list(csv.reader(file))
+    column = rows[0].index("checkpoint")
+    with table.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([*row[:column], *row[column + 1 :]] for row in rows)
+
+
+def test_folds_of_the_best_epoch_are_pooled_apart_and_say_so(tmp_path, capsys):
+    folder = model_folder(tmp_path)
+    model_folder(tmp_path, checkpoint="best", knows=2.0)
+    evaluate = ["evaluate", "classification", "-i", f"run={folder}"]
+    assert main(evaluate) == 0
+    assert "best epoch" not in capsys.readouterr().out
+    assert main([*evaluate, "--checkpoint", "best"]) == 0
+    assert "best epoch, chosen on validation cases" in capsys.readouterr().out
+    final, best = (read_json(folder / f"crossval_results_folds_0_1_2{s}" / "summary.json") for s in ("", "_best"))
+    assert (final["checkpoint"], best["checkpoint"]) == ("final", "best") and best["auroc"] > final["auroc"]
+    assert "too good" in best["warning"] and "warning" not in final
+
+
+def test_tables_of_earlier_versions_count_as_the_best_epoch(tmp_path, capsys):
+    folder = model_folder(tmp_path)
+    for fold in range(3):
+        without_checkpoint(folder / f"fold_{fold}" / "validation" / "predictions.csv")
+    assert main(["evaluate", "classification", "-i", f"run={folder}"]) == 0
+    assert "best epoch" in capsys.readouterr().out
+    where = ["evaluate", "classification", "-i", f"one={folder / 'fold_0'}", "-o", str(tmp_path / "out")]
+    assert main(where) == 0
+    assert "best epoch" in capsys.readouterr().out
+
+
+def test_folds_of_different_checkpoints_are_not_pooled(tmp_path):
+    folder = model_folder(tmp_path)
+    without_checkpoint(folder / "fold_1" / "validation" / "predictions.csv")
+    with pytest.raises(UserError, match=r"0: final, 1: best, 2: final"):
+        evaluate_classification({"run": folder})
+
+
+def test_a_comparison_with_a_best_epoch_says_so(tmp_path, capsys):
+    first = model_folder(tmp_path / "a")
+    second = model_folder(tmp_path / "b", seed=5)
+    for fold in range(3):
+        without_checkpoint(second / f"fold_{fold}" / "validation" / "predictions.csv")
+    runs = ["-i", f"a={first}", f"b={second}"]
+    assert main(["evaluate", "classification", *runs, "-o", str(tmp_path / "out")]) == 0
+    assert "(b: best epoch" in capsys.readouterr().out
+    assert read_json(tmp_path / "out" / "comparison.json")["checkpoints"] == {"a": "final", "b": "best"}
+
+
+def test_the_checkpoint_of_classified_images_is_read_from_beside_their_table(tmp_path, capsys):
+    labels, probabilities = drawn(BINARY, [f"c{i}" for i in range(8)])
+    rows = [
+        f"c{i},malignancy,{BINARY.classes[label]},{p[0]},{p[1]}"
+        for i, (label, p) in enumerate(zip(labels, probabilities, strict=True))
+    ]
+    (tmp_path / "p.csv").write_text("\n".join(["case,target,label,p_benign,p_malignant", *rows]) + "\n")
+    for file, said in (("checkpoint_best.pth", True), ("checkpoint_final.pth", False)):
+        write_json(tmp_path / "p.json", {"classification": targets_block([BINARY]), "checkpoint": file})
+        assert main(["evaluate", "classification", "-i", f"t={tmp_path / 'p.csv'}", "-o", str(tmp_path / "out")]) == 0
+        assert ("best epoch" in capsys.readouterr().out) == said

@@ -75,7 +75,8 @@ def test_the_area_below_the_steps_is_the_average_precision(axis):
     predictions = drawn(BINARY)
     draw_precision(axis, predictions, {})
     line = axis.lines[0]
-    area = (np.diff(line.get_xdata()) * line.get_ydata()[1:]).sum()
+    assert line.get_drawstyle() == "steps-post"
+    area = -(np.diff(line.get_xdata()) * line.get_ydata()[:-1]).sum()  # recall falls along the curve
     assert area == pytest.approx(metrics.average_precision_score(predictions.labels, predictions.probabilities[:, 1]))
 
 

@@ -105,7 +105,7 @@ def test_going_on_asks_only_about_cases_that_are_not_in_the_table(place):
     whole = path.read_bytes()
     path.write_bytes(whole[:-25])  # within the last row
     found = classify(place)
-    assert (found.done, found.skipped) == (1, 4) and place.loaded["0"].asked == 1
+    assert (found.done, found.skipped) == (1, 4) and place.loaded["0"].images_seen == 1
     assert path.read_bytes() == whole
 
 
@@ -113,7 +113,7 @@ def test_an_interrupted_run_leaves_the_rows_of_finished_cases(place, monkeypatch
     asked = FakeClassifier.probabilities
 
     def interrupted(self, x):
-        if self.asked == 2:
+        if self.images_seen == 2:
             raise KeyboardInterrupt
         return asked(self, x)
 
@@ -127,7 +127,7 @@ def test_an_interrupted_run_leaves_the_rows_of_finished_cases(place, monkeypatch
 
 def test_other_weights_do_not_continue_a_table(place):
     classify(place)
-    (place / "model" / "fold_1" / "checkpoint_best.pth").write_text("trained on")
+    (place / "model" / "fold_1" / "checkpoint_final.pth").write_text("trained on")
     with pytest.raises(UserError, match="another sha256_of_folds"):
         classify(place)
 
@@ -210,9 +210,9 @@ def test_folds_that_see_different_things_are_not_averaged(place, monkeypatch):
 
 def test_folds_are_found_by_their_checkpoint(tmp_path):
     trained_folds(tmp_path, ("0", "10", "2", "all"))
-    trained_folds(tmp_path, ("3",), checkpoint="checkpoint_final.pth")
-    assert find_trained_folds(tmp_path, "checkpoint_best.pth") == ["0", "2", "10"]
-    assert find_trained_folds(trained_folds(tmp_path / "only", ("all",)), "checkpoint_best.pth") == ["all"]
+    trained_folds(tmp_path, ("3",), checkpoint="checkpoint_best.pth")
+    assert find_trained_folds(tmp_path, "checkpoint_final.pth") == ["0", "2", "10"]
+    assert find_trained_folds(trained_folds(tmp_path / "only", ("all",)), "checkpoint_final.pth") == ["all"]
     with pytest.raises(UserError, match=r"No fold of .* has a x\.pth"):
         find_trained_folds(tmp_path, "x.pth")
 

@@ -106,8 +106,27 @@ def test_the_best_epoch_is_that_of_the_largest_auroc():
     kept = read_checkpoint(os.path.join(trainer.output_folder, "checkpoint_best.pth"))
     assert kept["current_epoch"] == best + 1
     assert kept["classification"]["best"] == (auroc[best], -losses[best])
+
+
+def test_validation_is_by_the_final_weights_and_the_best_ones_have_tables_that_say_so():
+    trainer = run(settings={"epochs": 4, "lr": 0.02})
+    final = copy_of(trainer.network)
     trainer.perform_actual_validation()
-    assert_same(dict(trainer.network.state_dict()), kept["network_weights"])
+    assert_same(copy_of(trainer.network), final)
+    folder = Path(trainer.output_folder)
+    summary = read_json(folder / "validation" / "summary.json")
+    assert summary["checkpoint"] == "final" and "warning" not in summary
+    assert summary["auroc"] == pytest.approx(trainer.log.history()["auroc"][-1])
+    assert not (folder / "validation_best").exists()
+    trainer.load_checkpoint(str(folder / "checkpoint_best.pth"))  # as nnU-Net's --val_best does
+    trainer.perform_actual_validation()
+    best = read_json(folder / "validation_best" / "summary.json")
+    assert best["checkpoint"] == "best" and "chosen on validation cases" in best["warning"]
+    assert best["auroc"] == pytest.approx(max(trainer.log.history()["auroc"]))
+    assert read_json(folder / "validation" / "summary.json") == summary
+    for name, kind in (("validation", "final"), ("validation_best", "best")):
+        rows = list(csv.DictReader((folder / name / "predictions.csv").open()))
+        assert {row["checkpoint"] for row in rows} == {kind}
 
 
 def test_a_validation_fold_of_one_class_goes_by_the_loss():

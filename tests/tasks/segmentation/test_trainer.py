@@ -1,5 +1,6 @@
 """Fine-tuning: the plan's block, what is loaded when, the groups, the frozen encoder, and resuming."""
 
+import multiprocessing
 import os
 import signal
 from copy import deepcopy
@@ -314,6 +315,28 @@ def test_sigterm_stops_after_the_step_and_the_rest_of_the_epoch_is_run(folder):
     assert again.step == 6
 
 
+@pytest.mark.slow
+def test_nnunets_workers_outlive_the_signal_that_a_scheduler_sends_to_all(folder, monkeypatch):
+    """One that died would break the step that is being finished, or hang the end."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    subject = started(folder, epochs=2)
+    step, workers = subject.train_step, []
+
+    def signalled(batch):
+        if subject.step == 1:
+            workers.extend(multiprocessing.active_children())
+            for process in (*workers, multiprocessing.current_process()):
+                os.kill(process.pid, signal.SIGTERM)
+            next(subject.dataloader_train)
+        return step(batch)
+
+    subject.train_step = signalled
+    with pytest.raises(SystemExit) as ended:
+        subject.run_training()
+    assert ended.value.code == 75 and subject.step == 2
+    assert len(workers) >= 2 and not any(worker.is_alive() for worker in workers)
+
+
 def test_a_stop_in_the_last_epoch_leaves_the_validation_to_the_next_run(folder, monkeypatch):
     subject = started(folder, epochs=1)
     Counted(subject, signal_after=3)
@@ -407,7 +430,6 @@ def test_learning_rate_and_schedule_come_from_the_plan(folder):
     ("block", "said"),
     [
         (None, "no finetuning block"),
-        ({"epochs": 3}, "no finetuning block"),
         ({"weights": None, "epoch": 3}, "Unknown setting 'epoch'"),
         ({"weights": None, "layer_decay": "0.5"}, "expected float"),
         ({"weights": None, "layer_decay": 1.5}, r"expected a number in \(0, 1\]"),
