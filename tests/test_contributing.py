@@ -161,7 +161,7 @@ def test_the_example_of_a_folder_of_ones_own_trains(repository, tmp_path, nnunet
     monkeypatch.setenv("nnUNet_extTrainer", f"{nnunet_environment['nnUNet_extTrainer']}:{tmp_path / 'mine'}")
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     for name in ("draw_progress", "draw_pictures"):
-        monkeypatch.setattr(f"nnssl_plugin.pretraining.pretrainer.{name}", lambda *arguments: None)
+        monkeypatch.setattr(f"nnssl_plugin.pretraining.pretrainer.{name}", lambda *arguments, **named: None)
     found = recursive_find_trainer_class_by_name("DenoisingPretrainer")
     steps = {"epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1, "method": {"noise": 0.1}}
     trainer = run(trainer_class=found, channels=1, pretraining=steps)

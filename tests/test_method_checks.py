@@ -26,7 +26,7 @@ DATASET_JSON = {
 def quiet(nnunet_environment, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     for name in ("draw_progress", "draw_pictures"):
-        monkeypatch.setattr(f"nnssl_plugin.pretraining.pretrainer.{name}", lambda *arguments: None)
+        monkeypatch.setattr(f"nnssl_plugin.pretraining.pretrainer.{name}", lambda *arguments, **named: None)
 
 
 def make_task(kind=Toy):

@@ -45,6 +45,6 @@ def test_constant_windows(value):
 def test_resume(nnunet_environment, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     for name in ("draw_progress", "draw_pictures"):
-        monkeypatch.setattr(f"nnssl_plugin.pretraining.pretrainer.{name}", lambda *arguments: None)
+        monkeypatch.setattr(f"nnssl_plugin.pretraining.pretrainer.{name}", lambda *arguments, **named: None)
     settings = {"batch_size": 2, "lr": 1e-3, "warmup_epochs": 0, "method": METHOD}
     assert_resumes_exactly(S2DCPretrainer, channels=1, pretraining=settings)
