@@ -21,9 +21,7 @@ def add_arguments(parser):
     parser.add_argument("-n", required=True, metavar="NAME", help="the plan is written as PLANS-NAME")
     parser.add_argument("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="the target's plan (default: nnUNetPlans)")
-    parser.add_argument(
-        "--from-scratch", action="store_true", help="the twin: the same plan and schedule from random weights"
-    )
+    parser.add_argument("--from-scratch", action="store_true", help="the same plan and schedule from random weights")
     parser.add_argument(
         "--min-coverage",
         type=float,

@@ -26,8 +26,8 @@ def run(args):
 
 def search_path() -> str:
     """The present value of nnUNet_extTrainer with the folder of this package's trainers appended once."""
-    import nnssl_plugin.pretrain_trainers as shelf
+    import nnssl_plugin.pretrain_trainers as folder_of_trainers
 
-    folder = str(Path(shelf.__file__).resolve().parent)
+    folder = str(Path(folder_of_trainers.__file__).resolve().parent)
     present = [p for p in os.environ.get(VARIABLE, "").split(os.pathsep) if p]
     return os.pathsep.join(present if folder in present else [*present, folder])

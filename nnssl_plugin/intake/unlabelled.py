@@ -181,13 +181,13 @@ class _Ledger:
         if row is None:
             self._refuse(source, finding.reason)
             return
-        twin, name = self.by_voxels.get(row.voxels_sha256), None
-        if twin is not None:
-            if Path(twin.source).exists():
-                self._refuse(source, f"{_DUPLICATE}: the same voxels as {twin.source} (case {twin.case})")
+        known, name = self.by_voxels.get(row.voxels_sha256), None
+        if known is not None:
+            if Path(known.source).exists():
+                self._refuse(source, f"{_DUPLICATE}: the same voxels as {known.source} (case {known.case})")
                 return
-            name = twin.case  # the same scan has moved: its case goes on from the new place
-            self._withdraw(twin)
+            name = known.case  # the same scan has moved: its case goes on from the new place
+            self._withdraw(known)
         self._accept(replace(row, case=name or self._free_name(finding.task.source, row.sha256)), finding.task)
 
     def save(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nnssl_plugin.captions import embeddings as room
+from nnssl_plugin.captions import embeddings as module
 from nnssl_plugin.captions.clip.pairs import ClipPair, load_pair
 from nnssl_plugin.captions.embeddings import embedding_key, store_embeddings
 from nnssl_plugin.captions.template import TemplateCaptioner
@@ -37,7 +37,7 @@ def pair_of():
 @pytest.fixture(autouse=True)
 def _one_pair_for_all(monkeypatch, pair_of):
     """The random pair takes half a second to make; here it is made once."""
-    monkeypatch.setattr(room, "load_pair", pair_of)
+    monkeypatch.setattr(module, "load_pair", pair_of)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_more_slices_are_added_to_those_that_are_embedded(captioned):
 
 
 def test_an_embedding_that_was_cut_off_goes_on(captioned, monkeypatch):
-    monkeypatch.setattr(room, "BATCH", 2)
+    monkeypatch.setattr(module, "BATCH", 2)
     embed, calls = ClipPair.embed, []
 
     def failing(self, pictures, texts):
@@ -162,7 +162,7 @@ def test_batches_smaller_than_the_dataset_give_the_same_rows(captioned, monkeypa
     store_embeddings(captioned)
     whole = load_embeddings(captioned)
     (captioned / "clip_embeddings.npz").unlink()
-    monkeypatch.setattr(room, "BATCH", 2)
+    monkeypatch.setattr(module, "BATCH", 2)
     store_embeddings(captioned)
     np.testing.assert_array_equal(load_embeddings(captioned).key, whole.key)
     np.testing.assert_allclose(load_embeddings(captioned).image, whole.image, atol=1e-5)

@@ -102,8 +102,8 @@ def _say_what_to_expect(pair: ClipPair, weights: str | None, train: int, held_ou
     if weights is None:
         log.warning(
             "No --weights given: a small pair is trained from scratch on %d slice–text pairs. It knows these pairs and "
-            "nothing else; its embeddings carry no medical knowledge from outside. That serves to test the road, or "
-            "with thousands of pairs. Otherwise give --weights.",
+            "nothing else; its embeddings carry no medical knowledge from outside. That serves to try the pipeline, "
+            "or with thousands of pairs. Otherwise give --weights.",
             train,
         )
     if held_out_cases < FEW_HELD_OUT:

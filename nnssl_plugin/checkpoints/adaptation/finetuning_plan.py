@@ -90,7 +90,7 @@ def adapt_checkpoint(
     """
     check_name(name)
     if weights is None and not from_scratch:
-        raise UserError("No checkpoint was named.", "Add -w CHECKPOINT, or --from-scratch for the twin without one.")
+        raise UserError("No checkpoint was named.", "Add -w CHECKPOINT, or --from-scratch for random weights.")
     folder = dataset_folder(dataset)
     plans, dataset_json = read_plan(folder, plans_name), read_dataset_json(folder)
     network = describe_network(plans, configuration)  # refuses an unknown configuration before the checkpoint is read

@@ -121,10 +121,10 @@ def test_the_twin_has_the_same_settings_and_no_weights(folder, checkpoint):
     plan = read_json(adapted.plan)
     plan["finetuning"]["epochs"] = 7
     write_json(adapted.plan, plan)
-    twin = adapt_checkpoint("901", name="scratch", plans_name="nnUNetPlans-toy", from_scratch=True)
-    block = read_json(twin.plan)["finetuning"]
+    scratch = adapt_checkpoint("901", name="scratch", plans_name="nnUNetPlans-toy", from_scratch=True)
+    block = read_json(scratch.plan)["finetuning"]
     assert block == {"epochs": 7, "configuration": "3d_fullres", "weights": None}
-    assert twin.weights is None and twin.plans_name == "nnUNetPlans-toy-scratch"
+    assert scratch.weights is None and scratch.plans_name == "nnUNetPlans-toy-scratch"
     assert read_json(adapt_checkpoint("901", name="scratch", from_scratch=True).plan)["finetuning"]["weights"] is None
 
 

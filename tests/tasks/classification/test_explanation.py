@@ -10,7 +10,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnssl_plugin.data.images import Image
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.tasks.classification import ensemble as room
+from nnssl_plugin.tasks.classification import ensemble as module
 from nnssl_plugin.tasks.classification import explanation
 from nnssl_plugin.tasks.classification.ensemble import Ensemble
 from nnssl_plugin.tasks.classification.explanation import explain, mask_size
@@ -120,7 +120,7 @@ def test_pictures_are_written_with_the_rows_and_made_up_for(tmp_path, monkeypatc
     array = np.random.default_rng(0).normal(size=(12, 14, 10)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "images" / "a_0000.nii.gz")
     monkeypatch.setattr(
-        room,
+        module,
         "load_classifier",
         lambda *_, **__: FakeClassifier(
             inference_plan(), lambda x: x[..., :4].mean((1, 2, 3, 4, 5)), targets=(BINARY, FINDINGS)

@@ -12,7 +12,7 @@ from fake_classifier import BINARY, FINDINGS, FakeClassifier, inference_plan, tr
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
-from nnssl_plugin.tasks.classification import ensemble as room
+from nnssl_plugin.tasks.classification import ensemble as module
 from nnssl_plugin.tasks.classification.ensemble import Ensemble, find_trained_folds
 from nnssl_plugin.tasks.classification.inference import classify_images
 from nnssl_plugin.tasks.classification.runs import find_tables, read_tables, targets_of
@@ -46,7 +46,7 @@ def place(tmp_path, monkeypatch):
         return loaded[str(fold)]
 
     load.more = {}
-    monkeypatch.setattr(room, "load_classifier", load)
+    monkeypatch.setattr(module, "load_classifier", load)
     tmp_path.load, tmp_path.loaded = load, loaded
     return tmp_path
 
@@ -153,14 +153,14 @@ def test_a_model_that_answers_nan_writes_no_row(place):
     for path in (place / "images").iterdir():
         path.unlink()
     write(place / "images", "a")
-    original = room.load_classifier
+    original = module.load_classifier
 
     def load(*args, **options):
         model = original(*args, **options)
         model.log_odds = lambda x: corner(x) * float("nan")
         return model
 
-    room.load_classifier = load
+    module.load_classifier = load
     assert "NaN" in classify(place).failed["a"]
     assert not (place / "out" / "predictions.csv").exists()
 
@@ -195,7 +195,7 @@ def test_a_model_that_crops_wants_segmentations(place):
 
 
 def test_folds_that_see_different_things_are_not_averaged(place, monkeypatch):
-    original = room.load_classifier
+    original = module.load_classifier
 
     def load(folder, fold, **options):
         model = original(folder, fold, **options)
@@ -203,7 +203,7 @@ def test_folds_that_see_different_things_are_not_averaged(place, monkeypatch):
             model.targets = (FINDINGS,)
         return model
 
-    monkeypatch.setattr(room, "load_classifier", load)
+    monkeypatch.setattr(module, "load_classifier", load)
     with pytest.raises(UserError, match=r"Folds 0 and 1 .* differ"):
         classify(place)
 
