@@ -248,8 +248,8 @@ def api_page(root: Path) -> str:
     return "\n".join(parts)
 
 
-def find_definition(root: Path, dotted: str) -> ast.FunctionDef | ast.ClassDef:
-    """The definition of a function or class, read without importing it.
+def find_definition(root: Path, dotted: str) -> Any:
+    """The syntax tree of a function or class, read without importing it.
 
     Raises:
         LookupError: where its module does not define it.
