@@ -191,20 +191,19 @@ def _bregman_projections(kernel: Tensor, *, mass: float, iterations: int, tolera
     shape, kernel = kernel.shape, kernel.reshape(-1, rows, columns)
     log_plan = kernel - torch.logsumexp(kernel, (-2, -1), keepdim=True) + math.log(mass)
     row_bound = torch.ones_like(kernel[..., :1])  # exp(−f), exp(−g): factors that keep f, g ≤ 0
-    column_bound = torch.ones_like(kernel[..., :1, :])
+    untouched = column_bound = torch.ones_like(kernel[..., :1, :])
+    start = torch.full_like(kernel[..., :1, :1], 1 / rows)
     for done in range(0, iterations, ABSORB_EVERY):
-        plan = log_plan.exp()
-        weighted = plan * (columns / rows)
-        u, v, room = row_bound, torch.ones_like(column_bound), torch.full_like(kernel[..., :1, :1], 1 / rows)
-        for _ in range(min(ABSORB_EVERY, iterations - done)):  # room = exp(−h) / n
+        plan, v, room = log_plan.exp(), untouched, start  # room is exp(−h) / n
+        for _ in range(min(ABSORB_EVERY, iterations - done)):
             u = torch.minimum(room / (plan @ v.mT), row_bound)
-            sums = u.mT @ weighted
+            sums = torch.baddbmm(room, u.mT, plan, beta=0, alpha=columns / rows)
             v = torch.minimum(room / sums, column_bound)
             room = torch.baddbmm(room, sums, v.mT, beta=0, alpha=1 / (columns * mass))
         row_bound, column_bound = row_bound / u, column_bound / v
-        change = u.log() + v.log() - (rows * room).log()
+        change = (u * v / (rows * room)).log()
         log_plan = log_plan + change
-        if kernel.device.type == "cpu" and bool(change.abs().amax() < tolerance):
+        if kernel.device.type == "cpu" and change.abs().amax().item() < tolerance:
             break
     return log_plan.reshape(shape)
 
