@@ -56,7 +56,7 @@ def log_partial_transport_plan(
     them where they have converged. It cannot be differentiated again.
 
     Args:
-        cost: (..., n, m); float16 and bfloat16 are computed in float32.
+        cost: (..., n, m); solved in float64 where the device has it.
         mass: s in (0, 1], the mass to transport; never more than the marginals hold, so that 1 works for every n.
         epsilon: ε > 0, in units of the cost.
         iterations: greatest number of iterations, at least 1; on a CPU they end once nothing changes any more.
@@ -64,7 +64,7 @@ def log_partial_transport_plan(
             entropic solver of the package POT, one problem at a time.
 
     Returns:
-        (..., n, m) log π, finite also where π underflows.
+        (..., n, m) log π, finite also where π underflows; float32 for costs in half precision.
 
     Raises:
         ValueError: for an unknown solver, or mass, epsilon or iterations out of range.
