@@ -302,9 +302,9 @@ def test_retrieval_looks_for_the_target_of_each_volume_not_for_the_volume_of_eac
     volume, target = torch.zeros(2, 3, EMBEDDING_DIM).unbind()
     volume[:, 0] = torch.tensor([0.6, 0.2, 1.0])  # the nearest targets are 0, 0, 0
     target[:, 0] = torch.tensor([0.7, 2.0, 1.4])  # the nearest volumes are 0, 2, 2
-    task = build()
-    assert retrieval(volume, target, task.metric).item() == pytest.approx(1 / 3)
-    assert retrieval(target, volume, task.metric).item() == pytest.approx(2 / 3)
+    metric = torch.eye(EMBEDDING_DIM)
+    assert retrieval(volume, target, metric).item() == pytest.approx(1 / 3)
+    assert retrieval(target, volume, metric).item() == pytest.approx(2 / 3)
 
 
 class Oracle(nn.Module):
@@ -439,6 +439,6 @@ def test_t_1_four_blobs_are_overfitted():
         history.append({name: value.item() for name, value in terms.items()})
     last = {name: sum(step[name] for step in history[-5:]) / 5 for name in history[0]}
     assert last["reconstruction"] < history[0]["reconstruction"] / 5
-    assert history[0]["mpot_image"] > 1 and history[0]["mpot_text"] > 1
+    assert history[0]["mpot_image"] > 1
     assert last["mpot_image"] < 0.1 and last["mpot_text"] < 0.1
     assert torch.linalg.eigvalsh(task.metric.detach()).min() > -1e-5
