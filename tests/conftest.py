@@ -1,6 +1,7 @@
 """What every test may use: nnU-Net's folders in a temporary place, and the real images where they are at hand."""
 
 import os
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -42,6 +43,15 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.parent.name != "end_to_end", item.path not in slow))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Signals as they were: processes forked while a trainer catches SIGTERM could not be terminated."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
