@@ -23,6 +23,8 @@ os.environ.update({VARIABLE: search_path(), "nnUNet_compile": "f", "nnUNet_def_n
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _name in NNUNET_FOLDERS:
     Path(os.environ[_name]).mkdir()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
