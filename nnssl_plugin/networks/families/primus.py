@@ -69,7 +69,7 @@ class PrimusReader:
 
     def token_decoder(self, blocks: int) -> nn.Module:
         """Fresh transformer blocks with the width, heads and kinds of positions of the encoder's."""
-        eva = self.network.eva
+        eva: Any = self.network.eva
         attention = eva.blocks[0].attn
         count = (1,) if eva.pos_embed is None else (eva.pos_embed.shape[1] - self._registers,)
         decoder = type(eva)(
