@@ -52,7 +52,8 @@ class PrimusReader:
     def kept_tokens(self, x: Tensor, keep: Tensor) -> Tensor:
         """The tokens (B, K, embed_dim) of some patches, which attend to one another and to the registers alone.
 
-        Written out because Eva's own patch dropout, with the rotary embedding, asks timm for a broadcast that fails.
+        Written out because Eva's own patch dropout gives timm a rotary embedding whose samples stand where the heads
+        should.
 
         Raises:
             UserError: for an image of another size than the network was built for.
