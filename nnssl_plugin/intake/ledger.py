@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +14,9 @@ from nnssl_plugin.io.scans import file_parts
 
 PROVENANCE_FILE = "provenance.csv"
 REJECTED_FILE = "rejected.csv"
+
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python holds a byte of a path that is not UTF-8 (PEP 383)
+_ESCAPED = re.compile(r"\\(?:x5c|udc([89a-f][0-9a-f]))")
 
 Row = TypeVar("Row")
 
@@ -42,7 +46,7 @@ class Rejection:
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Read a table written by :func:`write_rows`; an absent file is an empty table.
+    """Read a table written by :func:`write_rows`, paths that are not UTF-8 included; an absent file is an empty table.
 
     Raises:
         UserError: a column is missing.
@@ -58,15 +62,18 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
                 f"{path} lacks the columns {', '.join(sorted(missing))}.",
                 "Restore it, or prepare the scans into a dataset of another ID.",
             )
-        return [kind(**{name: line[name] or "" for name in names}) for line in reader]
+        return [kind(**{name: _unescaped(line[name] or "") for name in names}) for line in reader]
 
 
 def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
-    """Write a table as CSV with a header line, atomically."""
+    """Write a table as CSV in UTF-8 with a header line, atomically.
+
+    A byte of a path that is not UTF-8 is written as its escape, ``\\udcfc`` for 0xFC; :func:`read_rows` undoes it.
+    """
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=[field.name for field in fields(kind)])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows({name: _escaped(text) for name, text in asdict(row).items()} for row in rows)
 
 
 def source_stamp(path: Path) -> str:
@@ -86,3 +93,12 @@ def source_sha256(path: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _escaped(text: str) -> str:
+    text = re.sub(r"\\(?=x5c|udc[89a-f][0-9a-f])", r"\\x5c", text)  # what only looks like an escape
+    return _NOT_UTF8.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _unescaped(text: str) -> str:
+    return _ESCAPED.sub(lambda found: chr(0xDC00 + int(found[1], 16)) if found[1] else "\\", text)

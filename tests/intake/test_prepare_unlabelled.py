@@ -166,7 +166,8 @@ def test_changed_source_is_taken_anew_under_its_name(raw, source, save):
     save("a.nii.gz", seed=1)
     folder = prepare(source).folder
     label = (folder / "labelsTr" / "a.nii.gz").read_bytes()
-    save("a.nii.gz", array=np.roll(np.pad(np.ones((9, 9, 9)), 4), 3, axis=0))
+    noise = np.random.default_rng(0).uniform(50, 100, (9, 9, 9))
+    save("a.nii.gz", array=np.roll(np.pad(noise, 4), 3, axis=0))
     assert prepare(source).added == ("a",)
     assert (folder / "labelsTr" / "a.nii.gz").read_bytes() != label
     (source / "a.nii.gz").write_bytes(b"broken")

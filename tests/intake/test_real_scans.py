@@ -6,8 +6,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from nnssl_plugin.captions.captioners import TemplateCaptioner
-from nnssl_plugin.captions.triplets import caption_dataset
+from nnssl_plugin.captions.template import TemplateCaptioner
+from nnssl_plugin.captions.triplets import SLICES, caption_dataset
 from nnssl_plugin.data.triplets import read_triplets
 from nnssl_plugin.intake.unlabelled import prepare_dataset
 
@@ -27,7 +27,7 @@ def test_hippocampus_of_any_intensity_gets_a_mask_of_sensible_size(raw, source, 
     assert (len(summary.added), summary.rejected) == (12, ())
     for path in (summary.folder / "labelsTr").iterdir():
         assert 0.2 < nibabel.load(path).get_fdata().mean() < 1.0
-    assert caption_dataset(summary.folder, TemplateCaptioner(), body_part="hippocampus").added == 12
+    assert caption_dataset(summary.folder, TemplateCaptioner(), body_part="hippocampus").added == 12 * SLICES
     assert {t.plane for t in read_triplets(summary.folder).values()} == {"axial", "coronal", "sagittal"}
 
 
