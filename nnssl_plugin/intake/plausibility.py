@@ -96,8 +96,8 @@ def _share_of_equal_neighbours(array: np.ndarray, background: float) -> float:
     for axis in range(array.ndim):
         lines = np.moveaxis(array, axis, 0)
         same = lines[:-1] == lines[1:]
-        pairs += same.size - np.count_nonzero(same & (lines[:-1] == background))
-        equal += np.count_nonzero(same & (lines[:-1] != background))
+        pairs += same.size - int(np.count_nonzero(same & (lines[:-1] == background)))
+        equal += int(np.count_nonzero(same & (lines[:-1] != background)))
     return equal / max(1, pairs)
 
 

@@ -38,9 +38,11 @@ _READ_ERRORS = (
     EOFError,
     zlib.error,
     ValueError,
-    OverflowError,
     MemoryError,
     RuntimeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
     struct.error,
     nibabel.filebasedimages.ImageFileError,
     nibabel.spatialimages.HeaderDataError,
@@ -271,8 +273,12 @@ def _nifti_header(start: bytes) -> tuple[type[nibabel.Nifti1Image], nibabel.Nift
     if not 1 <= header["dim"][0] <= 7 or (header["dim"][1 : header["dim"][0] + 1] < 0).any():
         raise RejectedScan(f"unreadable header: dimensions {header['dim'].tolist()}")
     _check_spacing(header["pixdim"][1:4].tolist()[: header["dim"][0]])
+    try:
+        dtype = header.get_data_dtype()
+    except LookupError as error:
+        raise RejectedScan(f"unreadable header: unknown datatype {int(header['datatype'])}") from error
     offset = max(int(header["vox_offset"]), size + 4)  # nibabel mends a smaller one to this
-    return kind, header, offset + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+    return kind, header, offset + math.prod(header.get_data_shape()) * dtype.itemsize
 
 
 def _in_millimetres(header: nibabel.Nifti1Header, unit: float) -> nibabel.Nifti1Header:
