@@ -19,7 +19,7 @@ The second form, without -i, adds them to a dataset that is there.
 """
 
 SHOWN = 5
-"""Refused files that are printed; the table holds them all."""
+"""Reasons, folders or cases that are printed; the tables hold them all."""
 
 
 def add_arguments(parser):
@@ -143,13 +143,20 @@ def _report(summary):
     _print_files(summary.set_aside, "set aside", summary)
     if summary.set_aside:
         print("  --keep PATTERN takes them all the same; --exclude PATTERN leaves them out without a word")
+    _print_some(summary.overview, "{}")
+    if summary.contact_sheet:
+        print(f"One look finds wrong scans and masks: {summary.contact_sheet}")
     return 1 if summary.rejected or summary.unread else 0
 
 
 def _print_files(rows, what, summary):
-    if rows:
-        print(f"{len(rows)} {what}, see {summary.folder / 'rejected.csv'}:")
-        _print_some([f"{row.source}: {row.reason}" for row in rows], "{}")
+    from nnssl_plugin.intake.overview import count_reasons
+
+    if not rows:
+        return
+    print(f"{len(rows)} {what}, see {summary.folder / 'rejected.csv'}:")
+    groups = count_reasons(rows)
+    _print_some([f"{count} x {kind}, for example {row.source}: {row.reason}" for count, kind, row in groups], "{}")
 
 
 def _print_some(texts, line):

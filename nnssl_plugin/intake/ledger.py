@@ -4,7 +4,7 @@ import csv
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +34,7 @@ class Origin:
     status: str  # linked, copied (where links are not possible), rewritten, or made grey (rewritten without its colour)
     voxels_sha256: str  # the same for the same voxels in another container
     stamp: str  # size and time of change, by which an unchanged source is recognised
+    body_share: str = ""  # share of the image that the body mask takes, 0 to 1; earlier versions did not write it
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,14 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     names = [field.name for field in fields(kind)]
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
-        missing = set(names) - set(reader.fieldnames or ())
+        needed = {field.name for field in fields(kind) if field.default is MISSING}
+        missing = needed - set(reader.fieldnames or ())
         if missing:
             raise UserError(
                 f"{path} lacks the columns {', '.join(sorted(missing))}.",
                 "Restore it, or prepare the scans into a dataset of another ID.",
             )
-        return [kind(**{name: _unescaped(line[name] or "") for name in names}) for line in reader]
+        return [kind(**{name: _unescaped(line.get(name) or "") for name in names}) for line in reader]
 
 
 def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:

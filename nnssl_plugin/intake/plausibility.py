@@ -25,7 +25,7 @@ MODALITY_WORDS = {
 }
 """Modality → words in names of files and folders that say it."""
 NO_MODALITY = {"t1", "t2"}
-"""Words that name a sequence or a point in time: a name with one contradicts nothing."""
+"""Words that name a sequence or a point in time: a name with no other word of a modality contradicts none."""
 _LOOKED_AT = 1 << 16  # voxels by which most images are told from segmentations
 
 
@@ -48,11 +48,11 @@ def named_as_another_modality(relative: PurePath, modality: str) -> str | None:
         return None
     for part in reversed(relative.parts):
         words = _words(part)
-        if NO_MODALITY & words:
-            return None
         named = [name for name, known in MODALITY_WORDS.items() if known & words]
         if named:
             return None if modality in named else f"its name says {' and '.join(named)}, not {modality} ({part})"
+        if NO_MODALITY & words:
+            return None
     return None
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from nnssl_plugin.intake.body_mask import body_mask
+from nnssl_plugin.intake.contact_sheet import SHEET_FILE, thumbnail, volume_thumbnail, write_contact_sheet
 from nnssl_plugin.intake.file_search import find_scans, matches
 from nnssl_plugin.intake.ledger import (
     PROVENANCE_FILE,
@@ -29,6 +31,7 @@ from nnssl_plugin.intake.ledger import (
     source_stamp,
     write_rows,
 )
+from nnssl_plugin.intake.overview import body_shares, describe_cases, far_shares
 from nnssl_plugin.intake.pictures import is_picture, load_picture, picture_mask, png_bytes
 from nnssl_plugin.intake.plausibility import (
     contradiction,
@@ -63,6 +66,8 @@ SET_ASIDE = "set aside: "
 ALL = ("*",)
 """Patterns that every file matches."""
 _STAGING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+THUMBNAILS = "thumbnails"
+"""Folder of a dataset: a small picture per case, of which the contact sheet is made."""
 LONGEST_NAME = 160
 """Characters of a case name; file systems allow 255 bytes with everything that is added to it."""
 
@@ -80,6 +85,8 @@ class PrepareSummary:
     dicom: int = 0  # of the ignored files, those in DICOM format
     excluded: int = 0  # scans that the patterns leave out
     unread: tuple[str, ...] = ()  # folders that were not searched, and why
+    overview: tuple[str, ...] = ()  # lines about all cases of the dataset: ranges, and what is far from the others
+    contact_sheet: Path | None = None  # the picture of central slices; None where no case has one
 
     @property
     def refused(self) -> tuple[Rejection, ...]:
@@ -168,17 +175,31 @@ def prepare_dataset(
     finally:
         ledger.save()
         shutil.rmtree(staging, ignore_errors=True)
+    origins = list(ledger.origins.values())
     return PrepareSummary(
         folder=folder,
         added=tuple(ledger.added),
         known=len(scans) - len(tasks) - ledger.refused_before,
         rejected=tuple(sorted(ledger.rejected.values(), key=lambda row: row.source)),
         ignored=found.others,
-        missing=tuple(row.case for row in ledger.origins.values() if not Path(row.source).exists()),
+        missing=tuple(row.case for row in ledger.origins.values() if not os.path.exists(row.source)),
         dicom=found.dicom,
         excluded=found.excluded,
         unread=(*found.closed, *(f"{link}: it leads to a folder above the scans" for link in found.loops)),
+        overview=tuple(describe_cases(origins)),
+        contact_sheet=_write_sheet(folder, origins),
     )
+
+
+def _write_sheet(folder: Path, origins: Sequence[Origin]) -> Path | None:
+    """The contact sheet: first the cases whose mask is far from the others', then the rest by name."""
+    far = far_shares(body_shares(origins))
+    cases = [*far, *sorted({row.case for row in origins} - set(far))]
+    pictures = [(case, file) for case in cases if (file := folder / THUMBNAILS / f"{case}.png").is_file()]
+    if not pictures:
+        return None
+    write_contact_sheet(folder / SHEET_FILE, pictures)
+    return folder / SHEET_FILE
 
 
 def _outside(folder: Path, scans: Sequence[Path]) -> list[Path]:
@@ -207,7 +228,7 @@ class _Ledger:
         self.refused_before = 0
         self.added: list[str] = []
         self.by_voxels = {row.voxels_sha256: row for row in self.origins.values()}
-        self.source_lost = any(not Path(row.source).exists() for row in self.origins.values())
+        self.source_lost = any(not os.path.exists(row.source) for row in self.origins.values())
         self.names = {row.case.casefold() for row in self.origins.values()}  # some file systems ignore case
 
     def is_settled(self, scan: Path, *, keep: bool) -> bool:
@@ -242,7 +263,7 @@ class _Ledger:
             return
         known, name = self.by_voxels.get(row.voxels_sha256), None
         if known is not None:
-            if Path(known.source).exists():
+            if os.path.exists(known.source):
                 self._refuse(source, f"{_DUPLICATE}: the same voxels as {known.source} (case {known.case})")
                 return
             name = known.case  # the same scan has moved: its case goes on from the new place
@@ -256,7 +277,7 @@ class _Ledger:
                 row.source in self.scans
                 and row.source not in self.rejected
                 and row.source not in self.origins
-                and Path(row.source).exists()
+                and os.path.exists(row.source)
             ):
                 self.rejected[row.source] = row  # an interrupted run did not come to it again
         refused = [*self.rejected_elsewhere, *self.rejected.values()]
@@ -268,6 +289,9 @@ class _Ledger:
         image, label = self._files(row.case)
         image.parent.mkdir(exist_ok=True)
         label.parent.mkdir(exist_ok=True)
+        picture = self.folder / THUMBNAILS / f"{row.case}.png"
+        picture.parent.mkdir(exist_ok=True)
+        os.replace(task.staging / "thumbnail.png", picture)
         os.replace(_staged(task, "label"), label)
         if row.status in (_REWRITTEN, MADE_GREY):
             os.replace(_staged(task, "image"), image)
@@ -290,7 +314,7 @@ class _Ledger:
         del self.origins[row.source]
         self.by_voxels.pop(row.voxels_sha256, None)
         self.names.discard(row.case.casefold())
-        for path in self._files(row.case):
+        for path in (*self._files(row.case), self.folder / THUMBNAILS / f"{row.case}.png"):
             path.unlink(missing_ok=True)
 
     def _files(self, case: str) -> tuple[Path, Path]:
@@ -312,6 +336,7 @@ def name_without_ending(relative: Path) -> str:
 
 def _examine_all(tasks: list[_Task], processes: int) -> Iterator[_Finding]:
     """Findings in the order of the tasks; where a worker is killed, those it may have worked on get one each."""
+    examine_last = _examine
     while min(processes, len(tasks)) > 1:
         done = 0
         try:
@@ -322,8 +347,8 @@ def _examine_all(tasks: list[_Task], processes: int) -> Iterator[_Finding]:
             return
         except BrokenProcessPool:
             yield from map(_examine_apart, tasks[done : done + processes])
-            tasks = tasks[done + processes :]
-    yield from map(_examine, tasks)
+            tasks, examine_last = tasks[done + processes :], _examine_apart
+    yield from map(examine_last, tasks)
 
 
 @contextmanager
@@ -384,6 +409,7 @@ def _stage_volume(task: _Task) -> Origin:
     _check_intensities(task, scan.array)
     mask = body_mask(scan.array, scan.image.affine, modality=task.modality)
     _write_bytes(_staged(task, "label"), stored_bytes(_like(scan, mask)))
+    _write_thumbnail(task, volume_thumbnail(scan.array, mask, scan.image.affine))
     linked = ending_of(task.source) == FILE_ENDING and scan.in_mm
     if not linked:
         _write_bytes(_staged(task, "image"), stored_bytes(scan.image))
@@ -397,6 +423,7 @@ def _stage_volume(task: _Task) -> Origin:
         status="linked" if linked else _REWRITTEN,
         voxels_sha256=scan.voxels_sha256(),
         stamp=source_stamp(task.source),
+        body_share=f"{mask.mean():.4f}",
     )
 
 
@@ -404,7 +431,9 @@ def _stage_picture(task: _Task) -> Origin:
     picture = load_picture(task.source, colour=task.modality == RGB)
     if picture.array.ndim == 2:
         _check_intensities(task, picture.array)
-    _write_bytes(_staged(task, "label"), png_bytes(picture_mask(picture.array)))
+    mask = picture_mask(picture.array)
+    _write_bytes(_staged(task, "label"), png_bytes(mask))
+    _write_thumbnail(task, thumbnail(picture.array, mask))
     if not picture.as_stored:
         _write_bytes(_staged(task, "image"), png_bytes(picture.array))
     return Origin(
@@ -417,7 +446,13 @@ def _stage_picture(task: _Task) -> Origin:
         status="linked" if picture.as_stored else MADE_GREY if picture.lost_colour else _REWRITTEN,
         voxels_sha256=picture.pixels_sha256(),
         stamp=source_stamp(task.source),
+        body_share=f"{mask.mean():.4f}",
     )
+
+
+def _write_thumbnail(task: _Task, image: Image.Image) -> None:
+    with atomic_path(task.staging / "thumbnail.png") as temporary:
+        image.save(temporary, format="PNG")
 
 
 def _staged(task: _Task, name: str) -> Path:

@@ -40,7 +40,8 @@ def test_names_that_only_hold_such_letters(name):
         ("CT/patient.nii.gz", "MR", True),
         ("PET-CT/ct.nii.gz", "CT", False),
         ("PET-CT/scan.nii.gz", "CT", False),
-        ("PETMR/T1.nii.gz", "MR", False),
+        ("PET/T1.nii.gz", "MR", False),
+        ("STS_002/MR_T1_image.nii.gz", "PET", True),
         ("mri/a.nii.gz", "CT", True),
         ("patient_t1.nii.gz", "CT", False),  # a point in time as well as a sequence
         ("CT/a.nii.gz", "noNorm", False),
