@@ -155,8 +155,11 @@ def _print_files(rows, what, summary):
     if not rows:
         return
     print(f"{len(rows)} {what}, see {summary.folder / 'rejected.csv'}:")
-    groups = count_reasons(rows)
-    _print_some([f"{count} x {kind}, for example {row.source}: {row.reason}" for count, kind, row in groups], "{}")
+    groups = [
+        f"{count} x {kind}, for example {row.source}" if count > 1 else f"{row.source}: {row.reason}"
+        for count, kind, row in count_reasons(rows)
+    ]
+    _print_some(groups, "{}")
 
 
 def _print_some(texts, line):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel.affines import voxel_sizes
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -25,7 +26,7 @@ def volume_thumbnail(array: np.ndarray, mask: np.ndarray, affine: np.ndarray) ->
     """The central axial slice (I, J, K) in its true proportions, the patient's right on the left, front at the top."""
     orientation = nibabel.io_orientation(affine)
     sizes = np.empty(3)
-    sizes[orientation[:, 0].astype(int)] = nibabel.affines.voxel_sizes(affine)
+    sizes[orientation[:, 0].astype(int)] = voxel_sizes(affine)
     middle = array.shape[int(np.flatnonzero(orientation[:, 0] == 2)[0])] // 2
     planes = [nibabel.apply_orientation(a, orientation)[::-1, ::-1, middle].T for a in (array, mask)]
     return thumbnail(*planes, spacing=(sizes[1], sizes[0]))

@@ -66,5 +66,9 @@ def _kind(reason: str) -> str:
 def _ranges(rows: Sequence[str]) -> str:
     """``["10x20", "12x20"]`` → ``10-12 x 20``."""
     axes = zip(*([float(part) for part in row.split("x")] for row in rows), strict=False)
-    pairs = [(f"{min(axis):.4g}", f"{max(axis):.4g}") for axis in axes]
+    pairs = [(_number(min(axis)), _number(max(axis))) for axis in axes]
     return " x ".join(low if low == high else f"{low}-{high}" for low, high in pairs)
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value.is_integer() else f"{value:.4g}"
