@@ -16,7 +16,7 @@ OWN = "nnssl_plugin"
 SHOWN = ("nnunetv2", "torch", "torchvision", "open_clip_torch", "dynamic-network-architectures", "batchgenerators")
 """Requirements with a line each; the others share one as long as nothing is wrong with them."""
 COMMAND = "nnUNetv2_train"
-OPTIONAL = ("monai", "pot")
+OPTIONAL = ("monai",)
 
 
 def installed_versions() -> dict[str, str]:

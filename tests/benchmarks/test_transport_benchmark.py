@@ -14,7 +14,6 @@ SOLVER = {"mass": 0.9, "epsilon": 0.05, "iterations": 100}
 
 @pytest.fixture(scope="module")
 def rows():
-    pytest.importorskip("ot")
     return transport.measure([1, 4, 9], dim=16, rounds=2, **SOLVER)
 
 
@@ -44,3 +43,13 @@ def test_the_table_has_every_column_of_every_size(rows):
     assert {line.count("|") for line in lines} == {len(transport.COLUMNS) + 1}
     assert set(rows[0]) == set(transport.COLUMNS)
     assert all(row[name] > 0 for row in rows for name in row if name.startswith("ms_"))
+
+
+def test_the_loss_takes_fewer_operators_than_autograd_through_the_iterations(rows):
+    assert all(0 < 5 * row["operators"] < row["operators_unrolled"] for row in rows)
+
+
+def test_both_losses_are_the_same():
+    embeddings = transport.problem(4, 16, noise=100.0)
+    ours, unrolled = (loss(*embeddings, **SOLVER) for loss in (transport.mpot_loss, transport.unrolled_loss))
+    assert ours.item() == pytest.approx(unrolled.item(), abs=1e-8)

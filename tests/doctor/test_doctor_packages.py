@@ -13,7 +13,7 @@ REQUIRES = [
     "torch>=2.6",
     "open_clip_torch>=3.0",
     "tqdm",
-    'pot>=0.9.6; extra == "transport"',
+    'monai>=1.5; extra == "evaluation"',
     'winonly; sys_platform == "another"',
 ]
 INSTALLED = {
@@ -34,7 +34,7 @@ def test_everything_in_range_is_in_order():
     findings = by_topic(package_findings(INSTALLED, ">=3.10", REQUIRES, python="3.11.7"))
     assert {finding.status for finding in findings.values()} == {OK}
     assert findings["torch"].message == "2.14.1+cu130" and "winonly" not in findings
-    assert "not installed (optional)" in findings["pot"].message and "1 more" in findings["others"].message
+    assert "not installed (optional)" in findings["monai"].message and "1 more" in findings["others"].message
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_too_old_too_new_or_missing_is_a_problem_with_the_install_command(name, 
 
 
 def test_old_python_missing_self_and_old_optional_are_found():
-    installed = {**INSTALLED, "pot": "0.8"}
+    installed = {**INSTALLED, "monai": "0.8"}
     del installed["nnssl-plugin"]
     findings = by_topic(package_findings(installed, ">=3.10", REQUIRES, python="3.9.1"))
     assert findings["Python"].status == PROBLEM and ">=3.10" in findings["Python"].message
     assert findings["nnssl_plugin"].status == PROBLEM
-    assert findings["pot"].status == WARNING and findings["pot"].remedy == 'pip install "pot>=0.9.6"'
+    assert findings["monai"].status == WARNING and findings["monai"].remedy == 'pip install "monai>=1.5"'
 
 
 def test_the_ranges_are_those_of_the_installed_metadata():

@@ -91,6 +91,7 @@ class Med3DInsight(PretextTask):
             mass=self.settings.mass,
             epsilon=self.settings.epsilon,
             iterations=self.settings.iterations,
+            solver=self.settings.solver,
         )
         return {"mpot_image": image, "mpot_text": text}
 

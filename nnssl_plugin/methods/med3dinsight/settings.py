@@ -36,7 +36,10 @@ class Settings:
     epsilon: Positive = 0.05
     """Entropic regularisation ε, relative to the largest cost."""
     iterations: Count = 100
-    """Iterations of the transport solver."""
+    """Greatest number of iterations of the transport solver."""
+    solver: Literal["log", "pot"] = "log"
+    """``log``: all transport problems of a step at once, on the device; ``pot``: POT's entropic solver, one after the
+    other, for comparison. Both find the same plan and have the same gradient."""
     field_of_view: Literal["window", "resize"] = "window"
     """``window``: crops at the plan's spacing that contain the slice, as nnU-Net's fine-tuning sees voxels (95.23 Dice
     in table VI(g)); ``resize``: the whole case resized to the patch, the paper's main setting (94.75)."""

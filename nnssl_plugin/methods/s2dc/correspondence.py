@@ -57,18 +57,19 @@ def patch_to_patch_loss(log_assignment: Tensor, matches: Tensor) -> Tensor:
 
     Args:
         log_assignment: log M̂, (B, N, M).
-        matches: M_gt, (B, N, M) bool.
+        matches: M_gt, (B, N, M) bool, at most one per row.
 
     Returns:
         (B,).
     """
-    return -_of_matches(log_assignment, matches).sum((1, 2)) / matches.sum((1, 2)).clamp(min=1)
+    matched, partner = _partners(matches)
+    return -_of_pairs(log_assignment, matched, partner).sum(1) / matched.sum(1).clamp(min=1)
 
 
 def non_match_loss(log_assignment: Tensor, matches: Tensor) -> Tensor:
     """Mean of −log(1 − M̂) over the pairs that do not correspond, of each sample (B,): the public code's addition."""
     apart = -torch.log1p(-log_assignment.clamp(max=-1e-6).exp())
-    return _of_matches(apart, ~matches).sum((1, 2)) / (~matches).sum((1, 2)).clamp(min=1)
+    return torch.where(matches, 0.0, apart).sum((1, 2)) / (~matches).sum((1, 2)).clamp(min=1)
 
 
 def sharpe_ratio(similarity: Tensor) -> Tensor:
@@ -88,11 +89,12 @@ def sharpe_ratio(similarity: Tensor) -> Tensor:
     return centred * (variance + 1e-8).rsqrt()
 
 
-def patch_weights(similarity: Tensor) -> Tensor:
-    """½ (softmax(sr)_n + softmax(sr')_m) of Eq. 7, (B, N, M), for similarities (B, N, M) of the two views' patches."""
+def patch_weights(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """½ softmax(sr)_n (B, N) and ½ softmax(sr')_m (B, M) of Eq. 7, whose sum is the weight of a pair, for similarities
+    (B, N, M) of the two views' patches."""
     first = sharpe_ratio(similarity).softmax(-1)
     second = sharpe_ratio(similarity.mT).softmax(-1)
-    return (first[..., :, None] + second[..., None, :]) / 2
+    return first / 2, second / 2
 
 
 def patch_to_structure_loss(log_assignment: Tensor, matches: Tensor, similarity: Tensor) -> Tensor:
@@ -102,14 +104,23 @@ def patch_to_structure_loss(log_assignment: Tensor, matches: Tensor, similarity:
 
     Args:
         log_assignment: log M̂, (B, N, M).
-        matches: M_gt, (B, N, M) bool.
+        matches: M_gt, (B, N, M) bool, at most one per row.
         similarity: (B, N, M) of patches; detached, it leaves the weights without gradient.
 
     Returns:
         (B,); 0 for a sample without matches.
     """
-    return -(patch_weights(similarity) * _of_matches(log_assignment, matches)).sum((1, 2))
+    matched, partner = _partners(matches)
+    first, second = patch_weights(similarity)
+    weights = first + second.gather(1, partner)
+    return -(weights * _of_pairs(log_assignment, matched, partner)).sum(1)
 
 
-def _of_matches(values: Tensor, matches: Tensor) -> Tensor:
-    return torch.where(matches, values, 0.0)
+def _partners(matches: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of M_gt (B, N, M) have a match, (B, N) bool, and its column, (B, N) int64; 0 for the others."""
+    return matches.any(2), matches.to(torch.uint8).argmax(2)
+
+
+def _of_pairs(values: Tensor, matched: Tensor, partner: Tensor) -> Tensor:
+    """Values (B, N, M) of the matched pairs, (B, N); 0 for the rows that have none."""
+    return torch.where(matched, values.gather(2, partner[:, :, None]).squeeze(2), 0.0)

@@ -191,6 +191,25 @@ def test_autocast_gives_finite_float32():
     torch.testing.assert_close(embedding, psat(*inputs()), atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("output", ["residual", "attended"])
+def test_attention_is_softmax_of_scaled_products_without_its_matrix(output, monkeypatch):
+    """Every attention takes PyTorch's scaled_dot_product_attention, and equals the formula with the matrix written."""
+    psat = build(output=output).double()
+    with torch.no_grad():
+        psat.plane_slice.normal_()
+    tokens, *where = inputs()
+    fused = psat(tokens.double(), *where)
+    calls = []
+
+    def written_out(query, key, value, *args, **kwargs):
+        calls.append(query.shape)
+        return (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1) @ value
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", written_out)
+    torch.testing.assert_close(psat(tokens.double(), *where), fused, rtol=1e-6, atol=1e-6)
+    assert len(calls) == 4  # two blocks, to the queries and to the tokens
+
+
 def test_evaluation_mode_gives_the_same_embeddings():
     psat = build()
     trained = psat(*inputs())

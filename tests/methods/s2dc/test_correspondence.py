@@ -317,11 +317,38 @@ def test_sharpe_ratio_of_a_constant_row_is_zero_with_a_finite_gradient():
 
 def test_weights_sum_to_one_and_swap_with_the_views(example):
     similarity = example[2]
-    weights = patch_weights(similarity)
+    first, second = patch_weights(similarity)
+    weights = first[:, :, None] + second[:, None, :]
     rows = 2 * weights.mean(2) - 1 / 7  # the mean over the other view leaves this view's softmax
     torch.testing.assert_close(rows.sum(1), torch.ones(3).double())
     torch.testing.assert_close(weights.sum((1, 2)), torch.full((3,), 7.0).double())
-    torch.testing.assert_close(patch_weights(similarity.mT), weights.mT)
+    for swapped, expected in zip(patch_weights(similarity.mT), (second, first), strict=True):
+        torch.testing.assert_close(swapped, expected)
+
+
+def test_gathered_pairs_have_the_losses_and_gradients_of_the_whole_matrix(example):
+    _, matches, similarity = example
+
+    def whole(log_assignment, similarity):
+        first, second = patch_weights(similarity)
+        found = torch.where(matches, log_assignment, 0.0)
+        p2p = -found.sum((1, 2)) / matches.sum((1, 2)).clamp(min=1)
+        return p2p, -((first[:, :, None] + second[:, None, :]) * found).sum((1, 2))
+
+    def gathered(log_assignment, similarity):
+        return (
+            patch_to_patch_loss(log_assignment, matches),
+            patch_to_structure_loss(log_assignment, matches, similarity),
+        )
+
+    results = []
+    for losses in (whole, gathered):
+        variable = similarity.clone().requires_grad_()
+        terms = torch.stack(losses(log_dual_softmax(variable, 0.1), variable))
+        (terms * torch.arange(1.0, 7.0).double().view(2, 3)).sum().backward()
+        results.append((terms.detach(), variable.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 def test_equal_sharpe_ratios_make_it_the_mean_over_all_tokens(example):
