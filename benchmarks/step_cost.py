@@ -97,7 +97,7 @@ class RecordedCalls:
 
     @contextmanager
     def _recording(self):
-        entries = ((Backbone, "features"), (Backbone, "decode"), (nn.Module, "__call__"))
+        entries = ((Backbone, "features"), (Backbone, "kept_tokens"), (Backbone, "decode"), (nn.Module, "__call__"))
         originals = [(owner, name, getattr(owner, name)) for owner, name in entries]
         for owner, name, original in originals:
             setattr(owner, name, self._recorder(original))

@@ -83,6 +83,7 @@ def planning_steps(study: Study, folder: Path) -> list[Step]:
             UNLABELLED.partition("_")[2],
             "--modality",
             study.data.modality,
+            "--keep",
         ),
         "plan": ("nnUNetv2_plan_and_preprocess", "-d", unlabelled, "-npfp", "2", "--no_pp"),
         "plan-target": ("nnUNetv2_plan_and_preprocess", "-d", labelled, "-npfp", "2", "--no_pp"),

@@ -77,6 +77,32 @@ class Task:
 
 
 METHODS = {
+    "mae": Method(
+        title="MAE",
+        summary="masked blocks of a volume restored from the rest",
+        trainer="nnssl_plugin.methods.mae.trainer.MAEPretrainer",
+        settings="nnssl_plugin.methods.mae.settings.Settings",
+        training="nnssl_plugin.methods.mae.settings.TRAINING",
+        trains=("encoder", "decoder"),
+        needs="",
+        dimensions=(2, 3),
+        paper=Paper(
+            title="Masked Autoencoders Are Scalable Vision Learners",
+            authors=("Kaiming He", "Xinlei Chen", "Saining Xie", "Yanghao Li", "Piotr Dollár", "Ross Girshick"),
+            venue="CVPR",
+            year=2022,
+            url="https://arxiv.org/abs/2111.06377",
+        ),
+        licence="Apache-2.0",
+        docs="docs/methods/mae.md",
+        presets={
+            "mae": "MAE as recommended here: every default, written out",
+            "mae-openmind": "nnssl's numbers for ResEnc-L: blocks of 16, 8 samples a step, 250,000 steps; "
+            "[not its optimiser](../docs/methods/mae.md#what-differs-from-the-paper-and-why)",
+            "mae-nnfoundation": "the numbers of nnFoundation's CNN: 96 samples a step in chunks of 2, 625,000 steps; "
+            "[not its optimiser](../docs/methods/mae.md#what-differs-from-the-paper-and-why)",
+        },
+    ),
     "med3dinsight": Method(
         title="Med3DInsight",
         summary="volumes aligned with the frozen embeddings of a slice and its description, and masked reconstruction",

@@ -1,6 +1,7 @@
 """What every test may use: nnU-Net's folders in a temporary place, and the real images where they are at hand."""
 
 import os
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -22,6 +23,8 @@ os.environ.update({VARIABLE: search_path(), "nnUNet_compile": "f", "nnUNet_def_n
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _name in NNUNET_FOLDERS:
     Path(os.environ[_name]).mkdir()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
@@ -42,6 +45,15 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.parent.name != "end_to_end", item.path not in slow))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Signals as they were: processes forked while a trainer catches SIGTERM could not be terminated."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

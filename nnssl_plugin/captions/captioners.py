@@ -87,7 +87,7 @@ def signature(captioner: Captioner) -> str:
     return " ".join([captioner.name, *changed])
 
 
-def _captioner_class(name: str) -> type[Captioner]:
+def _captioner_class(name: str) -> Any:
     path = CAPTIONERS.get(name, name)
     known = f"Known: {', '.join(CAPTIONERS)}; or give package.module:Class of your own."
     module, separator, attribute = path.partition(":")

@@ -5,7 +5,10 @@
     nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres
 
 Scans are linked or rewritten, never changed. Each gets a body mask as its label. Files that cannot be used are listed
-in rejected.csv with the reason, and the exit code is then 1. Running it again adds what is new.
+in rejected.csv with the reason, and the exit code is then 1; so are segmentations and images of another modality,
+which are set aside. Running it again adds what is new.
+
+    nnssl_plugin prepare -i /data/scans -d 501 -n Unlabelled --exclude 'labelsTr/*' '*_PET*' --keep 'siteB/*'
 
 With class labels, for classification (columns: case,subject,TARGET; case is a file or folder below -i):
 
@@ -16,7 +19,7 @@ The second form, without -i, adds them to a dataset that is there.
 """
 
 SHOWN = 5
-"""Refused files that are printed; the table holds them all."""
+"""Reasons, folders or cases that are printed; the tables hold them all."""
 
 
 def add_arguments(parser):
@@ -35,6 +38,21 @@ def add_arguments(parser):
         "2D images: grey or RGB (default: grey); noNorm: values as stored, for binary shapes; rescale_to_0_1: "
         "each image stretched to [0, 1]",
     )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="take only scans whose path below -i, or file name, matches, for example '*_T1*' (* matches / too)",
+    )
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="leave out scans that match")
+    parser.add_argument(
+        "--keep",
+        nargs="*",
+        metavar="PATTERN",
+        help="take scans that match (without a pattern: all) even where they look like a segmentation or like another "
+        "modality",
+    )
     parser.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
     parser.add_argument("--class-labels", metavar="CSV", help="take the scans that this table names, with classes")
     parser.add_argument(
@@ -52,9 +70,19 @@ def run(args):
     if args.i is None:
         return _label(args)
     if args.class_labels is None:
-        from nnssl_plugin.intake.unlabelled import prepare_dataset
+        from nnssl_plugin.intake.unlabelled import ALL, prepare_dataset
 
-        return _report(prepare_dataset(args.i, _number(args.d), args.n, modality=args.modality, processes=args.np))
+        summary = prepare_dataset(
+            args.i,
+            _number(args.d),
+            args.n,
+            modality=args.modality,
+            processes=args.np,
+            include=args.include,
+            exclude=args.exclude,
+            keep=() if args.keep is None else args.keep or ALL,
+        )
+        return _report(summary)
     from nnssl_plugin.intake.labelled import prepare_class_dataset
 
     summary, labelled = prepare_class_dataset(
@@ -65,6 +93,8 @@ def run(args):
         targets=args.target,
         modality=args.modality,
         processes=args.np,
+        include=args.include,
+        exclude=args.exclude,
     )
     code = _report(summary)
     _report_labels(labelled)
@@ -103,18 +133,42 @@ def _report(summary):
     grey = made_grey(summary)
     if grey:
         print(f"  {grey} images had colour and were made grey; --modality RGB (another dataset) keeps it")
-    for case in summary.missing[:SHOWN]:
-        print(f"  the source of case {case} is gone")
-    if len(summary.missing) > SHOWN:
-        print(f"  and of {len(summary.missing) - SHOWN} more cases")
-    if not summary.rejected:
-        return 0
-    print(f"{len(summary.rejected)} rejected, see {summary.folder / 'rejected.csv'}:")
-    for row in summary.rejected[:SHOWN]:
-        print(f"  {row.source}: {row.reason}")
-    if len(summary.rejected) > SHOWN:
-        print(f"  and {len(summary.rejected) - SHOWN} more")
-    return 1
+    if summary.dicom:
+        print(f"  {summary.dicom} of the other files are DICOM; to take them: dcm2niix -z y -o NIFTI_DIR DIR")
+    if summary.excluded:
+        print(f"  {summary.excluded} scans are left out by --include and --exclude")
+    _print_some(summary.unread, "not searched: {}")
+    _print_some(summary.missing, "the source of case {} is gone")
+    _print_files(summary.refused, "rejected", summary)
+    _print_files(summary.set_aside, "set aside", summary)
+    if summary.set_aside:
+        print("  --keep PATTERN takes them all the same; --exclude PATTERN leaves them out without a word")
+    _print_some(summary.overview, "{}")
+    if summary.contact_sheet:
+        print(f"One look finds wrong scans and masks: {summary.contact_sheet}")
+    return 1 if summary.rejected or summary.unread else 0
+
+
+def _print_files(rows, what, summary):
+    from nnssl_plugin.intake.overview import count_reasons
+
+    if not rows:
+        return
+    print(f"{len(rows)} {what}, see {summary.folder / 'rejected.csv'}:")
+    groups = [
+        f"{count} x {kind}, for example {row.source}" if count > 1 else f"{row.source}: {row.reason}"
+        for count, kind, row in count_reasons(rows)
+    ]
+    _print_some(groups, "{}")
+
+
+def _print_some(texts, line):
+    from nnssl_plugin.io.text import printable
+
+    for text in texts[:SHOWN]:
+        print("  " + line.format(printable(text)))
+    if len(texts) > SHOWN:
+        print(f"  and {len(texts) - SHOWN} more")
 
 
 def _report_labels(labelled):

@@ -10,6 +10,7 @@ Batch = dict[str, Any]
 ``available`` (B, C) bool, the channels that the case really has; ``cases`` list of B names;
 ``origin`` (B, dims) float, voxel of the case at which the window starts (negative where padded);
 ``extent`` (B, dims) float, size of the window in voxels of the case (differs from *window* where it was resized);
+``case_shape`` (B, dims) float, size of the case in voxels;
 with triplets also ``plane`` (B,) int (index into ``planes.PLANES``), ``slice_axis`` (B,) int (spatial axis of ``image``
 that the slice is normal to), ``slice_position`` (B,) float in [0, 1] (place of the slice along that axis of the
 window), ``image_embedding`` and ``text_embedding`` (B, E) float32;

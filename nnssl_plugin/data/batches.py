@@ -127,6 +127,7 @@ class StepBatches(Dataset):
             "cases": case,
             "origin": np.asarray(origin, dtype=np.float32)[dims],
             "extent": np.asarray(extent, dtype=np.float32)[dims],
+            "case_shape": np.asarray(data.shape[1:], dtype=np.float32)[dims],
         }
         if self.known_labels is not None:
             labels = self._labels(segmentation, origin, extent)

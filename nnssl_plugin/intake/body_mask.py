@@ -2,7 +2,6 @@
 
 import numpy as np
 from scipy import ndimage
-from skimage.filters import threshold_otsu
 
 from nnssl_plugin.nnunet.planes import stored_axis
 
@@ -10,14 +9,20 @@ BODY_HU = -500.0
 """Between air (-1000 HU) and tissue (-100 HU and more)."""
 COMPONENT_SHARE = 0.1
 """Components smaller than this share of the largest are dropped; both of two legs stay."""
-CLIP_PERCENTILES = (0.5, 99.5)
+ROBUST_PERCENTILES = (2, 98)
+AIR_SHARE = 0.1
+"""Of the range between these percentiles, what counts as air: t = t2 + 0.1 (t98 - t2), the first step of BET (Smith
+2002). Otsu's threshold would part bright fat, or a bladder full of tracer, from the rest of the body."""
+LEAST_AIR = 0.05
+"""Share of the volume; where less would be outside, there is no air, and the dark voxels are tissue."""
 
 
 def body_mask(array: np.ndarray, affine: np.ndarray, *, modality: str) -> np.ndarray:
     """The body in a scan: thresholded, largest components kept, holes filled in axial slices.
 
-    CT is cut at :data:`BODY_HU`. Everything else is cut by Otsu's threshold (Otsu 1979) of the intensities clipped
-    to :data:`CLIP_PERCENTILES`. Where that leaves nothing, all voxels above the minimum are taken.
+    CT is cut at :data:`BODY_HU`. Everything else is cut at :data:`AIR_SHARE` of the range between
+    :data:`ROBUST_PERCENTILES`. Where that leaves nothing, all voxels above the minimum are taken; where it leaves less
+    than :data:`LEAST_AIR` outside, the whole image.
 
     Args:
         array: (I, J, K) finite intensities of any range, not constant.
@@ -27,17 +32,17 @@ def body_mask(array: np.ndarray, affine: np.ndarray, *, modality: str) -> np.nda
     Returns:
         (I, J, K) uint8, 1 inside the body; at least one voxel is 1.
     """
-    foreground = array > BODY_HU if modality == "CT" else _otsu_foreground(array)
+    foreground = array > BODY_HU if modality == "CT" else _above_air(array)
     if not foreground.any():
         return (array > array.min()).astype(np.uint8)
     axis, _ = stored_axis(affine, "axial")
-    return _fill_slices(_large_components(foreground), axis).astype(np.uint8)
+    body = _fill_slices(_large_components(foreground), axis)
+    return (body if body.mean() <= 1 - LEAST_AIR else np.ones(body.shape)).astype(np.uint8)
 
 
-def _otsu_foreground(array: np.ndarray) -> np.ndarray:
-    low, high = np.percentile(array, CLIP_PERCENTILES)
-    clipped = np.clip(array, low, high)
-    return clipped > threshold_otsu(clipped) if low < high else np.zeros(array.shape, dtype=bool)
+def _above_air(array: np.ndarray) -> np.ndarray:
+    low, high = np.percentile(array, ROBUST_PERCENTILES)
+    return array > low + AIR_SHARE * (high - low) if low < high else np.zeros(array.shape, dtype=bool)
 
 
 def _large_components(foreground: np.ndarray) -> np.ndarray:

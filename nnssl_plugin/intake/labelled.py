@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.intake.file_search import find_scans
 from nnssl_plugin.intake.label_tables import Row, infer_targets, match_cases, match_scans
 from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, read_rows
-from nnssl_plugin.intake.unlabelled import PrepareSummary, find_scans, prepare_dataset
+from nnssl_plugin.intake.unlabelled import PrepareSummary, prepare_dataset
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.case_labels import BINARY, ClassLabels, Target, parse_labels, read_table, write_class_labels
 from nnssl_plugin.nnunet.dataset_json import read_dataset_file
@@ -39,11 +40,13 @@ def prepare_class_dataset(
     targets: Sequence[str] = (),
     modality: str | None = None,
     processes: int = 2,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> tuple[PrepareSummary, LabelSummary]:
     """Make or extend a raw dataset from the scans that a table names, with their class labels.
 
     Everything about the table is checked before the first scan is read. Scans without a row are left out; scans that
-    are refused (``rejected.csv``) lose their row.
+    are refused (``rejected.csv``) lose their row. What a row names is never set aside, whatever it looks like.
 
     Args:
         source: folder of the scans or 2D images.
@@ -53,6 +56,8 @@ def prepare_class_dataset(
         targets: see :func:`infer_targets`.
         modality: see :func:`~nnssl_plugin.intake.unlabelled.prepare_dataset`.
         processes: worker processes.
+        include: patterns of scans to take, see :func:`~nnssl_plugin.intake.file_search.matches`; none: all.
+        exclude: patterns of scans to leave out, masks in a folder that a row names for example.
 
     Raises:
         UserError: the table cannot be used, or the dataset not be made.
@@ -60,9 +65,12 @@ def prepare_class_dataset(
     source, table = Path(source).absolute(), Path(table)
     rows = read_table(table)
     wanted = _checked_targets(rows, targets, table)
-    scans, _ = find_scans(source)
+    patterns = {"include": include, "exclude": exclude}
+    scans = find_scans(source, **patterns).scans
     by_scan = match_scans(rows, scans, source=source, where=table)
-    summary = prepare_dataset(source, dataset_id, name, modality=modality, processes=processes, only=by_scan)
+    summary = prepare_dataset(
+        source, dataset_id, name, modality=modality, processes=processes, only=by_scan, **patterns
+    )
     cases = {row.source: row.case for row in read_rows(summary.folder / PROVENANCE_FILE, Origin)}
     taken = {scan: row for scan, row in by_scan.items() if str(scan) in cases}
     named = [{**row, "case": cases[str(scan)]} for scan, row in taken.items()]

@@ -2,8 +2,9 @@
 
 import csv
 import hashlib
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +14,9 @@ from nnssl_plugin.io.scans import file_parts
 
 PROVENANCE_FILE = "provenance.csv"
 REJECTED_FILE = "rejected.csv"
+
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python holds a byte of a path that is not UTF-8 (PEP 383)
+_ESCAPED = re.compile(r"\\(?:x5c|udc([89a-f][0-9a-f]))")
 
 Row = TypeVar("Row")
 
@@ -30,6 +34,7 @@ class Origin:
     status: str  # linked, copied (where links are not possible), rewritten, or made grey (rewritten without its colour)
     voxels_sha256: str  # the same for the same voxels in another container
     stamp: str  # size and time of change, by which an unchanged source is recognised
+    body_share: str = ""  # share of the image that the body mask takes, 0 to 1; earlier versions did not write it
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Rejection:
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Read a table written by :func:`write_rows`; an absent file is an empty table.
+    """Read a table written by :func:`write_rows`, paths that are not UTF-8 included; an absent file is an empty table.
 
     Raises:
         UserError: a column is missing.
@@ -52,21 +57,25 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     names = [field.name for field in fields(kind)]
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
-        missing = set(names) - set(reader.fieldnames or ())
+        needed = {field.name for field in fields(kind) if field.default is MISSING}
+        missing = needed - set(reader.fieldnames or ())
         if missing:
             raise UserError(
                 f"{path} lacks the columns {', '.join(sorted(missing))}.",
                 "Restore it, or prepare the scans into a dataset of another ID.",
             )
-        return [kind(**{name: line[name] or "" for name in names}) for line in reader]
+        return [kind(**{name: _unescaped(line.get(name) or "") for name in names}) for line in reader]
 
 
 def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
-    """Write a table as CSV with a header line, atomically."""
+    """Write a table as CSV in UTF-8 with a header line, atomically.
+
+    A byte of a path that is not UTF-8 is written as its escape, ``\\udcfc`` for 0xFC; :func:`read_rows` undoes it.
+    """
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=[field.name for field in fields(kind)])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows({name: _escaped(text) for name, text in asdict(row).items()} for row in rows)
 
 
 def source_stamp(path: Path) -> str:
@@ -86,3 +95,12 @@ def source_sha256(path: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _escaped(text: str) -> str:
+    text = re.sub(r"\\(?=x5c|udc[89a-f][0-9a-f])", r"\\x5c", text)  # what only looks like an escape
+    return _NOT_UTF8.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _unescaped(text: str) -> str:
+    return _ESCAPED.sub(lambda found: chr(0xDC00 + int(found[1], 16)) if found[1] else "\\", text)

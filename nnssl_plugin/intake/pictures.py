@@ -1,30 +1,38 @@
 """2D images (PNG, JPEG, BMP, TIFF): read strictly, made grey or RGB, and stored as PNG."""
 
 import hashlib
+import struct
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
 
-from nnssl_plugin.io.scans import RejectedScan
+from nnssl_plugin.io.scans import RejectedScan, check_memory, check_openable, refusal
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+"""Pillow's names of the formats that are opened, whatever the file is named."""
 SMALLEST = 8
 """Pixels along an edge; anything smaller is an icon."""
 GREY_16 = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 """Pillow's names for 16 bits per pixel."""
 
 _READ_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    MemoryError,
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
+    *(
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        SyntaxError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+    ),
+    *(MemoryError, struct.error, Image.DecompressionBombError),
 )
 
 
@@ -56,13 +64,16 @@ def load_picture(path: Path, *, colour: bool) -> Picture:
         colour: three channels for every image; otherwise one, with colour made grey by its luminance (ITU-R 601-2).
 
     Raises:
+        UnavailableScan: it cannot be opened, or there is too little memory.
         RejectedScan: the file is empty, truncated or unreadable, holds several images, floating-point pixels or
             fewer than :data:`SMALLEST` pixels along an edge, or is constant.
     """
+    check_openable(path)
     try:
         if path.stat().st_size == 0:
             raise RejectedScan("empty file (0 bytes)")
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            check_memory(image.width * image.height, bytes_per_voxel=4)
             if getattr(image, "n_frames", 1) > 1:
                 raise RejectedScan(f"{image.n_frames} images in one file: one is needed")
             same = image.format == "PNG" and image.mode in (("RGB",) if colour else ("L", *GREY_16))
@@ -71,7 +82,7 @@ def load_picture(path: Path, *, colour: bool) -> Picture:
             array = _pixels(image, colour=colour)
             lost = not colour and _has_colour(image)
     except _READ_ERRORS as error:
-        raise RejectedScan(f"truncated, damaged or unreadable: {type(error).__name__}: {str(error)[:160]}") from error
+        raise refusal(error, "truncated, damaged or unreadable") from error
     if min(array.shape[:2]) < SMALLEST:
         raise RejectedScan(f"{array.shape[1]} x {array.shape[0]} pixels: at least {SMALLEST} along an edge are needed")
     if array.min() == array.max():

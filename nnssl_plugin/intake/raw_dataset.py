@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, write_rows
+from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, read_rows, write_rows
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.nnunet.dataset_json import read_dataset_file
 
@@ -44,8 +44,11 @@ def open_dataset(dataset_id: int, name: str, *, modality: str, source: Path, end
     if folder.resolve().is_relative_to(source.resolve()):
         raise UserError(f"The dataset {folder} lies inside the input folder.", "Give the folder of the scans alone.")
     if folder.exists():
-        _check_is_ours(folder, modality=modality, ending=ending)
-        return folder
+        _check_is_ours(folder)
+        if read_rows(folder / PROVENANCE_FILE, Origin):
+            _check_is_alike(folder, modality=modality, ending=ending)
+            return folder
+        (folder / "dataset.json").unlink(missing_ok=True)  # nothing was taken yet: it may become another dataset
     write_rows(folder / PROVENANCE_FILE, Origin, [])
     write_dataset_json(folder, modality=modality, cases=0, ending=ending)
     return folder
@@ -98,12 +101,15 @@ def _check_id_is_free(dataset_id: int, name: str) -> None:
         )
 
 
-def _check_is_ours(folder: Path, *, modality: str, ending: str) -> None:
+def _check_is_ours(folder: Path) -> None:
     if not (folder / PROVENANCE_FILE).is_file():
         raise UserError(
             f"{folder} exists and was not made by prepare (it has no {PROVENANCE_FILE}).",
             "Give a free ID with -d; prepare never writes into a dataset that it did not make.",
         )
+
+
+def _check_is_alike(folder: Path, *, modality: str, ending: str) -> None:
     path = folder / "dataset.json"
     if not path.is_file():
         return

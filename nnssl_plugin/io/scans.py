@@ -1,9 +1,12 @@
 """Reading one scan file strictly: what a lenient reader would let through is refused here, with a reason."""
 
+import errno
 import gzip
 import hashlib
 import math
 import re
+import stat
+import struct
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
@@ -11,6 +14,8 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+
+from nnssl_plugin.io.memory import available_memory
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -33,17 +38,41 @@ _READ_ERRORS = (
     EOFError,
     zlib.error,
     ValueError,
-    OverflowError,
     MemoryError,
     RuntimeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
     nibabel.filebasedimages.ImageFileError,
     nibabel.spatialimages.HeaderDataError,
 )
+BYTES_PER_VOXEL = 12
+"""Memory that checking a scan and making its mask takes per voxel, beside the voxels as stored."""
+MOST_TRAILING_BYTES = 1 << 24
+"""Bytes after the last voxel that are tolerated where the voxels are fewer; up to as many as these otherwise."""
+MOST_GZIP_RATIO = 1032
+"""Bytes that one byte of DEFLATE (RFC 1951) can hold at most."""
+
 _HEADER_BYTES = 65536  # more than the text header of any NRRD or MetaImage file in use
+_ITK_READERS = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
+_DATA_FILE = re.compile(r"^\s*(?:ElementDataFile\s*[=:]|data ?file\s*:)[ \t]*(.*?)\s*$", re.MULTILINE | re.IGNORECASE)
+_METAIMAGE_HEADER = re.compile(r".*?^\s*ElementDataFile\s*[=:][^\n]*", re.MULTILINE | re.DOTALL)
+_NRRD_HEADER = re.compile(r".*?\r?\n\r?\n", re.DOTALL)
+_OUTSIDE_ERRORS = {
+    errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENODEV,
+    errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ELOOP,
+}  # fmt: skip
+"""Errors of the system that say nothing about the file itself."""
 
 
 class RejectedScan(Exception):
     """A file that cannot become a case; the message says why, in one line."""
+
+
+class UnavailableScan(RejectedScan):
+    """A file that cannot become a case now, for a cause outside of it: permissions, a failing disk, too little memory.
+    Trying again later makes sense."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +109,15 @@ def ending_of(path: Path) -> str | None:
 def load_scan(path: Path) -> Scan:
     """Read a volume of any supported container and check it.
 
+    The header decides, before a voxel is read, whether the memory suffices; a detached header may name no data file
+    outside its own folder; what is no regular file (a FIFO, a device) is not opened.
+
     Raises:
         RejectedScan: the file is empty, truncated or unreadable, not one 3D volume of one value per voxel, has no
             usable geometry, is constant, or holds NaN or infinity.
+        UnavailableScan: it cannot be opened, or there is too little memory.
     """
+    check_openable(path)
     try:
         if all(part.stat().st_size == 0 for part in file_parts(path)):
             raise RejectedScan("empty file (0 bytes)")
@@ -93,7 +127,7 @@ def load_scan(path: Path) -> Scan:
             _check_converted(image, unit)
         array = image.get_fdata(dtype=np.float32, caching="unchanged")
     except _READ_ERRORS as error:
-        raise RejectedScan(f"truncated, damaged or unreadable: {_one_line(error)}") from error
+        raise refusal(error, "truncated, damaged or unreadable") from error
     if not np.isfinite(array).all():
         raise RejectedScan(f"{int((~np.isfinite(array)).sum())} voxels are NaN or infinite")
     if array.min() == array.max():
@@ -107,9 +141,11 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         RejectedScan: the file is no readable 3D volume with geometry.
     """
+    check_openable(path)
     try:
         if ending_of(path) in NIFTI_ENDINGS:
             image = nibabel.load(path)
+            check_memory(math.prod(image.shape), image.get_data_dtype().itemsize)
             affine = np.diag([*[nifti_unit_mm(image.header)] * 3, 1.0]) @ image.affine
         else:
             image, _ = _read_itk(path)
@@ -118,18 +154,58 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise RejectedScan(f"{image.ndim}D image: a 3D volume is needed")
         return image.get_fdata(dtype=np.float32, caching="unchanged"), affine
     except _READ_ERRORS as error:
-        raise RejectedScan(f"unreadable: {_one_line(error)}") from error
+        raise refusal(error, "unreadable") from error
 
 
 def file_parts(path: Path) -> list[Path]:
-    """The files that hold a scan: the file itself, and the data file that a detached header (.mhd, .nhdr) names."""
-    if ending_of(path) not in (".mhd", ".nhdr"):
+    """The files that hold a scan: the file itself, and the data file that a detached header (.mhd, .nhdr) names, where
+    it is one in the header's folder."""
+    if ending_of(path) not in (".mhd", ".nhdr") or not path.is_file():
         return [path]
-    with path.open("rb") as stream:
-        header = stream.read(_HEADER_BYTES).decode("latin-1")
-    named = re.search(r"^(?:ElementDataFile\s*=|data ?file:)\s*(\S.*?)\s*$", header, re.MULTILINE | re.IGNORECASE)
-    data = path.parent / named.group(1) if named else path
-    return [path, data] if data.is_file() and data != path else [path]
+    named = _DATA_FILE.search(_text_header(path))
+    data = path.parent / named[1] if named and named[1] else path
+    return [path, data] if data.is_file() and data != path and _is_beside(data, path) else [path]
+
+
+def check_openable(path: Path) -> None:
+    """Look whether the files that hold a scan are regular files, and open each once.
+
+    Raises:
+        RejectedScan: a FIFO, device, socket or folder; it is not opened.
+        UnavailableScan: the system refuses to open or read it.
+    """
+    try:
+        for part in (path, *file_parts(path)[1:]):
+            if not stat.S_ISREG(part.stat().st_mode):
+                raise RejectedScan("no regular file but a FIFO, device, socket or folder: it is not opened")
+            with part.open("rb") as stream:
+                stream.read(1)
+    except OSError as error:
+        raise UnavailableScan(f"cannot be opened: {_one_line(error)}") from error
+
+
+def check_memory(voxels: int, bytes_per_voxel: int) -> None:
+    """Look whether an image of a header's size fits into the memory that is free, before any of it is read.
+
+    Raises:
+        UnavailableScan: it does not.
+    """
+    needed, free = voxels * (bytes_per_voxel + BYTES_PER_VOXEL), available_memory()
+    if free is not None and needed > free:
+        raise UnavailableScan(
+            f"too large for the memory: {voxels} voxels need about {needed / 2**30:.3g} GiB, {free / 2**30:.3g} GiB "
+            "are free"
+        )
+
+
+def refusal(error: Exception, what: str) -> RejectedScan:
+    """``error`` of reading a file as a refusal, by its cause: the file, or something outside of it."""
+    outside = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OUTSIDE_ERRORS)
+    return (
+        UnavailableScan(f"cannot be read now: {_one_line(error)}")
+        if outside
+        else RejectedScan(f"{what}: {_one_line(error)}")
+    )
 
 
 def nifti_unit_mm(header: nibabel.Nifti1Header) -> float:
@@ -138,8 +214,22 @@ def nifti_unit_mm(header: nibabel.Nifti1Header) -> float:
 
 
 def stored_bytes(image: nibabel.Nifti1Image) -> bytes:
-    """A gzipped NIfTI file of the image; the same image gives the same bytes."""
-    return gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
+    """A gzipped NIfTI file of the image; the same image gives the same bytes.
+
+    Its header holds geometry, voxel type and scaling, and nothing else of the image's header: that may name people.
+    """
+    return gzip.compress(_without_texts(image).to_bytes(), compresslevel=4, mtime=0)
+
+
+def _without_texts(image: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
+    """The image without the texts and extensions of its header."""
+    header, old = type(image.header)(endianness=image.header.endianness), image.header
+    for name in (
+        "dim", "datatype", "bitpix", "pixdim", "xyzt_units", "scl_slope", "scl_inter", "qform_code", "sform_code",
+        "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+    ):  # fmt: skip
+        header[name] = old[name]
+    return type(image)(image.dataobj, None, header)  # no affine: it would be written anew
 
 
 def _read_nifti(path: Path) -> tuple[nibabel.Nifti1Image, float]:
@@ -147,26 +237,48 @@ def _read_nifti(path: Path) -> tuple[nibabel.Nifti1Image, float]:
 
     nibabel stops at the last voxel and repairs a spacing of zero to one: the stream is read to its checksum here,
     and the header is looked at before nibabel mends it."""
-    content = path.read_bytes()
-    if ending_of(path) == ".nii.gz":
-        content = gzip.decompress(content)
-    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
-        size = kind.header_class.sizeof_hdr
-        if len(content) >= size and size in (int.from_bytes(content[:4], order) for order in ("little", "big")):
-            break
-    else:
-        raise RejectedScan("unreadable header: not a NIfTI file")
-    header = kind.header_class.from_fileobj(BytesIO(content), check=False)
-    if not 1 <= header["dim"][0] <= 7 or (header["dim"][1 : header["dim"][0] + 1] < 0).any():
-        raise RejectedScan(f"unreadable header: dimensions {header['dim'].tolist()}")
-    _check_spacing(header["pixdim"][1:4].tolist()[: header["dim"][0]])
-    expected = int(header["vox_offset"]) + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+    compressed = ending_of(path) == ".nii.gz"
+    with gzip.open(path) if compressed else path.open("rb") as stream:
+        kind, header, expected = _nifti_header(stream.read(nibabel.Nifti2Header.sizeof_hdr))
+        shape, dtype = header.get_data_shape(), header.get_data_dtype()
+        size = path.stat().st_size * (MOST_GZIP_RATIO if compressed else 1)
+        if size < expected:
+            raise RejectedScan(f"truncated: the header promises {expected} bytes, the file holds at most {size}")
+        _check_shape(shape, dtype)
+        check_memory(math.prod(shape), dtype.itemsize)
+        stream.seek(0)
+        content = stream.read(expected)
+        trailing = 0
+        while block := stream.read(1 << 20):  # to the checksum
+            trailing += len(block)
+            if trailing > max(expected, MOST_TRAILING_BYTES):
+                raise RejectedScan(f"more than {trailing} bytes after the {expected} that the header promises")
     if len(content) < expected:
         raise RejectedScan(f"truncated: the header promises {expected} bytes, the file holds {len(content)}")
     unit = nifti_unit_mm(header)
     if unit != 1:
         content = _in_millimetres(header, unit).binaryblock + content[len(header.binaryblock) :]
     return kind.from_bytes(content), unit
+
+
+def _nifti_header(start: bytes) -> tuple[type[nibabel.Nifti1Image], nibabel.Nifti1Header, int]:
+    """Class, header as stored and promised size in bytes of the NIfTI file that begins with ``start``."""
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        size = kind.header_class.sizeof_hdr
+        if len(start) >= size and size in (int.from_bytes(start[:4], order) for order in ("little", "big")):
+            break
+    else:
+        raise RejectedScan("unreadable header: not a NIfTI file")
+    header = kind.header_class.from_fileobj(BytesIO(start), check=False)
+    if not 1 <= header["dim"][0] <= 7 or (header["dim"][1 : header["dim"][0] + 1] < 0).any():
+        raise RejectedScan(f"unreadable header: dimensions {header['dim'].tolist()}")
+    _check_spacing(header["pixdim"][1:4].tolist()[: header["dim"][0]])
+    try:
+        dtype = header.get_data_dtype()
+    except LookupError as error:
+        raise RejectedScan(f"unreadable header: unknown datatype {int(header['datatype'])}") from error
+    offset = max(int(header["vox_offset"]), size + 4)  # nibabel mends a smaller one to this
+    return kind, header, offset + math.prod(header.get_data_shape()) * dtype.itemsize
 
 
 def _in_millimetres(header: nibabel.Nifti1Header, unit: float) -> nibabel.Nifti1Header:
@@ -199,17 +311,22 @@ def _read_itk(path: Path) -> tuple[nibabel.Nifti1Image, float]:
     """The image in mm, and the unit of the file in mm."""
     import SimpleITK
 
-    with path.open("rb") as stream:
-        text = stream.read(_HEADER_BYTES).decode("latin-1")
+    text = _text_header(path)
+    _check_data_file(text, path)
     # ITK turns a negative spacing into a flipped axis without a word
     stated = re.search(r"^(?:ElementSpacing\s*=|spacings:)([-+0-9.eE \t]+)$", text, re.MULTILINE)
     if stated:
         _check_spacing([float(number) for number in stated.group(1).split()])
-    volume = SimpleITK.ReadImage(str(path))
-    if volume.GetNumberOfComponentsPerPixel() != 1:
-        raise RejectedScan(f"{volume.GetNumberOfComponentsPerPixel()} values per voxel: one is needed")
-    if volume.GetDimension() != 3:
-        raise RejectedScan(f"{volume.GetDimension()}D image: a 3D volume is needed")
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO(_ITK_READERS[ending_of(path)])
+    reader.SetFileName(_utf8(path))
+    reader.ReadImageInformation()
+    if reader.GetNumberOfComponents() != 1:
+        raise RejectedScan(f"{reader.GetNumberOfComponents()} values per voxel: one is needed")
+    if reader.GetDimension() != 3:
+        raise RejectedScan(f"{reader.GetDimension()}D image: a 3D volume is needed")
+    check_memory(math.prod(reader.GetSize()), SimpleITK.Image([1, 1, 1], reader.GetPixelID()).GetSizeOfPixelComponent())
+    volume = reader.Execute()
     unit = _itk_unit_mm(text)
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(volume.GetDirection(), (3, 3)) * np.asarray(volume.GetSpacing())
@@ -219,16 +336,56 @@ def _read_itk(path: Path) -> tuple[nibabel.Nifti1Image, float]:
     return nibabel.Nifti1Image(array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, dtype=array.dtype), unit
 
 
-def _check_grid(image: nibabel.Nifti1Image) -> None:
-    if image.ndim != 3:
-        raise RejectedScan(f"{image.ndim}D image {image.shape}: a 3D volume is needed")
-    if min(image.shape) == 0:
-        raise RejectedScan(f"empty image: shape {image.shape}")
-    if min(image.shape) == 1:
-        raise RejectedScan(f"a single slice: shape {image.shape}, a 3D volume is needed")
-    dtype = image.get_data_dtype()
+def _text_header(path: Path) -> str:
+    """The text at the start of a NRRD or MetaImage file, as Latin-1."""
+    with path.open("rb") as stream:
+        return stream.read(_HEADER_BYTES).decode("latin-1")
+
+
+def _check_data_file(text: str, path: Path) -> None:
+    """ITK opens whatever a header names: let it name the file itself, or one other in the header's folder."""
+    metaimage = ending_of(path) in (".mha", ".mhd")
+    header = (_METAIMAGE_HEADER if metaimage else _NRRD_HEADER).match(text)
+    if header is None and len(text) == _HEADER_BYTES:
+        raise RejectedScan(f"unreadable: its header does not end within {_HEADER_BYTES} bytes")
+    named = [match[1] for match in _DATA_FILE.finditer(header[0] if header else text)]
+    if ending_of(path) in (".mha", ".nrrd") and named in ([], ["LOCAL"]):
+        return
+    if len(named) != 1:
+        raise RejectedScan("unreadable: its header does not name one data file")
+    data = path.parent / named[0]
+    if not _is_beside(data, path):
+        raise RejectedScan(f"its header names a data file outside its own folder: {named[0]}")
+    if not data.is_file():
+        raise RejectedScan(f"unreadable: its data file {named[0]} is not there")
+
+
+def _is_beside(data: Path, header: Path) -> bool:
+    """Whether a data file lies in the folder of its header, links followed, where both may be links to one folder."""
+    folders = (header.parent.resolve(), header.resolve().parent)
+    return any(data.resolve().is_relative_to(folder) for folder in folders)
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.as_posix().encode("utf-8").decode()
+    except UnicodeEncodeError as error:
+        raise RejectedScan("its path is not UTF-8, and ITK cannot open it: rename it") from error
+
+
+def _check_shape(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if len(shape) != 3:
+        raise RejectedScan(f"{len(shape)}D image {tuple(shape)}: a 3D volume is needed")
+    if min(shape) == 0:
+        raise RejectedScan(f"empty image: shape {tuple(shape)}")
+    if min(shape) == 1:
+        raise RejectedScan(f"a single slice: shape {tuple(shape)}, a 3D volume is needed")
     if dtype.kind not in "iufb":
         raise RejectedScan(f"colour or complex voxels ({dtype}): one number per voxel is needed")
+
+
+def _check_grid(image: nibabel.Nifti1Image) -> None:
+    _check_shape(image.shape, image.get_data_dtype())
     axes = image.affine[:3, :3]
     sizes = np.linalg.norm(axes, axis=0)
     if not np.isfinite(image.affine).all() or (sizes <= 0).any():

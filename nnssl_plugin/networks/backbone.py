@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from nnssl_plugin.networks.family import Parts, reader_of
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.networks.family import Parts, TokenReader, reader_of
 from nnssl_plugin.networks.token_grid import TokenGrid
 
 
@@ -34,6 +35,37 @@ class Backbone(nn.Module):
     def features(self, x: Tensor) -> list[Tensor]:
         """Encoder maps of ``x`` (B, C, *spatial), fine to coarse: (B, channels[s], *spatial / strides[s])."""
         return self._reader.features(x)
+
+    @property
+    def encodes_subsets(self) -> bool:
+        """Whether :meth:`kept_tokens` works: for transformers over patches."""
+        return isinstance(self._reader, TokenReader)
+
+    def kept_tokens(self, x: Tensor, keep: Tensor) -> Tensor:
+        """Tokens (B, K, C) of some patches of an image, encoded as if the others did not exist.
+
+        A convolutional patch embedding (PrimusV2, V3) reads across the borders of patches: blank what must not be seen.
+
+        Args:
+            x: (B, C, *spatial).
+            keep: (B, K) long, which tokens of each sample, without repetition, as :meth:`tokens` numbers them; the
+                result has their order.
+
+        Raises:
+            UserError: for a network that cannot leave out a part of the image.
+        """
+        return self._token_reader().kept_tokens(x, keep)
+
+    def token_decoder(self, blocks: int) -> nn.Module:
+        """Fresh transformer blocks of the encoder's width, from tokens (B, N, C) of the whole grid to (B, N, C).
+
+        ``decode`` of Primus treats each token alone: what stands for a patch that was not encoded must attend to the
+        encoded ones before.
+
+        Raises:
+            UserError: for a network without tokens.
+        """
+        return self._token_reader().token_decoder(blocks)
 
     def stage(self, stride: int | None) -> int:
         """Index of the finest stage whose largest stride is at least ``stride``; the bottleneck where there is none,
@@ -83,6 +115,14 @@ class Backbone(nn.Module):
     def reconstruct(self, features: Sequence[Tensor], skips: bool = True) -> Tensor:
         """The image (B, input_channels, *spatial) from the decoder; the segmentation layers take no part."""
         return self.reconstruction_head(self.decode(features, skips=skips))
+
+    def _token_reader(self) -> TokenReader:
+        if not isinstance(self._reader, TokenReader):
+            raise UserError(
+                f"{type(self.network).__name__} cannot encode a part of the image: its layers need the whole grid.",
+                "Mask the image instead, or use a plan with Primus: nnssl_plugin plan -d ID -n NAME --preset primus-s",
+            )
+        return self._reader
 
     def train_only(self, parts: Sequence[str]) -> None:
         """Freeze everything but the named parts, ``"encoder"`` and ``"decoder"`` (never its segmentation layers)."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -78,6 +78,19 @@ class Reader(Protocol):
 
     def compiled(self) -> list[nn.Module]:
         """Modules that are worth compiling one by one."""
+        ...
+
+
+@runtime_checkable
+class TokenReader(Protocol):
+    """What the reader of a transformer over patches offers beside :class:`Reader`."""
+
+    def kept_tokens(self, x: Tensor, keep: Tensor) -> Tensor:
+        """Tokens (B, K, C) of the patches ``keep`` (B, K) of an image (B, C, *spatial), encoded without the others."""
+        ...
+
+    def token_decoder(self, blocks: int) -> nn.Module:
+        """Fresh transformer blocks, from tokens (B, N, C) of the whole grid to as many."""
         ...
 
 

@@ -15,7 +15,8 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.quickstart.steps import Step
 from nnssl_plugin.training.interruption import TO_BE_CONTINUED
 
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+FINAL, LATEST, BEST, PREVIOUS = (f"checkpoint_{kind}.pth" for kind in ("final", "latest", "best", "previous"))
+CHECKPOINTS = (FINAL, LATEST, BEST)
 """In the order in which nnU-Net's ``--c`` looks for them."""
 SECONDS_TO_STOP = 120
 
@@ -50,21 +51,29 @@ def shell_line(step: Step) -> str:
 def continued(step: Step) -> Step:
     """The step with ``--c`` where an interrupted training left a checkpoint that can be read.
 
-    A damaged one (nnU-Net's own are not written atomically) is removed, so that the next best is taken.
+    A damaged one is removed, so that the next best is taken; ``checkpoint_latest.pth`` stays where the trainer can take
+    the one before it.
     """
-    from nnssl_plugin.checkpoints.format.files import read_checkpoint  # PyTorch takes seconds to import
-
     for name in CHECKPOINTS if step.results is not None else ():
         path = step.results / name
         if not path.is_file():
             continue
-        try:
-            read_checkpoint(path)
-        except UserError:
-            path.unlink()
-            continue
-        return Step(step.title, step.does, (*step.command, "--c"), step.environment, step.results)
+        if _is_readable(path) or (name == LATEST and _is_readable(path.with_name(PREVIOUS))):
+            return Step(step.title, step.does, (*step.command, "--c"), step.environment, step.results)
+        path.unlink()
     return step
+
+
+def _is_readable(path: Path) -> bool:
+    from nnssl_plugin.checkpoints.format.files import read_checkpoint  # PyTorch takes seconds to import
+
+    if not path.is_file():
+        return False
+    try:
+        read_checkpoint(path)
+    except UserError:
+        return False
+    return True
 
 
 def run_step(

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.intake.plausibility import looks_like_ct
 from nnssl_plugin.intake.raw_dataset import case_name
 from nnssl_plugin.io.scans import ENDINGS, RejectedScan, ending_of, load_scan, read_volume
 
@@ -25,8 +26,6 @@ MOST_VOXELS = 48**3
 """Voxels of a scan; a larger one is averaged over blocks, first along the axes with the finest spacing."""
 MOST_LABELS = 6
 """Labels that are kept, those with the most voxels first."""
-AIR_HU = -500
-"""Scans that go below are taken for CT."""
 SEED = 0
 
 
@@ -175,7 +174,7 @@ def _load_one(candidate: Candidate) -> tuple[SmallCase, tuple[int, ...], bool]:
         middles = tuple(slice(f // 2, n // f * f, f) for n, f in zip(stored.shape, factors, strict=True))
         label = np.rint(stored[middles]).astype(np.int32)
     small = SmallCase(candidate.case, coarsen(scan.array, factors), affine, label)
-    return small, factors, bool(scan.array.min() < AIR_HU)
+    return small, factors, looks_like_ct(scan.array)
 
 
 def _check_segmentation(stored, affine, scan):

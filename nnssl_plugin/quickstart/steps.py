@@ -92,6 +92,7 @@ def planning_steps(folder: Path, *, modality: str = "MR") -> list[Step]:
         PRETRAINING.partition("_")[2],
         "--modality",
         modality,
+        "--keep",
     )
     # --clean: a fingerprint that an interruption left half-written is made anew
     plan = (

@@ -43,9 +43,25 @@ def random_block_mask(
     grid = [math.ceil(size / edge) for size, edge in zip(spatial, edges, strict=True)]
     n_blocks = math.prod(grid)
     kept = math.floor(n_blocks * (1 - ratio) + 1e-9)  # 10 · (1 − 0.9) is 0.9999…98 in floating point
-    order = torch.rand(batch, n_blocks, generator=generator, device=device).argsort(1)
-    mask = torch.ones(batch, n_blocks, dtype=torch.bool, device=device).scatter_(1, order[:, :kept], False)
-    mask = mask.reshape(batch, 1, *grid)
+    return mask_all_but(random_ids(batch, n_blocks, kept, generator=generator, device=device), spatial, edges)
+
+
+def random_ids(batch: int, total: int, kept: int, *, generator: torch.Generator, device: torch.device | str) -> Tensor:
+    """``kept`` different numbers below ``total`` for each sample, in random order: (batch, kept) long."""
+    return torch.rand(batch, total, generator=generator, device=device).argsort(1)[:, :kept]
+
+
+def mask_all_but(visible: Tensor, spatial: Sequence[int], edges: Sequence[int]) -> Tensor:
+    """The mask (B, 1, *spatial) bool, True = masked, that leaves some blocks of a grid visible.
+
+    Args:
+        visible: (B, K) long, the blocks of each sample that stay, numbered as a map of them is flattened.
+        spatial: size of the image in voxels.
+        edges: of a block, per axis; the last block of an axis is cut where they do not divide the size.
+    """
+    grid = [math.ceil(size / edge) for size, edge in zip(spatial, edges, strict=True)]
+    mask = torch.ones(len(visible), math.prod(grid), dtype=torch.bool, device=visible.device)
+    mask = mask.scatter_(1, visible, False).reshape(len(visible), 1, *grid)
     for axis, (edge, size) in enumerate(zip(edges, spatial, strict=True), start=2):
         mask = mask.repeat_interleave(edge, axis).narrow(axis, 0, size)
     return mask

@@ -33,9 +33,24 @@ def test_exit_code_is_one_and_the_table_is_named_where_something_was_rejected(nn
     assert command(scans) == 1
     printed = capsys.readouterr().out
     table = Path(nnunet_environment["nnUNet_raw"]) / "Dataset077_Cli" / "rejected.csv"
-    assert f"7 rejected, see {table}" in printed and "empty file" in printed and "and 2 more" in printed
+    assert f"7 rejected, see {table}" in printed and "7 x empty file, for example " in printed and "bad0" in printed
+    assert "size     8 x 9 x 10 voxels" in printed and "contact_sheet.png" in printed
     assert len(printed.splitlines()) <= 10
     assert command(scans) == 1  # still rejected
+
+
+def test_what_is_set_aside_is_counted_kept_or_left_out(nnunet_environment, scans, capsys):
+    array = np.random.default_rng(1).uniform(size=(8, 9, 10)).astype(np.float32)
+    for number in range(3):
+        nibabel.save(nibabel.Nifti1Image(array + number, np.eye(4)), scans / f"{number}_mask.nii.gz")
+    assert command(scans) == 1
+    printed = capsys.readouterr().out
+    assert "3 set aside" in printed and "3 x named as a segmentation, for example" in printed and "--keep" in printed
+    assert command(scans, "--exclude", "[12]_mask*", "--keep", "0_*") == 0
+    printed = capsys.readouterr().out
+    assert "1 cases added, 1 known" in printed and "2 scans are left out" in printed
+    assert command(scans, "--keep") == 0
+    assert "2 cases added, 2 known" in capsys.readouterr().out
 
 
 def test_exit_code_is_two_for_a_mistake(nnunet_environment, scans, capsys, monkeypatch):

@@ -136,12 +136,13 @@ def test_whole_case_is_resized_and_keeps_the_relative_position(open_batches):
     for i, case in enumerate(batch["cases"]):
         (triplet,) = batches.triplets[case]
         assert float(batch["slice_position"][i]) == pytest.approx((triplet.slice + 0.5) / triplet.n_slices)
-        assert batch["extent"][i].tolist() == [18, 20, 17]
+        assert batch["extent"][i].tolist() == batch["case_shape"][i].tolist() == [18, 20, 17]
 
 
 def test_2d_windows(open_batches):
     batch = open_batches(patch=(16, 12))[0]
     assert batch["image"].shape == (2, 2, 16, 12) and batch["origin"].shape == (2, 2)
+    assert batch["case_shape"].tolist() == [[20, 17], [20, 17]]
 
 
 def test_triplets_bring_the_embeddings_of_the_slice_that_is_shown(open_batches):

@@ -195,13 +195,13 @@ def test_reading_needs_neither_open_clip_nor_torch():
 def test_a_text_with_any_character_is_read_again(folder, inside):
     triplet = replace(ONE, text=f"left{inside}right")
     write_triplets(folder, [triplet, TWO])
-    assert list(read_triplets(folder).values()) == [triplet, TWO]
+    assert read_triplets(folder) == [triplet, TWO]
 
 
 def test_a_byte_order_mark_is_skipped_and_latin_1_is_told(folder):
     path = write_triplets(folder, [ONE])
     path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
-    assert read_triplets(folder) == {"a": ONE}
+    assert read_triplets(folder) == [ONE]
     path.write_bytes(path.read_text(encoding="utf-8-sig").encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         read_triplets(folder)

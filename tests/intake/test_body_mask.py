@@ -33,6 +33,26 @@ def test_outliers_do_not_move_the_threshold():
     assert share_equal(mask, left | right) > 0.999
 
 
+def test_bright_fat_and_a_hot_bladder_leave_the_rest_of_the_body_in():
+    """Otsu's threshold would cut the body at 30, for it lies nearer to air than to what is bright."""
+    left, right = two_balls()
+    noise = np.random.default_rng(1).uniform(0, 3, left.shape)
+    fat = ndimage.binary_erosion(left | right, iterations=2)
+    np.testing.assert_array_equal(
+        body_mask((left | right) * 30 + fat * 170 + noise, np.eye(4), modality="MR"), left | right
+    )
+    hot = (left | right) * 1.0
+    hot[11:14, 14:17, 9:12] = 200
+    np.testing.assert_array_equal(body_mask(hot + noise / 100, np.eye(4), modality="PET"), left | right)
+
+
+def test_an_image_without_air_is_taken_whole():
+    tissue = np.random.default_rng(0).normal(100, 20, (20, 20, 20)).clip(1)
+    tissue[5:8, 5:8, 5:8] = 2
+    assert body_mask(tissue, np.eye(4), modality="MR").all()
+    assert body_mask(tissue, np.eye(4), modality="CT").all()
+
+
 def test_holes_are_filled_and_specks_dropped():
     left, right = two_balls()
     array = np.where(left | right, 100.0, 0.0)

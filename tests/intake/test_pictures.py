@@ -5,8 +5,9 @@ import pytest
 from PIL import ExifTags, Image
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.intake.file_search import FoundFiles, find_scans
 from nnssl_plugin.intake.pictures import load_picture, picture_mask, png_bytes
-from nnssl_plugin.intake.unlabelled import find_scans, made_grey, prepare_dataset
+from nnssl_plugin.intake.unlabelled import made_grey, prepare_dataset
 from nnssl_plugin.io.scans import RejectedScan
 
 
@@ -130,7 +131,7 @@ def test_the_same_pixels_twice_are_one_case(raw, source):
 def test_images_beside_volumes_are_other_files(source, save):
     save("a.nii.gz")
     write(source / "screenshot.png", noise((16, 16)))
-    assert find_scans(source) == ([source / "a.nii.gz"], 1)
+    assert find_scans(source) == FoundFiles((source / "a.nii.gz",), others=1)
 
 
 def test_images_and_volumes_do_not_mix(raw, source, save, tmp_path):

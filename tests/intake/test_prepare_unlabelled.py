@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -14,7 +15,11 @@ import SimpleITK
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake import unlabelled
+from nnssl_plugin.intake.ledger import Origin, read_rows
 from nnssl_plugin.intake.unlabelled import prepare_dataset
+from nnssl_plugin.io.scans import load_scan
+
+STAGE_VOLUME = unlabelled._stage_volume
 
 
 def prepare(source, **options):
@@ -166,7 +171,8 @@ def test_changed_source_is_taken_anew_under_its_name(raw, source, save):
     save("a.nii.gz", seed=1)
     folder = prepare(source).folder
     label = (folder / "labelsTr" / "a.nii.gz").read_bytes()
-    save("a.nii.gz", array=np.roll(np.pad(np.ones((9, 9, 9)), 4), 3, axis=0))
+    noise = np.random.default_rng(0).uniform(50, 100, (9, 9, 9))
+    save("a.nii.gz", array=np.roll(np.pad(noise, 4), 3, axis=0))
     assert prepare(source).added == ("a",)
     assert (folder / "labelsTr" / "a.nii.gz").read_bytes() != label
     (source / "a.nii.gz").write_bytes(b"broken")
@@ -300,3 +306,107 @@ def test_arguments_that_make_no_dataset_are_refused(raw, tmp_path, source, save)
         with pytest.raises(UserError):
             prepare_dataset(source, dataset_id, name)
     assert not any(raw.iterdir())
+
+
+def reasons(summary, source):
+    return {Path(row.source).relative_to(source).as_posix(): row.reason for row in summary.rejected}
+
+
+def test_segmentations_and_other_modalities_are_set_aside_unless_kept(raw, source, save, phantom):
+    save("imagesTr/a_0000.nii.gz", seed=1)
+    save("labelsTr/a.nii.gz", (phantom(1) > 50).astype(np.uint8))
+    save("other/a.nii.gz", (phantom(2) > 50).astype(np.uint8))
+    save("other/b.nii.gz", phantom(3) - 1000)
+    save("other/PET.nii.gz", seed=4)
+    summary = prepare(source)
+    assert summary.added == ("imagesTr_a_0000",) and summary.refused == () and len(summary.set_aside) == 4
+    told = reasons(summary, source)
+    assert "labels in labelsTr" in told["labelsTr/a.nii.gz"]
+    assert "values are those of a segmentation" in told["other/a.nii.gz"]
+    assert "looks like CT" in told["other/b.nii.gz"] and "says PET" in told["other/PET.nii.gz"]
+    assert prepare(source).rejected == summary.rejected
+    kept = prepare(source, keep=["other/*"])
+    assert sorted(kept.added) == ["other_PET", "other_a", "other_b"]
+    assert set(reasons(kept, source)) == {"labelsTr/a.nii.gz"}
+    silent = prepare(source, exclude=["labelsTr/*"])
+    assert (silent.rejected, silent.excluded, silent.known) == ((), 1, 4)
+    assert table(silent.folder, "rejected.csv") == []
+
+
+def test_a_dataset_without_a_case_may_become_one_of_another_modality(raw, source, save, phantom):
+    save("a.nii.gz", phantom() - 1000)
+    assert prepare(source).added == ()
+    summary = prepare(source, modality="CT")
+    assert (summary.added, summary.rejected) == (("a",), ())
+    assert json.loads((summary.folder / "dataset.json").read_text())["channel_names"] == {"0": "CT"}
+
+
+def test_binary_shapes_are_no_segmentations_where_they_are_asked_for(raw, source, save, phantom):
+    save("a.nii.gz", (phantom(1) > 50).astype(np.uint8))
+    assert prepare(source, modality="noNorm").added == ("a",)
+
+
+def test_a_refusal_for_a_cause_outside_of_the_file_is_tried_again(raw, source, save, monkeypatch):
+    save("a.nii.gz", seed=1)
+    (source / "bad.nii.gz").write_bytes(b"damaged")
+    with monkeypatch.context() as patch:
+        patch.setattr("nnssl_plugin.io.scans.available_memory", lambda: 1)
+        first = prepare(source)
+    assert first.added == () and "too large for the memory" in reasons(first, source)["a.nii.gz"]
+    seen = []
+    examine = unlabelled._examine
+    monkeypatch.setattr(unlabelled, "_examine", lambda task: seen.append(task.source.name) or examine(task))
+    assert prepare(source).added == ("a",)
+    assert seen == ["a.nii.gz"]  # the damaged file is damaged still
+
+
+def test_names_of_any_bytes_and_length_are_taken_and_known_again(raw, source, save):
+    long = "/".join(["x" * 200] * 3)
+    save(f"{long}/a.nii.gz", seed=1)
+    odd = os.path.join(os.fsencode(source), b"M\xfcller \xff.nii.gz")
+    os.rename(save("b.nii.gz", seed=2), odd)
+    summary = prepare(source)
+    assert len(summary.added) == 2 and summary.rejected == ()
+    assert os.fsdecode(odd) in {row.source for row in read_rows(summary.folder / "provenance.csv", Origin)}
+    assert (summary.folder / "imagesTr" / "M_ller_0000.nii.gz").resolve() == Path(os.fsdecode(odd))
+    assert (prepare(source).known, prepare(source).added) == (2, ())
+
+
+def test_the_dataset_itself_is_not_taken_through_a_link(raw, source, save):
+    save("a.nii.gz")
+    (source / "raw").symlink_to(raw)
+    prepare(source)
+    again = prepare(source)
+    assert (again.known, again.added, again.rejected) == (1, (), ())
+
+
+def test_whatever_a_reader_raises_the_others_go_on(raw, source, save, monkeypatch):
+    for name in ("a", "b"):
+        save(f"{name}.nii.gz", seed=ord(name))
+
+    def load(path):
+        if path.name == "a.nii.gz":
+            raise ReferenceError("of a kind nobody expects")
+        return load_scan(path)
+
+    monkeypatch.setattr(unlabelled, "load_scan", load)
+    summary = prepare(source)
+    assert summary.added == ("b",) and "ReferenceError: of a kind" in summary.rejected[0].reason
+
+
+@pytest.mark.slow
+def test_a_file_that_kills_its_worker_ends_nothing_else(raw, source, save, monkeypatch):
+    for number in range(5):
+        save(f"{number}.nii.gz", seed=number)
+    fork = multiprocessing.get_context("fork")  # spawned workers would not see the patched function
+    monkeypatch.setattr(unlabelled.multiprocessing, "get_context", lambda _method: fork)
+    monkeypatch.setattr(unlabelled, "_stage_volume", _killed_by_2)
+    summary = prepare(source, processes=2)
+    assert sorted(summary.added) == ["0", "1", "3", "4"]
+    assert "was killed" in summary.rejected[0].reason and summary.rejected[0].stamp == ""
+
+
+def _killed_by_2(task):
+    if task.source.name == "2.nii.gz":
+        os.kill(os.getpid(), 9)
+    return STAGE_VOLUME(task)

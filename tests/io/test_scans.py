@@ -1,6 +1,8 @@
 """Every kind of bad file is refused with its reason, and every good container reads alike."""
 
+import errno
 import gzip
+import os
 import struct
 
 import nibabel
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnssl_plugin.io.scans import RejectedScan, file_parts, load_scan, read_volume, stored_bytes
+from nnssl_plugin.io import scans
+from nnssl_plugin.io.scans import RejectedScan, UnavailableScan, file_parts, load_scan, read_volume, stored_bytes
 
 
 def refusal(path):
@@ -271,3 +274,131 @@ def test_units_of_nrrd_and_metaimage_are_read(source, phantom, name, before, sta
     other = stated.replace(b"um", b"furlong").replace(b"UM", b"furlong")
     (source / name).write_bytes(content.replace(before, other + before, 1))
     assert "unit of length furlong" in refusal(source / name)
+
+
+def test_what_is_no_regular_file_is_not_opened(source):
+    os.mkfifo(source / "a.nii.gz")
+    os.mkfifo(source / "b.mhd")
+    (source / "c.nrrd").mkdir()
+    (source / "d.nii").symlink_to("/dev/zero")
+    for name in ("a.nii.gz", "b.mhd", "c.nrrd", "d.nii"):
+        assert "no regular file" in refusal(source / name)
+        with pytest.raises(RejectedScan, match="no regular file"):
+            read_volume(source / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "replaced", "stated"),
+    [
+        ("a.mhd", b"ElementDataFile = a.raw", b"ElementDataFile = %s"),
+        ("a.mhd", b"ElementDataFile = a.raw", b"elementdatafile = a.raw\n ElementDataFile: %s"),
+        ("a.mhd", b"ElementDataFile = a.raw", b"ElementDataFile = LIST\n%s"),
+        ("a.nhdr", b"data file: a.raw", b"data file: %s"),
+        ("a.nhdr", b"data file: a.raw", b"data file: LIST\n%s"),
+        ("a.nhdr", b"data file: a.raw", b"datafile: a.raw\nData File: %s"),
+    ],
+)
+def test_a_header_may_not_name_data_outside_of_its_folder(source, tmp_path, phantom, name, replaced, stated):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(phantom()), str(source / name))
+    path, content = source / name, (source / name).read_bytes()
+    assert replaced in content
+    (source / "a.raw").rename(tmp_path / "secret.raw")
+    for target in (str(tmp_path / "secret.raw"), "../secret.raw", "linked.raw"):
+        (source / "linked.raw").unlink(missing_ok=True)
+        (source / "linked.raw").symlink_to(tmp_path / "secret.raw")
+        path.write_bytes(content.replace(replaced, stated % target.encode()))
+        assert "data file" in refusal(path)
+        assert file_parts(path) == [path]
+
+
+def test_an_attached_header_may_not_name_another_file(source, tmp_path, phantom):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(phantom()), str(source / "a.mha"))
+    content = (source / "a.mha").read_bytes()
+    (tmp_path / "secret.raw").write_bytes(content[-20 * 18 * 16 * 4 :])
+    stated = f"ElementDataFile = {tmp_path / 'secret.raw'}".encode()
+    (source / "a.mha").write_bytes(content.replace(b"ElementDataFile = LOCAL", stated))
+    assert "outside its own folder" in refusal(source / "a.mha")
+
+
+def test_a_linked_header_finds_the_data_beside_the_original(source, tmp_path, phantom):
+    store = tmp_path / "store"
+    store.mkdir()
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(phantom()), str(store / "a.mhd"))
+    for name in ("a.mhd", "a.raw"):
+        (source / name).symlink_to(store / name)
+    np.testing.assert_array_equal(load_scan(source / "a.mhd").array, phantom().T)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.nrrd", "a.mha"])
+def test_memory_is_judged_by_the_header(source, phantom, monkeypatch, name):
+    image = SimpleITK.GetImageFromArray(phantom())
+    SimpleITK.WriteImage(image, str(source / name), True)
+    needed = phantom().size * (4 + scans.BYTES_PER_VOXEL)
+    monkeypatch.setattr(scans, "available_memory", lambda: needed)
+    load_scan(source / name)
+    monkeypatch.setattr(scans, "available_memory", lambda: needed - 1)
+    for read in (load_scan, read_volume):
+        with pytest.raises(UnavailableScan, match="too large for the memory"):
+            read(source / name)
+
+
+def test_a_bomb_is_refused_before_it_is_expanded(source):
+    header = nibabel.Nifti1Header()
+    header.set_data_shape((2000, 2000, 2000))
+    header.set_data_dtype(np.float64)
+    (source / "a.nii.gz").write_bytes(gzip.compress(header.binaryblock + bytes(1 << 20)))
+    assert "truncated: the header promises 64000000352 bytes" in refusal(source / "a.nii.gz")
+
+
+def test_endless_bytes_after_the_voxels_are_refused(save, monkeypatch):
+    path = save("a.nii.gz")
+    stream = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(stream + bytes(100)))
+    load_scan(path)
+    monkeypatch.setattr(scans, "MOST_TRAILING_BYTES", 1000)
+    path.write_bytes(gzip.compress(stream + bytes(len(stream) + (2 << 20)), 1))
+    assert "after the" in refusal(path)
+
+
+@pytest.mark.parametrize("code", [7, 1, 0, 999])
+def test_unknown_datatypes_are_refused(save, code):
+    reason = refusal(patched(save("a.nii.gz"), offset=70, content=struct.pack("<h", code)))
+    assert "unknown datatype" in reason or "one number per voxel is needed" in reason
+
+
+def test_causes_outside_of_the_file_are_told_from_its_own(save, monkeypatch):
+    path = save("a.nii.gz")
+
+    def failing(_path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scans, "_read_nifti", failing)
+        with pytest.raises(UnavailableScan):
+            load_scan(path)
+    path.write_bytes(b"damaged")
+    with pytest.raises(RejectedScan) as caught:
+        load_scan(path)
+    assert not isinstance(caught.value, UnavailableScan)
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("endianness", ["<", ">"])
+def test_written_headers_hold_geometry_alone(source, phantom, kind, endianness):
+    affine = np.array([[0, -1.0, 0, 30], [2.0, 0, 0, -20], [0, 0, 3.0, 0], [0, 0, 0, 1]])
+    image = kind(phantom(), affine, kind.header_class(endianness=endianness))
+    image.set_qform(affine, code=3)
+    image.set_sform(affine, code=2)
+    texts = {"descrip": b"Doe^Jane 1970", "aux_file": b"/home/doe", "intent_name": b"Doe"}
+    texts |= {"db_name": b"Doe Jane"} if kind is nibabel.Nifti1Image else {}
+    for name, text in texts.items():
+        image.header[name] = text
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"Doe^Jane"))
+    stream = gzip.decompress(stored_bytes(image))
+    assert b"Doe" not in stream
+    again = kind.from_bytes(stream)
+    np.testing.assert_array_equal(again.get_fdata(), image.get_fdata())
+    np.testing.assert_array_equal(again.affine, image.affine)
+    for name in ("get_qform", "get_sform"):
+        for one, other in zip(getattr(again, name)(coded=True), getattr(image, name)(coded=True), strict=True):
+            np.testing.assert_array_equal(one, other)

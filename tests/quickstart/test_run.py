@@ -107,6 +107,14 @@ def test_a_damaged_checkpoint_makes_way_for_the_next_best(tmp_path):
     assert not (tmp_path / "checkpoint_latest.pth").exists()
 
 
+def test_a_damaged_checkpoint_stays_where_the_trainer_can_take_the_one_before(tmp_path):
+    training = step("", results=tmp_path)
+    (tmp_path / "checkpoint_latest.pth").write_bytes(b"half of a")
+    torch.save({"epoch": 1}, tmp_path / "checkpoint_previous.pth")
+    assert continued(training).command == (*training.command, "--c")
+    assert (tmp_path / "checkpoint_latest.pth").exists()
+
+
 def test_seconds_of_interrupted_attempts_add_up(tmp_path):
     state = State(tmp_path, PHANTOMS)
     state.record("plan", seconds=3, done=False, command="a")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnssl_plugin.transforms.masks import fill_masked, random_block_mask
+from nnssl_plugin.transforms.masks import fill_masked, mask_all_but, random_block_mask, random_ids
 
 
 def mask_of(batch, spatial, *, block, ratio, seed=0):
@@ -91,3 +91,20 @@ def test_a_tensor_fills_by_channel_and_keeps_the_type():
     assert filled.dtype == torch.float32
     assert torch.equal(filled, filler.float().expand(2, 4, 8, 8))
     assert fill_masked(image.half(), image > 0, 0.0).dtype == torch.float16
+
+
+def test_the_mask_of_chosen_blocks_leaves_exactly_them():
+    visible = torch.tensor([[0, 5], [3, 2]])
+    mask = mask_all_but(visible, (5, 6), (2, 3))  # 3 x 2 blocks, the last row of them cut
+    expected = torch.ones(2, 1, 5, 6, dtype=torch.bool)
+    for sample, blocks in enumerate(visible.tolist()):
+        for block in blocks:
+            row, column = divmod(block, 2)
+            expected[sample, 0, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3] = False
+    assert torch.equal(mask, expected)
+
+
+def test_random_numbers_of_a_sample_are_different():
+    drawn = random_ids(50, 10, 4, generator=torch.Generator().manual_seed(0), device="cpu")
+    assert drawn.shape == (50, 4) and all(len(set(row)) == 4 for row in drawn.tolist())
+    assert set(drawn.flatten().tolist()) == set(range(10))

@@ -29,7 +29,7 @@ def health_of(content: Mapping[str, Any], path: Path) -> dict[str, float]:
     series = {name: _numbers(log.get(name)) for name in (*SERIES, SUM)}
     logged = {name: sum(numbers) if name == SUM else numbers[-1] for name, numbers in series.items() if numbers}
     exported = content.get(ENTRY)
-    stated = _quality(path) | (exported if isinstance(exported, Mapping) else {}) | logged
+    stated = _quality(path) | (dict(exported) if isinstance(exported, Mapping) else {}) | logged
     return {name: float(stated[name]) for name in (*SERIES, SUM) if _is_number(stated.get(name))}
 
 

@@ -232,7 +232,7 @@ def _front_matter(provenance: Mapping[str, Any]) -> ModelCardData:
     known = licence.lower() in LICENCES
     modalities = {MODALITIES[c] for channel in provenance["channels"] for c in MODALITIES if channel.startswith(c)}
     method = _line(provenance["method"])
-    named = {} if known or licence == "not stated" else {"license_name": licence}
+    named: dict[str, Any] = {} if known or licence == "not stated" else {"license_name": licence}
     return ModelCardData(
         license=licence.lower() if known else "unknown" if licence == "not stated" else "other",
         library_name="nnssl_plugin",

@@ -26,7 +26,7 @@ def _list_of(test: Test) -> Test:
 
 
 def _whole(value: Any, least: int = 0, most: float = 2**63) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most and value == int(value)
+    return _number(value) and least <= value <= most and float(value).is_integer()
 
 
 def _size(value: Any) -> bool:
@@ -38,7 +38,12 @@ def _millimetres(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return abs(float(value)) < 1e300
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _block(value: Any) -> bool:

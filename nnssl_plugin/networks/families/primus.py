@@ -44,18 +44,45 @@ class PrimusReader:
         Raises:
             UserError: for an image of another size than the network was built for.
         """
-        embedded = self.network.down_projection(x)
-        grid = embedded.shape[2:]
-        tokens = embedded.flatten(2).transpose(1, 2)
-        registers = self.network.register_tokens
-        if registers is not None:
-            tokens = torch.cat((registers.expand(len(x), -1, -1), tokens), 1)
-        self._check(tokens, x)
+        tokens, grid = self._embedded(x)
         tokens, kept = self.network.eva(tokens)
-        if registers is not None:
-            tokens = tokens[:, registers.shape[1] :]
-        tokens, _ = self.network.restore_full_sequence(tokens, kept, grid.numel())
+        tokens, _ = self.network.restore_full_sequence(tokens[:, self._registers :], kept, grid.numel())
         return [tokens.transpose(1, 2).unflatten(2, grid)]
+
+    def kept_tokens(self, x: Tensor, keep: Tensor) -> Tensor:
+        """The tokens (B, K, embed_dim) of some patches, which attend to one another and to the registers alone.
+
+        Written out because Eva's own patch dropout gives timm a rotary embedding whose samples stand where the heads
+        should.
+
+        Raises:
+            UserError: for an image of another size than the network was built for.
+        """
+        eva, first = self.network.eva, self._registers
+        tokens, _ = self._embedded(x)
+        tokens = eva.pos_drop(tokens if eva.pos_embed is None else tokens + eva.pos_embed)
+        rows = (keep + first)[:, :, None].expand(-1, -1, tokens.shape[2])
+        tokens = torch.cat((tokens[:, :first], tokens.gather(1, rows)), 1)
+        rotary = None if eva.rope is None else eva.rope.get_embed()[keep][:, None]  # (B, 1, K, ·), alike for all heads
+        for block in eva.blocks:
+            tokens = block(tokens, rope=rotary)
+        return eva.norm(tokens)[:, first:]
+
+    def token_decoder(self, blocks: int) -> nn.Module:
+        """Fresh transformer blocks with the width, heads and kinds of positions of the encoder's."""
+        eva: Any = self.network.eva
+        attention = eva.blocks[0].attn
+        count = (1,) if eva.pos_embed is None else (eva.pos_embed.shape[1] - self._registers,)
+        decoder = type(eva)(
+            embed_dim=self.network.embed_dim,
+            depth=blocks,
+            num_heads=attention.num_heads,
+            ref_feat_shape=self.planned_grid or count,
+            use_rot_pos_emb=eva.rope is not None,
+            use_abs_pos_emb=eva.pos_embed is not None,
+            scale_attn_inner=not isinstance(attention.norm, nn.Identity),
+        )
+        return _TokensAlone(decoder)
 
     def decode(self, features: Sequence[Tensor], skips: bool) -> Tensor:
         """The map before the last up-sampling, which in Primus is the segmentation layer at once."""
@@ -90,6 +117,21 @@ class PrimusReader:
         """Modules that are worth compiling one by one."""
         return [self.network.eva, *self.network.up_projection.decode[:-1]]
 
+    @property
+    def _registers(self) -> int:
+        """Tokens that stand before those of the patches."""
+        registers = self.network.register_tokens
+        return 0 if registers is None else registers.shape[1]
+
+    def _embedded(self, x: Tensor) -> tuple[Tensor, torch.Size]:
+        """Registers and patches (B, R + N, embed_dim) before the transformer, and the grid of the patches."""
+        embedded = self.network.down_projection(x)
+        tokens = embedded.flatten(2).transpose(1, 2)
+        if self._registers:
+            tokens = torch.cat((self.network.register_tokens.expand(len(x), -1, -1), tokens), 1)
+        self._check(tokens, x)
+        return tokens, embedded.shape[2:]
+
     def _check(self, tokens: Tensor, x: Tensor) -> None:
         positions = self.network.eva.pos_embed
         if positions is not None and positions.shape[1] != tokens.shape[1]:
@@ -98,6 +140,17 @@ class PrimusReader:
                 f"{'x'.join(str(size) for size in x.shape[2:])} voxels gives {tokens.shape[1]}.",
                 "Give the method windows of the plan's patch size, or use a convolutional network.",
             )
+
+
+class _TokensAlone(nn.Module):
+    """A transformer of dynamic_network_architectures without the second value that it returns."""
+
+    def __init__(self, transformer: nn.Module):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.transformer(tokens)[0]
 
 
 def _embedding(module: nn.Module) -> list[nn.Module]:

@@ -11,7 +11,7 @@ import json, resource, time
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
-from nnssl_plugin.checkpoints.adaptation import adapt_weights
+from nnssl_plugin.checkpoints.adaptation.adapt import adapt_weights
 
 def resenc_l(channels, classes, first):
     with torch.device("meta"):  # constant values come faster than random ones
