@@ -24,6 +24,9 @@ def prepare(
     modality: str | None = None,
     class_labels: str | Path | None = None,
     targets: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    keep: Sequence[str] = (),
     processes: int = 2,
 ) -> PrepareSummary:
     """Make or extend an nnU-Net raw dataset from a folder of scans or 2D images, as ``nnssl_plugin prepare`` does.
@@ -38,6 +41,10 @@ def prepare(
             None: ``MR``, and ``grey`` for 2D images.
         class_labels: table of class labels for classification; scans without a row are left out.
         targets: columns of the table to predict: ``NAME``, ``NAME:KIND`` or ``NAME:KIND:CLASS,CLASS``.
+        include: patterns of scans to take, such as ``siteB/*`` or ``*_T1*``; none: all.
+        exclude: patterns of scans to leave out.
+        keep: patterns of scans that are never set aside as segmentations or as another modality; what a table of
+            classes names never is.
         processes: worker processes; 1 works in this one.
 
     Returns:
@@ -49,9 +56,26 @@ def prepare(
     if class_labels is None:
         if targets:
             raise UserError("Targets describe columns of a table.", "Give the table too: class_labels=FILE.csv")
-        return prepare_dataset(images, dataset_id, name, modality=modality, processes=processes)
+        return prepare_dataset(
+            images,
+            dataset_id,
+            name,
+            modality=modality,
+            processes=processes,
+            include=include,
+            exclude=exclude,
+            keep=keep,
+        )
     summary, _ = prepare_class_dataset(
-        images, dataset_id, name, table=class_labels, targets=targets, modality=modality, processes=processes
+        images,
+        dataset_id,
+        name,
+        table=class_labels,
+        targets=targets,
+        modality=modality,
+        processes=processes,
+        include=include,
+        exclude=exclude,
     )
     return summary
 

@@ -52,6 +52,15 @@ def test_prepare_makes_the_dataset_of_the_verb(raw, scans):
     same_files(made.folder, raw / "Dataset502_Same", names)
 
 
+def test_prepare_chooses_scans_by_patterns(raw, scans):
+    chosen = nnssl.prepare(scans, 501, "One", include=["case_0*"], processes=1)
+    left = nnssl.prepare(scans, 502, "Rest", exclude=["case_0*", "flat*"], processes=1)
+    assert len(chosen.added) == len(left.added) == 1 and not chosen.rejected and not left.rejected
+    sources = [(made.folder / "provenance.csv").read_text() for made in (chosen, left)]
+    assert "case_0.nii.gz" in sources[0] and "case_1.nii.gz" in sources[1]
+    assert "case_1.nii.gz" not in sources[0] and "case_0.nii.gz" not in sources[1]
+
+
 def test_prepare_takes_a_table_of_classes(raw, scans, tmp_path):
     table = tmp_path / "labels.csv"
     table.write_text("case,grade\ncase_0,low\ncase_1,high\n")
