@@ -53,6 +53,8 @@ def run_with(environment: dict[str, str], words: tuple[str, ...]) -> tuple[int, 
             patch.setenv(name, value)
         patch.setattr(sys, "argv", list(words))
         patch.setattr(multiprocessing, "get_context", lambda method=None: WorkerThreads)
+        # forked workers would inherit handlers of SIGTERM, by which a pool ends them
+        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
         for name in ("set_num_threads", "set_num_interop_threads"):  # as many as there are cores, for ever
             patch.setattr(torch, name, lambda number: None)
         return _exit_code(script.load()), printed.getvalue()
