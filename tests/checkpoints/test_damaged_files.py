@@ -57,7 +57,7 @@ def test_a_damaged_field_is_no_traceback(command, writer, dataset, tmp_path):
         succeeds_or_refuses(command, with_value(content, place, value), tmp_path / "a.pth")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_damaged_field_is_a_traceback(command, writer, dataset, tmp_path):
