@@ -101,7 +101,7 @@ def _captioner_class(name: str) -> Any:
     if missing:
         raise UserError(
             f"{name} is no captioner: it has no {', '.join(missing)}.",
-            "Its members stand in nnssl_plugin/captions/captioners.py.",
+            "A captioner has a name, a dataclass Options, and describe(slices, facts), which gives one text per slice.",
         )
     return found
 
