@@ -8,7 +8,7 @@ import inspect
 import json
 import pydoc
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import get_type_hints
@@ -37,10 +37,11 @@ def settings_table(settings: type) -> str:
 
 
 def field_docstrings(settings: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, in Markdown and on one line."""
-    body = ast.parse(inspect.getsource(settings)).body[0].body
+    """The docstring under each field of a dataclass and of those that it extends, in Markdown and on one line."""
+    bodies = [ast.parse(inspect.getsource(kind)).body[0].body for kind in settings.__mro__ if is_dataclass(kind)]
     return {
         node.target.id: re.sub(r"\s+", " ", below.value.value).replace("``", "`")
+        for body in reversed(bodies)
         for node, below in pairwise(body)
         if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
