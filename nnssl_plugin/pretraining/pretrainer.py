@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, autocast, nn
 
 from nnssl_plugin.checkpoints.format.provenance import describe_pretraining, nnssl_adaptation_plan, nnssl_citations
@@ -86,6 +87,11 @@ class Pretrainer(ResumableTrainer):
         """The method around the planned network; ``self.method_settings`` holds its settings."""
         raise TypeError(f"{type(self).__name__} must define build_task()")
 
+    def network_channels(self, channels: int) -> int:
+        """Input channels of the network on a dataset of ``channels``; where they differ, the method's ``views`` make
+        images of that many out of the batch's."""
+        return channels
+
     # ------------------------------------------------------------------ building
 
     def initialize(self) -> None:
@@ -96,9 +102,23 @@ class Pretrainer(ResumableTrainer):
             self.task.gather = gather_samples
         self._log_settings()
 
+    def build_network_architecture(  # type: ignore[override]  # nnU-Net calls it on the trainer
+        self,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The planned network, with the method's number of input channels in place of the dataset's."""
+        channels = self.network_channels(num_input_channels)
+        return super().build_network_architecture(
+            plans_manager, configuration_manager, channels, num_output_channels, enable_deep_supervision
+        )
+
     def configure_optimizers(self):
         """Put the task in the network's place, the one moment between building and wrapping."""
-        backbone = Backbone(self.network, self.num_input_channels)
+        backbone = Backbone(self.network, self.network_channels(self.num_input_channels))
         self.task = self.network = self.build_task(backbone).to(self.device)
         if super()._do_i_compile():
             for module in self.network.modules():
@@ -358,7 +378,7 @@ class Pretrainer(ResumableTrainer):
                 self.plans_manager.plans,
                 self.configuration_name,
                 network=self.task.backbone.network,
-                input_channels=self.num_input_channels,
+                input_channels=self.task.backbone.input_channels,
             ),
             "citations": nnssl_citations(self.method, self.citations),
         }
@@ -392,6 +412,7 @@ class Pretrainer(ResumableTrainer):
             plans=self.plans_manager.plans,
             configuration=self.configuration_name,
             dataset_json=self.dataset_json,
+            network_channels=self.task.backbone.input_channels,
             trained=list(dict.fromkeys([*trained, *origin.get("trained", ())])),
             steps=self.step,
             cases=self.training_cases,

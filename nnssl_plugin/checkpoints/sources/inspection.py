@@ -92,6 +92,7 @@ def inspect_file(path: str | Path, *, mapping: str | Path | None = None, trust: 
             name: known.get(name)
             for name in (
                 "channels",
+                "network_channels",
                 "normalisation",
                 "spacing_mm",
                 "orientation",
@@ -140,7 +141,7 @@ def _entries(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("network", _network(report)),
         ("weights", f"{report['parameters']:,} parameters in {report['tensors']} tensors"),
         ("trained", _trained(report["trained"])),
-        ("input", _stated(report, "{} channels", "input_channels", "meaning {}", "channels")),
+        ("input", _stated(report, "{} channels", "input_channels", _meaning(report), "channels")),
         ("normalisation", _text(report["normalisation"])),
         ("geometry", _stated(report, "spacing {} mm", "spacing_mm", "patch {} voxels", "patch_size")),
         ("orientation", _stated(report, "{}", "orientation", "transposed by {}", "transpose_forward")),
@@ -167,6 +168,12 @@ def _stated(values: Mapping[str, Any], first: str, one: str, second: str, other:
         for sentence, name in ((first, one), (second, other))
     ]
     return ", ".join(said)
+
+
+def _meaning(report: Mapping[str, Any]) -> str:
+    """How the channels of the network and of its dataset go together."""
+    apart = report["network_channels"] not in (None, len(report["channels"] or ()))
+    return f"in pretraining {report['network_channels']}, made of {{}}" if apart else "meaning {}"
 
 
 def _entry(label: str, value: str) -> list[str]:
