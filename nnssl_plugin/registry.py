@@ -97,10 +97,9 @@ METHODS = {
         docs="docs/methods/mae.md",
         presets={
             "mae": "MAE as recommended here: every default, written out",
-            "mae-openmind": "nnssl's numbers for ResEnc-L: blocks of 16, 8 samples a step, 250,000 steps; "
-            "[not its optimiser](../docs/methods/mae.md#what-differs-from-the-paper-and-why)",
-            "mae-nnfoundation": "the numbers of nnFoundation's CNN: 96 samples a step in chunks of 2, 625,000 steps; "
-            "[not its optimiser](../docs/methods/mae.md#what-differs-from-the-paper-and-why)",
+            "mae-openmind": "nnssl's numbers for ResEnc-L: blocks of 16, 8 samples a step, 250,000 steps of its SGD",
+            "mae-nnfoundation": "the numbers of nnFoundation's CNN: 96 samples a step in chunks of 2, 625,000 steps of "
+            "SGD",
         },
     ),
     "med3dinsight": Method(
