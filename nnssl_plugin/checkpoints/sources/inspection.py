@@ -94,6 +94,7 @@ def inspect_file(path: str | Path, *, mapping: str | Path | None = None, trust: 
                 "channels",
                 "normalisation",
                 "spacing_mm",
+                "native_spacing",
                 "orientation",
                 "transpose_forward",
                 "data",
@@ -142,7 +143,7 @@ def _entries(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("trained", _trained(report["trained"])),
         ("input", _stated(report, "{} channels", "input_channels", "meaning {}", "channels")),
         ("normalisation", _text(report["normalisation"])),
-        ("geometry", _stated(report, "spacing {} mm", "spacing_mm", "patch {} voxels", "patch_size")),
+        ("geometry", _geometry(report)),
         ("orientation", _stated(report, "{}", "orientation", "transposed by {}", "transpose_forward")),
         ("trained on", _stated(data, "{}", "dataset", "{} cases", "cases")),
         ("trained for", _stated(report, "{} steps", "steps", "{} epochs", "epochs")),
@@ -167,6 +168,12 @@ def _stated(values: Mapping[str, Any], first: str, one: str, second: str, other:
         for sentence, name in ((first, one), (second, other))
     ]
     return ", ".join(said)
+
+
+def _geometry(report: Mapping[str, Any]) -> str:
+    if not report["native_spacing"]:
+        return _stated(report, "spacing {} mm", "spacing_mm", "patch {} voxels", "patch_size")
+    return f"every case at its own spacing (not resampled), patch {_text(report['patch_size'])} voxels"
 
 
 def _entry(label: str, value: str) -> list[str]:

@@ -24,17 +24,19 @@ from nnssl_plugin.checkpoints.sources.description import NNSSL as NNSSL_FIELDS
 from nnssl_plugin.checkpoints.sources.layouts import (
     UNUSABLE,
     first_layer_channels,
-    in_names_of,
     keys_of_network,
     network_of_plan,
-    nnssl_network,
-    nnssl_provenance,
     nnunet_plan_of,
     nnunet_provenance,
     plan_of_adapted,
-    with_nnssl_block,
 )
 from nnssl_plugin.checkpoints.sources.mappings import read_mapping
+from nnssl_plugin.checkpoints.sources.nnssl_layout import (
+    in_names_of,
+    nnssl_network,
+    nnssl_provenance,
+    with_nnssl_block,
+)
 from nnssl_plugin.checkpoints.sources.state_dicts import (
     find_state_dict,
     is_state_dict,
