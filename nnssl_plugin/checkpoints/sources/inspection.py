@@ -12,6 +12,7 @@ from nnssl_plugin.checkpoints.format.health import health_of
 from nnssl_plugin.checkpoints.format.provenance import as_architecture, weights_hash
 from nnssl_plugin.checkpoints.format.tensors import not_finite, parameters_in
 from nnssl_plugin.checkpoints.sources.source import NNSSL, NNUNET, OWN, Source, read_source
+from nnssl_plugin.checkpoints.sources.stems import said, stems_of
 from nnssl_plugin.io.text import printable, some
 from nnssl_plugin.nnunet.network_classes import unknown_names
 
@@ -88,6 +89,7 @@ def inspect_file(path: str | Path, *, mapping: str | Path | None = None, trust: 
         "first_keys": list(source.weights)[:3],
         "trained": None if source.trained is None else list(source.trained),
         "input_channels": source.input_channels,
+        "stems": stems_of(source.weights),
         **{
             name: known.get(name)
             for name in (
@@ -142,6 +144,7 @@ def _entries(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("weights", f"{report['parameters']:,} parameters in {report['tensors']} tensors"),
         ("trained", _trained(report["trained"])),
         ("input", _stated(report, "{} channels", "input_channels", "meaning {}", "channels")),
+        *([("stems", f"one of: {', '.join(said(report['stems']))}")] if report["stems"] else []),
         ("normalisation", _text(report["normalisation"])),
         ("geometry", _geometry(report)),
         ("orientation", _stated(report, "{}", "orientation", "transposed by {}", "transpose_forward")),
@@ -266,6 +269,7 @@ def _use(source: Source, path: Path, mapping: str | Path | None, *, trust: bool)
             f"nnUNetv2_train TARGET_ID {configuration} 0 -p {plan} -pretrained_weights {path}",
         ]
     flags = (f" --mapping {mapping}" if mapping else "") + (" --trust" if trust else "")
+    flags += " --stem ID" if len(stems_of(source.weights)) > 1 else ""
     commands = [f"nnssl_plugin adapt -d TARGET_ID -w {path} -n {_name(source)}{flags}"]
     if source.network is None and not mapping:
         commands.append(f"{commands[0]} --mapping TABLE   (where its keys are not those of the plan's network)")

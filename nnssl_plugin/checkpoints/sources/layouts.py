@@ -4,7 +4,8 @@ Layout read in: ``nnunetv2/training/nnUNetTrainer/nnUNetTrainer.py`` (``save_che
 ``nnssl_layout.py``.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ from nnssl_plugin.nnunet.plans import resolve_configuration
 
 UNUSABLE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
 """What reading a plan raises that lacks entries or holds something else in their place."""
+PRIMUS = "dynamic_network_architectures.architectures.primus"
+PRIMUS_SCALES = {"S": (396, 12, 6), "B": (792, 12, 12), "M": (864, 16, 12), "L": (1056, 24, 16)}
+"""Width, depth and heads of the Primus networks (arXiv 2503.01835, Table 2)."""
+PRIMUS_PATCH = (8, 8, 8)
+PRIMUS_TRAINER = re.compile(r"_Primus(V\d)?_?([SBML])_")
+"""Version and size in the names of nnU-Net's trainers that build Primus whatever network the plan names."""
+PRIMUS_DROP_PATH = 0.2
+"""Rate of stochastic depth in all of nnU-Net's trainers of Primus."""
+
+
 @dataclass(frozen=True)
 class Keys:
     """Where the encoder, its first layers and the learned positions of a network lie in its state dict."""
@@ -84,6 +95,45 @@ def network_of_plan(plans: Mapping[str, Any], configuration: str, path: Path) ->
         return describe_network(plans, configuration)
     except UNUSABLE as error:
         raise _unusable(path, error) from error
+
+
+def nnunet_network(
+    plans: Mapping[str, Any], configuration: str, path: Path, trainer: str | None
+) -> dict[str, Any] | None:
+    """Class and arguments of the network that a trainer of nnU-Net built: that of the plan, or its own Primus.
+
+    Raises:
+        UserError: for a plan that nnU-Net could not use.
+    """
+    planned, found = network_of_plan(plans, configuration, path), PRIMUS_TRAINER.search(trainer or "")
+    if found is None:
+        return planned
+    shape = resolve_configuration(plans, configuration)["patch_size"]
+    primus = named_primus(f"Primus{found[1] or ''}{found[2]}", shape)
+    return primus and {**primus, "kwargs": primus["kwargs"] | {"drop_path_rate": PRIMUS_DROP_PATH}}
+
+
+def named_primus(name: str, shape: Sequence[int]) -> dict[str, Any] | None:
+    """``PrimusM``, ``PrimusV2M``, ``PrimusV3M`` and their other sizes; None for other names.
+
+    Args:
+        name: of the class in dynamic_network_architectures.
+        shape: its input in voxels.
+    """
+    family, scale = family_of_class(name), PRIMUS_SCALES.get(name[-1:])
+    if scale is None or family is None or family.encoder != "eva":
+        return None
+    width, depth, heads = scale
+    arguments = {
+        "embed_dim": width,
+        "patch_embed_size": list(PRIMUS_PATCH),
+        "eva_depth": depth,
+        "eva_numheads": heads,
+        "input_shape": list(shape),
+        "init_values": 0.1,
+        "scale_attn_inner": True,
+    }
+    return {"class": f"{PRIMUS}.{name[:-1]}", "kwargs": arguments}
 
 
 def nnunet_provenance(

@@ -12,12 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
-from nnssl_plugin.checkpoints.sources.layouts import keys_of_network
+from nnssl_plugin.checkpoints.sources.layouts import (
+    PRIMUS,
+    PRIMUS_DROP_PATH,
+    PRIMUS_PATCH,
+    Keys,
+    keys_of_network,
+    named_primus,
+)
 from nnssl_plugin.io.files import read_json
-from nnssl_plugin.networks.family import family_of_class
 
 UNET = "dynamic_network_architectures.architectures.unet"
-PRIMUS = "dynamic_network_architectures.architectures.primus"
 RES_ENC_L = {
     "n_stages": 6,
     "features_per_stage": [32, 64, 128, 256, 320, 320],
@@ -35,9 +40,6 @@ RES_ENC_L = {
     "nonlin_kwargs": {"inplace": True},
 }
 """nnssl's ``get_res_enc_l``, spelled as nnU-Net's planner spells it."""
-PRIMUS_SCALES = {"S": (396, 12, 6), "B": (792, 12, 12), "M": (864, 16, 12), "L": (1056, 24, 16)}
-"""Width, depth and heads of the Primus networks (arXiv 2503.01835, Table 2)."""
-PRIMUS_PATCH = (8, 8, 8)
 EVA_MAE_NAMES = {
     "encoder_eva_depth": "eva_depth",
     "encoder_eva_numheads": "eva_numheads",
@@ -61,8 +63,6 @@ OF_PRIMUS = (
     "scale_attn_inner",
 )
 """Arguments that EvaMAE and Primus share: channels, the decoder, and the masking of the pretraining are left out."""
-DROP_PATH = 0.2
-"""Rate of stochastic depth of nnU-Net's ``PretrainedTrainer_Primusx``, whatever the pretraining's was."""
 MAE_DECODER = ("decoder.", "mask_token", "up_projection.")
 """Of EvaMAE, what comes behind the encoder: the up-projection reads what the MAE's decoder gives."""
 NATIVE = "noresample"
@@ -99,7 +99,7 @@ def nnssl_network(block: Mapping[str, Any], weights: Mapping[str, Tensor]) -> di
         return known if "." in name or not name.startswith("Primus") else known | {"class": f"{PRIMUS}.{name}"}
     if name in ("ResEncL", "NoSkipResEncL"):  # the latter differs in its decoder alone
         return {"class": f"{UNET}.ResidualEncoderUNet", "kwargs": dict(RES_ENC_L)}
-    return _named_primus(name, block, weights)
+    return named_primus(name, _primus_shape(block, weights, PRIMUS_PATCH))
 
 
 def nnssl_provenance(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,42 +131,36 @@ def in_names_of(
 
     SimCLR and VoCo keep Primus below ``encoder.``; a file of an encoder alone may leave ``encoder.`` out.
     """
-    ours, weights, notes = keys_of_network(network), dict(weights), []
+    ours, weights = keys_of_network(network), dict(weights)
+    weights, notes = _with_encoder_prefix(ours, weights)
     for theirs, name in ((block.get("key_to_encoder"), ours.encoder), (block.get("key_to_stem"), ours.stem)):
-        if name is None or not theirs or theirs == name:
+        if name is None or not theirs or theirs == name or not _below(theirs, weights):
             continue
         weights = {
             name + key[len(theirs) :] if key.startswith(f"{theirs}.") else key: value for key, value in weights.items()
         }
         notes.append(f"'{theirs}.' is called '{name}.' in the network")
-    if ours.encoder == "eva" and any(key.startswith(MAE_DECODER[0]) for key in weights):
+    if ours.encoder == "eva" and _below("decoder", weights):
         kept = {key: value for key, value in weights.items() if not key.startswith(MAE_DECODER)}
         notes.append(f"the decoder of its MAE was left out ({len(weights) - len(kept)} tensors)")
         weights = kept
     return weights, notes
 
 
-def _named_primus(name: str, block: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """``PrimusM``, ``PrimusV2M``, ``PrimusV3M`` and their other sizes; None for other names."""
-    family, scale = family_of_class(name), PRIMUS_SCALES.get(name[-1:])
-    if scale is None or family is None or family.encoder != "eva":
-        return None
-    width, depth, heads = scale
-    arguments = {
-        "embed_dim": width,
-        "patch_embed_size": list(PRIMUS_PATCH),
-        "eva_depth": depth,
-        "eva_numheads": heads,
-        "input_shape": _primus_shape(block, weights, PRIMUS_PATCH),
-        "init_values": 0.1,
-        "scale_attn_inner": True,
-    }
-    return {"class": f"{PRIMUS}.{name[:-1]}", "kwargs": arguments}
+def _with_encoder_prefix(keys: Keys, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of nnssl's ``encoder_only`` network, which has no ``encoder.`` before its stem and stages."""
+    prefix = "encoder."
+    places = [key.removeprefix(prefix) for key in (keys.encoder, keys.stem) if key and key.startswith(prefix)]
+    if not places or _below(prefix[:-1], weights) or not all(_below(place, weights) for place in places):
+        return weights, []
+    return {prefix + key: value for key, value in weights.items()}, [f"'{prefix}' was put before the keys"]
 
 
-def _eva_mae(
-    arguments: Mapping[str, Any], block: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith(f"{prefix}.") for key in weights)
+
+
+def _eva_mae(arguments: Mapping[str, Any], block: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Primus with the encoder of nnssl's ``EvaMAE``, which nnFoundation calls ``PrimusX``.
 
     The class of that name in dynamic_network_architectures takes a size and no widths.
@@ -177,7 +171,7 @@ def _eva_mae(
         ours["init_values"] = ours["init_values"][0]
     patch = ours.get("patch_embed_size", PRIMUS_PATCH)
     shape = _primus_shape(block, weights, patch)
-    return {"class": f"{PRIMUS}.Primus", "kwargs": ours | {"input_shape": shape, "drop_path_rate": DROP_PATH}}
+    return {"class": f"{PRIMUS}.Primus", "kwargs": ours | {"input_shape": shape, "drop_path_rate": PRIMUS_DROP_PATH}}
 
 
 def _primus_shape(block: Mapping[str, Any], weights: Mapping[str, Tensor], embedded: Any) -> list[int]:

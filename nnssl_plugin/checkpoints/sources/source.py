@@ -26,6 +26,7 @@ from nnssl_plugin.checkpoints.sources.layouts import (
     first_layer_channels,
     keys_of_network,
     network_of_plan,
+    nnunet_network,
     nnunet_plan_of,
     nnunet_provenance,
     plan_of_adapted,
@@ -247,7 +248,7 @@ def _from_nnssl(content: dict[str, Any], path: Path) -> Source:
 def _from_nnunet(content: dict[str, Any], path: Path) -> Source:
     plans, configuration, dataset_json = nnunet_plan_of(content, path)
     weights, taken = without_wrapping(content["network_weights"], path)
-    network = network_of_plan(plans, configuration, path)
+    network = nnunet_network(plans, configuration, path, content.get("trainer_name"))
     described = nnunet_provenance(plans, configuration, dataset_json, trainer=content.get("trainer_name"), path=path)
     return _with_keys(
         Source(
