@@ -45,6 +45,8 @@ def compare_inputs(source: Mapping[str, Any], target: Mapping[str, Any]) -> list
     if _apart(source):
         rules["channels"] = partial(_channels_apart, source["network_channels"])
     lines = [rule(source[field], target[field]) for field, rule in rules.items() if source.get(field)]
+    if source.get("native_spacing"):
+        lines.append(f"the pretraining saw every case at its own spacing; here all have {target['spacing_mm']} mm")
     return [line for line in lines if line]
 
 
@@ -71,7 +73,8 @@ def compare_ct_windows(
 
 def unstated(source: Mapping[str, Any]) -> list[str]:
     """A line that names what the checkpoint does not say of its images; none where it says everything."""
-    missing = [name for field, name in STATED.items() if not source.get(field)]
+    known = {"spacing_mm"} if source.get("native_spacing") else set()
+    missing = [name for field, name in STATED.items() if not source.get(field) and field not in known]
     if not missing:
         return []
     return [f"the checkpoint does not say its {', '.join(missing)}: compare with its publication"]
