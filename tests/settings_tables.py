@@ -37,11 +37,12 @@ def settings_table(settings: type) -> str:
 
 
 def field_docstrings(settings: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, in Markdown and on one line."""
-    body = ast.parse(inspect.getsource(settings)).body[0].body
+    """The docstring under each field of a dataclass, inherited ones first, in Markdown and on one line."""
+    classes = [each for each in reversed(settings.__mro__) if each is not object]
     return {
         node.target.id: re.sub(r"\s+", " ", below.value.value).replace("``", "`")
-        for node, below in pairwise(body)
+        for each in classes
+        for node, below in pairwise(ast.parse(inspect.getsource(each)).body[0].body)
         if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
 

@@ -23,8 +23,9 @@ def test_nothing_is_missing(name, repository):
 
 
 def test_every_folder_of_methods_has_its_entry(repository):
-    folders = {path.parent.name for path in (repository / "nnssl_plugin" / "methods").glob("*/trainer.py")}
-    assert folders == set(METHODS)
+    trainers = (repository / "nnssl_plugin" / "methods").rglob("trainer.py")
+    packages = {".".join(path.parent.relative_to(repository).parts) for path in trainers}
+    assert packages == {method.package for method in METHODS.values()}
 
 
 @pytest.mark.parametrize("entry", [*METHODS.values(), *TASKS.values()], ids=lambda entry: entry.trainer_name)
