@@ -57,7 +57,7 @@ class Backbone(nn.Module):
         return self._token_reader().kept_tokens(x, keep)
 
     def token_decoder(self, blocks: int) -> nn.Module:
-        """Fresh transformer blocks of the encoder's width, from tokens (B, N, C) of the whole grid to (B, N, C).
+        """Fresh transformer blocks of the encoder's width: called with tokens (B, N, C) and the counts of their grid.
 
         ``decode`` of Primus treats each token alone: what stands for a patch that was not encoded must attend to the
         encoded ones before.

@@ -90,7 +90,7 @@ class TokenReader(Protocol):
         ...
 
     def token_decoder(self, blocks: int) -> nn.Module:
-        """Fresh transformer blocks, from tokens (B, N, C) of the whole grid to as many."""
+        """Fresh transformer blocks: called with the tokens (B, N, C) of a whole grid and its counts, give as many."""
         ...
 
 

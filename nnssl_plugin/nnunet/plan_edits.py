@@ -40,6 +40,8 @@ PREPROCESSING = (
     "resampling_fn_seg_kwargs",
 )
 """Fields of a configuration that its preprocessed cases were made with."""
+PRESET_NETWORKS = {"architecture": 3, "architecture_2d": 2}
+"""Keys of a preset that hold a network, and the number of spatial axes that it is for."""
 PER_AXIS = {"patch_size": Count, "spacing": Positive, "median_image_size_in_voxels": Positive}
 """Fields of a configuration with one number per axis."""
 FIELDS = {
@@ -193,7 +195,7 @@ def parse_assignment(text: str) -> Assignment:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The preset ``name`` of the package: a fragment of a plan, with ``pretraining``, ``architecture`` or both.
+    """The preset ``name`` of the package: a fragment of a plan, with ``pretraining``, networks or both.
 
     Raises:
         UserError: for a name that is none, naming those that there are.
@@ -206,25 +208,26 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def preset_assignments(fragment: Mapping[str, Any], plans: Mapping[str, Any]) -> list[Assignment]:
-    """What a preset sets in a plan: its values one by one, and its ``architecture`` in every 3D configuration.
+    """What a preset sets in a plan: its values one by one, and its networks in every configuration that they are for.
 
     Raises:
-        UserError: for a preset with a network and a plan without a 3D configuration.
+        UserError: for a preset with networks and a plan without a configuration for any of them.
     """
-    values = list(leaves({key: value for key, value in fragment.items() if key != "architecture"}))
-    if "architecture" not in fragment:
-        return values
+    networks = {PRESET_NETWORKS[key]: value for key, value in fragment.items() if key in PRESET_NETWORKS}
+    values = list(leaves({key: value for key, value in fragment.items() if key not in PRESET_NETWORKS}))
     patches = {name: resolve_configuration(plans, name)["patch_size"] for name in plans["configurations"]}
-    patches = {name: patch for name, patch in patches.items() if len(patch) == 3}
-    if not patches:
+    fitted = {name: patch for name, patch in patches.items() if len(patch) in networks}
+    if networks and not fitted:
         raise UserError(
-            f"Plan {plans['plans_name']} has no 3D configuration for the network of the preset.",
-            "Plan one: nnUNetv2_plan_and_preprocess -d ID -c 3d_fullres",
+            f"Plan {plans['plans_name']} has no {' or '.join(f'{n}D' for n in networks)} configuration for the network "
+            "of the preset.",
+            f"Plan one: nnUNetv2_plan_and_preprocess -d ID -c {'3d_fullres' if 3 in networks else '2d'}",
         )
-    divisors = patch_divisors(fragment["architecture"], 3)
-    for name, patch in patches.items():
+    for name, patch in fitted.items():
+        architecture = networks[len(patch)]
+        divisors = patch_divisors(architecture, len(patch))
         fitting = more_than_one_voxel(fitting_patch(patch, divisors), divisors, patch)
-        values += network_assignments(name, fragment["architecture"], fitting)
+        values += network_assignments(name, architecture, fitting)
     return values
 
 

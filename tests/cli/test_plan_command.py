@@ -112,6 +112,15 @@ def test_a_network_preset_fits_the_patch_and_goes_together_with_a_methods(folder
     assert written["pretraining"]["method"] == read_preset("med3dinsight")["pretraining"]["method"]
 
 
+@pytest.mark.parametrize(("dimensions", "patch"), [(3, [4, 16, 16]), (2, [16, 16])])
+def test_a_preset_may_have_a_network_for_2d_and_one_for_3d(folder, dimensions, patch):
+    write_json(folder / "nnUNetPlans.json", fake_plan(dimensions=dimensions))
+    write_edited_plan("901", "vit", presets=["patch-vit-t"])
+    (configuration,) = read_json(folder / "vit.json")["configurations"].values()
+    assert configuration["architecture"]["arch_kwargs"]["patch_size"] == patch
+    assert all(size % edge == 0 for size, edge in zip(configuration["patch_size"], patch, strict=True))
+
+
 def test_a_network_preset_needs_a_3d_configuration(folder):
     write_json(folder / "nnUNetPlans.json", fake_plan(dimensions=2))
     with pytest.raises(UserError, match="no 3D configuration"):

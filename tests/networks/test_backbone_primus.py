@@ -169,11 +169,13 @@ def test_the_token_decoder_lets_every_token_reach_every_other(options):
     backbone = build(**options).double()
     decoder = backbone.token_decoder(2).double()
     tokens = torch.randn(2, 48, WIDTH, dtype=torch.float64, requires_grad=True)
-    restored = decoder(tokens)
+    restored = decoder(tokens, (4, 2, 6))
     assert restored.shape == tokens.shape
     restored[0, 3, 0].backward()
     assert (tokens.grad[0] != 0).any(1).all() and (tokens.grad[1] == 0).all()
-    same = decoder(torch.ones(1, 48, WIDTH, dtype=torch.float64))  # equal tokens are told apart by their places
+    same = decoder(
+        torch.ones(1, 48, WIDTH, dtype=torch.float64), (4, 2, 6)
+    )  # equal tokens are told apart by their places
     assert options == {"use_abs_pos_embed": False} or not torch.allclose(same[0, 0], same[0, 1])
 
 

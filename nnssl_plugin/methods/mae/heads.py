@@ -11,7 +11,7 @@ class TokenDecoder(nn.Module):
     """Puts encoded tokens into the whole grid, a learned mask token in every other place, and lets all attend.
 
     Args:
-        blocks: transformer from tokens (B, N, C) to as many, which knows their places.
+        blocks: transformer from tokens (B, N, C) and the counts of their grid to as many.
         width: C.
     """
 
@@ -29,7 +29,7 @@ class TokenDecoder(nn.Module):
             keep: (B, K) long, their places in the grid.
             grid: tokens per axis; N is their product.
         """
-        return self.blocks(self.restored(tokens, keep, math.prod(grid))).mT.unflatten(2, tuple(grid))
+        return self.blocks(self.restored(tokens, keep, math.prod(grid)), grid).mT.unflatten(2, tuple(grid))
 
     def restored(self, tokens: Tensor, keep: Tensor, total: int) -> Tensor:
         """The full sequence (B, N, C) before it is decoded."""

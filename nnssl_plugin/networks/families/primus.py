@@ -143,13 +143,13 @@ class PrimusReader:
 
 
 class _TokensAlone(nn.Module):
-    """A transformer of dynamic_network_architectures without the second value that it returns."""
+    """A transformer of dynamic_network_architectures, which has its grid built in, without its second result."""
 
     def __init__(self, transformer: nn.Module):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
         return self.transformer(tokens)[0]
 
 
