@@ -58,6 +58,11 @@ class Method:
         """What ``nnUNetv2_train -tr`` takes."""
         return self.trainer.rpartition(".")[2]
 
+    @property
+    def package(self) -> str:
+        """Dotted name of the folder that holds its ``settings``, ``objective`` and ``trainer``."""
+        return self.trainer.rsplit(".", 2)[0]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -97,11 +102,29 @@ METHODS = {
         docs="docs/methods/mae.md",
         presets={
             "mae": "MAE as recommended here: every default, written out",
-            "mae-openmind": "nnssl's numbers for ResEnc-L: blocks of 16, 8 samples a step, 250,000 steps; "
-            "[not its optimiser](../docs/methods/mae.md#what-differs-from-the-paper-and-why)",
-            "mae-nnfoundation": "the numbers of nnFoundation's CNN: 96 samples a step in chunks of 2, 625,000 steps; "
-            "[not its optimiser](../docs/methods/mae.md#what-differs-from-the-paper-and-why)",
+            "mae-openmind": "nnssl's numbers for ResEnc-L: blocks of 16, 8 samples a step, 250,000 steps of its SGD",
+            "mae-nnfoundation": "the numbers of nnFoundation's CNN: 96 samples a step in chunks of 2, 625,000 steps of "
+            "SGD",
         },
+    ),
+    "mae-contrast": Method(
+        title="MAE with aligned contrast",
+        summary="masked blocks restored in two overlapping crops of a volume, and the points that both show told apart",
+        trainer="nnssl_plugin.methods.mae.contrast.trainer.MAEContrastPretrainer",
+        settings="nnssl_plugin.methods.mae.contrast.settings.Settings",
+        training="nnssl_plugin.methods.mae.contrast.settings.TRAINING",
+        trains=("encoder", "decoder"),
+        needs="",
+        dimensions=(2, 3),
+        paper=Paper(
+            title="Consistent View Alignment Improves Foundation Models for 3D Medical Image Segmentation",
+            authors=("Puru Vaish", "Felix Meister", "Tobias Heimann", "Christoph Brune", "Jelmer M. Wolterink"),
+            year=2025,
+            url="https://arxiv.org/abs/2509.13846",
+        ),
+        licence="Apache-2.0",
+        docs="docs/methods/mae-contrast.md",
+        presets={"mae-contrast": "MAE with aligned contrast as recommended here: every default, written out"},
     ),
     "med3dinsight": Method(
         title="Med3DInsight",
@@ -159,7 +182,7 @@ METHODS = {
         },
     ),
 }
-"""Name (also that of the method's folder) → method."""
+"""Name → method; its folder is that of its trainer."""
 
 TASKS = {
     "segmentation": Task(

@@ -37,10 +37,11 @@ def located(dotted: str) -> Any:
 
 
 def task_class(name: str) -> type[PretextTask]:
-    """The one task that ``methods/NAME/objective.py`` holds."""
-    module = importlib.import_module(f"nnssl_plugin.methods.{name}.objective")
-    (found,) = {c for c in vars(module).values() if isinstance(c, type) and PretextTask in c.__mro__[1:]}
-    return found
+    """The one task that the ``objective.py`` of a method holds; of a task and one that extends it the latter."""
+    module = importlib.import_module(f"{METHODS[name].package}.objective")
+    found = {c for c in vars(module).values() if isinstance(c, type) and PretextTask in c.__mro__[1:]}
+    (task,) = {c for c in found if not any(c in other.__mro__[1:] for other in found)}
+    return task
 
 
 def as_in_json(values: Any) -> Any:
@@ -59,9 +60,9 @@ def generator(root: Path) -> Any:
 def _package(name: str, methods: Mapping[str, Method], root: Path) -> list[str]:
     parser = configparser.ConfigParser()
     parser.read(root / "setup.cfg")
-    package = f"nnssl_plugin.methods.{name}"
+    package = methods[name].package
     problems = [] if package in parser["options"]["packages"].split() else [f"setup.cfg does not list {package}"]
-    folder = root / "nnssl_plugin" / "methods" / name
+    folder = root.joinpath(*package.split("."))
     files = ("__init__.py", "settings.py", "objective.py", "trainer.py")
     return problems + [f"{folder.name} has no {file}" for file in files if not (folder / file).is_file()]
 
@@ -107,7 +108,8 @@ def _page(name: str, methods: Mapping[str, Method], root: Path) -> list[str]:
 
 
 def _tests(name: str, methods: Mapping[str, Method], root: Path) -> list[str]:
-    return [] if list((root / "tests" / "methods" / name).glob("test_*.py")) else [f"tests/methods/{name} has no tests"]
+    folder = "/".join(["tests", *methods[name].package.split(".")[1:]])
+    return [] if list((root / folder).glob("test_*.py")) else [f"{folder} has no tests"]
 
 
 def _generated(name: str, methods: Mapping[str, Method], root: Path) -> list[str]:

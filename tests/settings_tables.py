@@ -8,7 +8,7 @@ import inspect
 import json
 import pydoc
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import get_type_hints
@@ -37,12 +37,12 @@ def settings_table(settings: type) -> str:
 
 
 def field_docstrings(settings: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass and of those that it extends, in Markdown and on one line."""
-    bodies = [ast.parse(inspect.getsource(kind)).body[0].body for kind in settings.__mro__ if is_dataclass(kind)]
+    """The docstring under each field of a dataclass, inherited ones first, in Markdown and on one line."""
+    classes = [each for each in reversed(settings.__mro__) if each is not object]
     return {
         node.target.id: re.sub(r"\s+", " ", below.value.value).replace("``", "`")
-        for body in reversed(bodies)
-        for node, below in pairwise(body)
+        for each in classes
+        for node, below in pairwise(ast.parse(inspect.getsource(each)).body[0].body)
         if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
 

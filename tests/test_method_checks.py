@@ -12,6 +12,7 @@ from method_checks import (
 )
 from toy_method import Settings, Toy, ToyPretrainer
 
+from nnssl_plugin.data.batch import Place
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.plans import build_network
 
@@ -36,7 +37,8 @@ def make_task(kind=Toy):
 
 def make_batch(samples=3):
     image = torch.randn(samples, 2, 16, 16, 16, generator=torch.Generator().manual_seed(1))
-    return {"image": image, "origin": torch.zeros(samples, 3)}
+    places = [Place((0, 0, 0), (16, 16, 16), (18, 20, 17))] * samples
+    return {"image": image, "origin": torch.zeros(samples, 3), "places": places}
 
 
 def draw(generator):

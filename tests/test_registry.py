@@ -23,8 +23,9 @@ def test_nothing_is_missing(name, repository):
 
 
 def test_every_folder_of_methods_has_its_entry(repository):
-    folders = {path.parent.name for path in (repository / "nnssl_plugin" / "methods").glob("*/trainer.py")}
-    assert folders == set(METHODS)
+    trainers = (repository / "nnssl_plugin" / "methods").rglob("trainer.py")
+    packages = {".".join(path.parent.relative_to(repository).parts) for path in trainers}
+    assert packages == {method.package for method in METHODS.values()}
 
 
 @pytest.mark.parametrize("entry", [*METHODS.values(), *TASKS.values()], ids=lambda entry: entry.trainer_name)
@@ -70,7 +71,7 @@ def test_presets_hold_settings_that_the_method_takes(name, repository):
         read = settings_from(method, settings(), where=preset)
         assert as_in_json({key: getattr(read, key) for key in method}) == method
         read = settings_from(block, training, where=preset)
-        assert {key: getattr(read, key) for key in block} == block
+        assert as_in_json({key: getattr(read, key) for key in block}) == block
 
 
 @every_method
@@ -79,7 +80,8 @@ def test_the_recommended_preset_states_the_defaults(name, repository):
     block = read_json(repository / "plans" / f"{next(iter(method.presets))}.json")["pretraining"]
     assert block.pop("method_name") == name
     assert block.pop("method") == as_in_json(dataclasses.asdict(located(method.settings)()))
-    assert block == {key: value for key, value in dataclasses.asdict(located(method.training)).items() if key in block}
+    training = as_in_json(dataclasses.asdict(located(method.training)))
+    assert block == {key: value for key, value in training.items() if key in block}
 
 
 @every_method

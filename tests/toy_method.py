@@ -1,6 +1,7 @@
 """A method that exists for tests: it needs what the real ones need and is small enough to read at a glance.
 
-EMA teacher, queue of negatives, two modalities of one case, dropout, a parameter group of its own, 2D and 3D.
+EMA teacher, queue of negatives, two modalities of one case, a template laid where the window lies, dropout, a
+parameter group of its own, 2D and 3D.
 """
 
 import copy
@@ -45,7 +46,8 @@ class Toy(PretextTask):
     def views(self, batch, generator):
         first, second = batch["image"].unbind(1)
         noise = torch.randn(first.shape, generator=generator, device=first.device)
-        two = [torch.stack((view, view), 1) for view in (first + 0.1 * noise, second)]
+        template = torch.stack([_template(place, first.shape[1:]) for place in batch["places"]]).to(first.device)
+        two = [torch.stack((view, view), 1) for view in (first + 0.1 * noise + template, second)]
         return {"student": two[0], "teacher": two[1], "origin": batch["origin"]}
 
     def encode(self, views):
@@ -90,6 +92,12 @@ class Toy(PretextTask):
     @torch.no_grad()
     def pictures(self, views):
         return {"toy": [("student", views["student"][0, 0]), ("teacher", views["teacher"][0, 0])]}
+
+
+def _template(place, window) -> torch.Tensor:
+    """A ramp over the case along its last axis, 0 to 1, as far as the window shows it."""
+    voxels = place.origin[-1] + torch.arange(window[-1])
+    return (voxels / place.case_shape[-1]).clamp(0, 1).expand(*window)
 
 
 class ToyPretrainer(Pretrainer):

@@ -34,6 +34,9 @@ def add_arguments(parser):
         metavar="TABLE",
         help="how the keys of foreign weights are renamed: the name of a table of this package, or a JSON file",
     )
+    parser.add_argument(
+        "--stem", metavar="ID", help="the stem to take, of a checkpoint that has one for each dataset (see inspect)"
+    )
     parser.add_argument("--inflate", action="store_true", help="also adapt 2D weights to a 3D network, and back")
     parser.add_argument(
         "--resize-width", action="store_true", help="also adapt layers of other widths, by their first channels"
@@ -66,6 +69,7 @@ def run(args):
         from_scratch=args.from_scratch,
         min_coverage=args.min_coverage,
         mapping=args.mapping,
+        stem=args.stem,
         trust=args.trust,
         options=AdaptationOptions(
             inflate=args.inflate,

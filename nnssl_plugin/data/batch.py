@@ -1,5 +1,6 @@
 """What one step of a method sees, and what the method needs of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,16 +8,35 @@ Batch = dict[str, Any]
 """What one step sees; tensors are on the device, B samples, spatial sizes in voxels of the plan's spacing:
 
 ``image`` (B, C, *window) float32, the plan's normalised intensities, 0 outside the case;
-``available`` (B, C) bool, the channels that the case really has; ``cases`` list of B names;
-``origin`` (B, dims) float, voxel of the case at which the window starts (negative where padded);
-``extent`` (B, dims) float, size of the window in voxels of the case (differs from *window* where it was resized);
-``case_shape`` (B, dims) float, size of the case in voxels;
+``available`` (B, C) bool, the channels that the case really has;
+``cases`` list of B names and ``places`` list of B :class:`Place`, both on the host;
+``origin``, ``extent`` and ``case_shape`` (B, dims) float, the same places on the device;
 with triplets also ``plane`` (B,) int (index into ``planes.PLANES``), ``slice_axis`` (B,) int (spatial axis of ``image``
 that the slice is normal to), ``slice_position`` (B,) float in [0, 1] (place of the slice along that axis of the
 window), ``image_embedding`` and ``text_embedding`` (B, E) float32;
 with labels, in validation batches of datasets that label structures, also ``labels`` (B, *window) int16: the case's
 segmentation in the same window, -1 outside the case.
 """
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a window lies in its case, in voxels of the preprocessed case along its three axes.
+
+    A window of a 2D configuration is one voxel thick along the first, so ``origin[0]`` is the number of its slice.
+    """
+
+    origin: tuple[int, int, int]
+    """First voxel of the window, negative where the window begins before the case."""
+    extent: tuple[int, int, int]
+    """Size of the piece of the case that the window shows; not the window's own where it was resized."""
+    case_shape: tuple[int, int, int]
+    """Size of the case."""
+
+    @classmethod
+    def of(cls, origin: Sequence[int], extent: Sequence[int], case_shape: Sequence[int]) -> "Place":
+        """From three sequences of three whole numbers, arrays of NumPy included."""
+        return cls(_three(origin), _three(extent), _three(case_shape))
 
 
 @dataclass(frozen=True)
@@ -42,3 +62,8 @@ class Needs:
     labels: bool = False
     """Validation batches bring ``labels`` for diagnostics, where the dataset labels structures; training batches
     never do."""
+
+
+def _three(values: Sequence[int]) -> tuple[int, int, int]:
+    first, second, third = values
+    return int(first), int(second), int(third)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nnssl_plugin.data.batch import Batch, Needs
+from nnssl_plugin.data.batch import Batch, Needs, Place
 from nnssl_plugin.data.cases import CaseFacts, Cases
 from nnssl_plugin.data.triplets import SliceKey, Triplet
 from nnssl_plugin.data.windows import random_origin, random_place, read_labels, read_window, resize, resize_labels
@@ -117,6 +117,7 @@ class StepBatches(Dataset):
         data, segmentation, facts = self.cases.load_labelled(case)
         slice_ = None if number is None else facts.slices[number]
         origin, extent, position = self._box(data.shape[1:], facts, slice_, rng)
+        place = Place.of(origin, extent, data.shape[1:])
         image = read_window(data, origin, extent)
         if self.needs.window == "whole":
             image = resize(image, self.window)
@@ -125,9 +126,8 @@ class StepBatches(Dataset):
             "image": image[:, 0] if self.flat else image,
             "available": self.available[case],
             "cases": case,
-            "origin": np.asarray(origin, dtype=np.float32)[dims],
-            "extent": np.asarray(extent, dtype=np.float32)[dims],
-            "case_shape": np.asarray(data.shape[1:], dtype=np.float32)[dims],
+            "places": place,
+            **{name: np.asarray(value, dtype=np.float32)[dims] for name, value in vars(place).items()},
         }
         if self.known_labels is not None:
             labels = self._labels(segmentation, origin, extent)
@@ -234,6 +234,6 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 
 def _collate(values: list):
-    if isinstance(values[0], str):
+    if isinstance(values[0], (str, Place)):
         return values
     return torch.from_numpy(np.stack([np.asarray(v) for v in values]))

@@ -10,9 +10,7 @@ from torch.optim import Optimizer
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.networks.family import Parts, family_of, parts_of
-
-Group = dict[str, Any]
-"""A group of an optimiser: ``params``, ``name``, ``lr_scale``, ``frozen_until`` (see ``schedules``)."""
+from nnssl_plugin.training.parameter_groups import Group, stage_scales
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,10 @@ def parameter_groups(
     decoder = _group(parts.rest_name, (p for p in network.parameters() if p.requires_grad and id(p) not in staged))
     if trains == "decoder":
         return [decoder]
-    depth = len(parts.stages)
+    scales = stage_scales(len(parts.stages), layer_decay)
     return [decoder] + [
-        _group(
-            f"{parts.stage_name} {number}", stage, lr_scale=layer_decay ** (depth - number), frozen_until=frozen_until
-        )
-        for number, stage in enumerate(parts.stages)
+        _group(f"{parts.stage_name} {number}", stage, lr_scale=scale, frozen_until=frozen_until)
+        for number, (stage, scale) in enumerate(zip(parts.stages, scales, strict=True))
     ]
 
 

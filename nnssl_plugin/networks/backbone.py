@@ -90,7 +90,10 @@ class Backbone(nn.Module):
             counts: tokens per axis, the grid that :meth:`tokens` gives.
             stride: see :meth:`stage`.
         """
-        stage = self.stage(stride)
+        return self.stage_grid(self.stage(stride), counts)
+
+    def stage_grid(self, stage: int, counts: Sequence[int]) -> TokenGrid:
+        """:meth:`token_grid` of a stage by its index in what :meth:`features` returns."""
         return TokenGrid(tuple(counts), self._reader.offsets[stage], self.strides[stage])
 
     def token_centres(self, counts: Sequence[int], stride: int | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the tokens of a feature map lie in the image: their centres, the token at a point, the voxels of each token."""
+"""Where the tokens of a feature map lie in the image: their centres, the token at a point, the map between tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +25,14 @@ class TokenGrid:
 
     def centres(self, device: torch.device | str = "cpu") -> Tensor:
         """Centres of the tokens (N, d) in voxels, float32."""
-        axes = [
+        return torch.stack(torch.meshgrid(*self.axes(device), indexing="ij"), -1).flatten(0, -2)
+
+    def axes(self, device: torch.device | str = "cpu") -> list[Tensor]:
+        """Coordinates (counts,) of the centres along each axis in voxels, float32."""
+        return [
             offset + spacing * torch.arange(count, device=device, dtype=torch.float32)
             for count, offset, spacing in zip(self.counts, self.offset, self.spacing, strict=True)
         ]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
 
     def token_at(self, points: Tensor) -> Tensor:
         """Index (...) of the token in whose cell each point (..., d) lies, -1 outside of all cells.
@@ -42,6 +45,28 @@ class TokenGrid:
             index = index * count + place
             inside &= (place >= 0) & (place < count)
         return torch.where(inside, index, -1).long()
+
+    def read(self, maps: Tensor, points: Sequence[Tensor]) -> Tensor:
+        """Maps read between the tokens: linear along each axis (trilinear in 3D), constant beyond the outermost ones.
+
+        The points form a lattice, so that one small matrix per axis does it.
+
+        Args:
+            maps: (B, C, *counts).
+            points: for each axis the coordinates (B, K) or (1, K) of the lattice in voxels; K may differ per axis.
+
+        Returns:
+            (B, C, *K), of the type of the maps, float32 at least.
+        """
+        with torch.autocast(maps.device.type, enabled=False):
+            maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+            for axis, (count, offset, spacing) in enumerate(zip(self.counts, self.offset, self.spacing, strict=True)):
+                cells = torch.arange(count, device=maps.device)
+                place = ((points[axis].to(maps.dtype) - offset) / spacing).clamp(0, count - 1)
+                weights = (1 - (place[:, None, :] - cells[:, None]).abs()).clamp(min=0)  # (B, count, K)
+                weights = weights.reshape(len(weights), *[1] * (maps.ndim - 3), *weights.shape[1:])
+                maps = (maps.movedim(axis + 2, -1) @ weights).movedim(-1, axis + 2)
+        return maps
 
     def sums(self, volume: Tensor) -> Tensor:
         """Sums (B, C, N) of a volume (B, C, *size) over the cells, of voxels on a face the part that lies inside."""

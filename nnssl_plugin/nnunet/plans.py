@@ -131,6 +131,7 @@ def build_network(
     configuration: str,
     dataset_json: Mapping[str, Any],
     *,
+    channels: int | None = None,
     device: str = "cpu",
     trust: bool = False,
 ) -> nn.Module:
@@ -140,6 +141,7 @@ def build_network(
         plans: the plan.
         configuration: one of its configurations.
         dataset_json: for the number of channels and classes.
+        channels: of the input, where they are not the dataset's.
         device: ``meta`` builds it without memory, for checks.
         trust: build whatever class the plan names (:func:`~nnssl_plugin.nnunet.network_classes.check_architecture`).
 
@@ -149,7 +151,8 @@ def build_network(
     whose = f"{plans.get('plans_name')}, {configuration}"
     try:
         architecture = resolve_configuration(plans, configuration)["architecture"]
-        channels, classes = input_channels(plans, configuration, dataset_json), _classes(plans, dataset_json)
+        channels = channels or input_channels(plans, configuration, dataset_json)
+        classes = _classes(plans, dataset_json)
     except UNBUILDABLE as error:
         raise _unbuildable(whose, error) from error
     return build_described(architecture, channels, whose, classes=classes, device=device, trust=trust)

@@ -65,6 +65,37 @@ def symmetric_info_nce(first: Tensor, second: Tensor, *, temperature: float) -> 
         return -log_dual_softmax(first @ second.T, temperature).diagonal().mean() / 2
 
 
+def nt_xent(first: Tensor, second: Tensor, *, temperature: float, apart: Tensor | None = None) -> Tensor:
+    """NT-Xent: each feature has to find its partner in the other view among all features of both views.
+
+    −log exp(z_i·z_j/τ) / (exp(z_i·z_j/τ) + Σ_k exp(z_i·z_k/τ)), mean over the 2N features. Source: Chen et al., SimCLR,
+    ICML 2020, Eq. 1.
+
+    Args:
+        first: (N, D).
+        second: (N, D), in the same order.
+        temperature: τ > 0.
+        apart: (N, N) bool, which of the N are negatives of which, in both views alike; symmetric, the diagonal does not
+            count. ``None``: all others.
+
+    Returns:
+        () at least 0; log(1 + 2M) if all similarities are equal and each has M negatives in a view, 0 without any.
+
+    Raises:
+        ValueError: for a temperature that is not above 0.
+    """
+    _check(temperature)
+    with torch.autocast(first.device.type, enabled=False):
+        both = torch.cat(_full_precision(first, second))
+        number = len(first)
+        same = torch.eye(number, dtype=torch.bool, device=both.device)
+        negative = ~same if apart is None else apart & ~same
+        logits = both @ both.T / temperature
+        partner = (logits.diagonal(number), logits.diagonal(-number))
+        counted = torch.cat((torch.cat((negative, negative | same), 1), torch.cat((negative | same, negative), 1)))
+        return (logits.masked_fill(~counted, -math.inf).logsumexp(1) - torch.cat(partner)).mean()
+
+
 def log_dual_softmax(similarity: Tensor, temperature: float) -> Tensor:
     """Logarithm of :func:`dual_softmax` (..., N, M), finite also where the product underflows: what losses use."""
     _check(temperature)

@@ -29,6 +29,10 @@ class PretextTask(nn.Module):
     needs: Needs = Needs()
     trained_parts: Sequence[str] = ("encoder", "decoder")
     """Parts of the backbone's network that the losses reach; the others are frozen and reported as initialised."""
+    gathers: bool = True
+    """Whether ``loss`` sees the samples of all ranks. ``False``: of its own rank alone, and the gradient is that of the
+    mean over the ranks; what the task's state keeps of samples is then gathered in ``loss`` by ``self.gather``, so that
+    ranks keep the same state."""
 
     def __init__(self, backbone: Backbone, settings: Any):
         super().__init__()
@@ -49,7 +53,10 @@ class PretextTask(nn.Module):
         raise _missing(self, "encode")
 
     def loss(self, outputs: Views, progress: float) -> Terms:
-        """Scalar terms that couple the samples of all ranks; ``progress`` is the fraction of training done, below 1."""
+        """Scalar terms that couple samples, of all ranks where :attr:`gathers`.
+
+        ``progress`` is the fraction of training done, below 1.
+        """
         return {}
 
     def weights(self, progress: float) -> dict[str, float]:
@@ -63,7 +70,7 @@ class PretextTask(nn.Module):
     def terms(self, outputs: Views, own: Terms, progress: float) -> Terms:
         """Means of the samples' own losses, ``loss`` over the gathered outputs, and their weighted sum as ``total``."""
         terms = {name: value.mean() for name, value in own.items()}
-        terms |= self.loss(self.gather(outputs), progress)
+        terms |= self.loss(self.gather(outputs) if self.gathers else outputs, progress)
         weights = self.weights(progress)
         terms["total"] = sum(weights.get(name, 1.0) * value for name, value in terms.items())
         return terms

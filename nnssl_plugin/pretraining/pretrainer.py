@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, autocast, nn
 
 from nnssl_plugin.checkpoints.format.provenance import describe_pretraining, nnssl_adaptation_plan, nnssl_citations
@@ -26,6 +27,7 @@ from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.planes import axis_letters
 from nnssl_plugin.pretraining.batches import open_batches
 from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_entry
+from nnssl_plugin.pretraining.optimisation import optimisation_of
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms
 from nnssl_plugin.pretraining.settings import TrainingSettings, read_settings
 from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks, encode_in_chunks
@@ -35,7 +37,6 @@ from nnssl_plugin.training.figures import draw_progress
 from nnssl_plugin.training.pictures import draw_pictures
 from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
 from nnssl_plugin.training.resumable import FINAL, LATEST, ResumableTrainer
-from nnssl_plugin.training.schedules import CosineSchedule
 
 TRAIN, VALIDATE = 0, 1
 """Streams of randomness: the same step draws different numbers for training and for validation."""
@@ -86,6 +87,11 @@ class Pretrainer(ResumableTrainer):
         """The method around the planned network; ``self.method_settings`` holds its settings."""
         raise TypeError(f"{type(self).__name__} must define build_task()")
 
+    def network_channels(self, channels: int) -> int:
+        """Input channels of the network on a dataset of ``channels``; where they differ, the method's ``views`` make
+        images of that many out of the batch's."""
+        return channels
+
     # ------------------------------------------------------------------ building
 
     def initialize(self) -> None:
@@ -96,19 +102,29 @@ class Pretrainer(ResumableTrainer):
             self.task.gather = gather_samples
         self._log_settings()
 
+    def build_network_architecture(  # type: ignore[override]  # nnU-Net calls it on the trainer
+        self,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The planned network, with the method's number of input channels in place of the dataset's."""
+        channels = self.network_channels(num_input_channels)
+        return super().build_network_architecture(
+            plans_manager, configuration_manager, channels, num_output_channels, enable_deep_supervision
+        )
+
     def configure_optimizers(self):
         """Put the task in the network's place, the one moment between building and wrapping."""
-        backbone = Backbone(self.network, self.num_input_channels)
+        backbone = Backbone(self.network, self.network_channels(self.num_input_channels))
         self.task = self.network = self.build_task(backbone).to(self.device)
         if super()._do_i_compile():
             for module in self.network.modules():
                 if isinstance(module, Backbone):  # a teacher's too
                     module.compile_parts()
-        groups = self.task.parameter_groups()
-        # Adam with decoupled decay; the fused kernels skip a step on the device when found_inf is set
-        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, weight_decay=self.weight_decay, fused=True)
-        warmup = self.training_settings.warmup_epochs * self.training_settings.iterations_per_epoch
-        return optimizer, CosineSchedule(optimizer, lr=self.initial_lr, total=self.total_steps, warmup=warmup)
+        return optimisation_of(self.task, self.training_settings, total=self.total_steps)
 
     def _do_i_compile(self) -> bool:
         """The task is not compiled as a whole; ``configure_optimizers`` compiles the backbone in place."""
@@ -183,18 +199,17 @@ class Pretrainer(ResumableTrainer):
         seed, dropout_seed = np.random.SeedSequence(entropy).generate_state(2, np.uint64) >> np.uint64(1)
         return int(seed), int(dropout_seed)
 
-    @property
-    def _in_chunks(self) -> dict[str, Any] | None:
-        """How the batch is encoded in chunks, or ``None`` where it is encoded at once."""
+    def _in_chunks(self, views: dict[str, Tensor]) -> dict[str, Any] | None:
+        """How the samples are encoded in chunks, or ``None`` where they are encoded at once."""
         size = self.training_settings.chunk_size
-        if size is None or size >= self.batch_size:
+        if size is None or size >= len(next(iter(views.values()))):
             return None
         return {"chunk_size": size, "seed": self._seeds(TRAIN, self.step)[1], "precision": self._precision}
 
     def _backward(self, views: dict[str, Tensor], progress: float) -> Terms:
         """Forward and backward of the batch; the terms of the loss."""
         scale = _unscaled if self.grad_scaler is None else self.grad_scaler.scale
-        chunks = self._in_chunks
+        chunks = self._in_chunks(views)
         if chunks is None:
             with self._precision():
                 terms = self.network(views, progress)
@@ -293,7 +308,7 @@ class Pretrainer(ResumableTrainer):
 
     def _forward(self, views: dict[str, Tensor]) -> Terms:
         """The terms of a validation batch."""
-        progress, chunks = self.step / self.total_steps, self._in_chunks
+        progress, chunks = self.step / self.total_steps, self._in_chunks(views)
         if chunks is None:
             with self._precision():
                 return self.network(views, progress)
@@ -358,7 +373,7 @@ class Pretrainer(ResumableTrainer):
                 self.plans_manager.plans,
                 self.configuration_name,
                 network=self.task.backbone.network,
-                input_channels=self.num_input_channels,
+                input_channels=self.task.backbone.input_channels,
             ),
             "citations": nnssl_citations(self.method, self.citations),
         }
@@ -392,6 +407,7 @@ class Pretrainer(ResumableTrainer):
             plans=self.plans_manager.plans,
             configuration=self.configuration_name,
             dataset_json=self.dataset_json,
+            network_channels=self.task.backbone.input_channels,
             trained=list(dict.fromkeys([*trained, *origin.get("trained", ())])),
             steps=self.step,
             cases=self.training_cases,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.settings import Count, NonNegative, Positive, Range, settings_from
@@ -14,6 +14,8 @@ METHOD_NAME = "method_name"
 """Key of the block that says which method ``method`` is for; presets write it, older plans lack it."""
 OTHERS = ("weights", METHOD, METHOD_NAME)
 """Keys of the block that are not fields of :class:`TrainingSettings`."""
+
+BelowOne = Annotated[float, Range(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,28 @@ class TrainingSettings:
     batch_size: Count | None = None
     """Samples per rank and step; ``null`` is the plan's. A method may have its own default."""
     chunk_size: Count | None = None
-    """Samples encoded at a time; fewer than ``batch_size`` make a virtual batch: its gradients at the memory of a chunk
+    """Samples encoded at a time; fewer than the step has make a virtual batch: its gradients at the memory of a chunk
     and the cost of one more forward. ``null`` encodes the batch at once."""
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    """``adamw``, or ``sgd`` with Nesterov's momentum."""
     lr: Positive = 1e-3
-    """Largest learning rate; a cosine leads to 0. Each method has its own default."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay."""
+    """Largest learning rate; ``schedule`` leads down from it. Each method has its own default."""
+    schedule: Literal["cosine", "halving", "poly"] = "cosine"
+    """``cosine``: half a cosine to 0; ``poly``: (1 - p) ** 0.9 to 0, nnU-Net's; ``halving``: halved after each fifth of
+    the run, four times."""
     warmup_epochs: NonNegative = 0.0
-    """Epochs of linear warm-up before the cosine."""
+    """Epochs of linear warm-up before the schedule."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Of AdamW."""
+    momentum: BelowOne = 0.99
+    """Of SGD (0.99 is nnU-Net's)."""
+    weight_decay: NonNegative = 0.0
+    """Weight decay: decoupled from the gradient in AdamW, through the gradient in SGD."""
+    weight_decay_end: NonNegative | None = None
+    """Weight decay at the end of the run, reached along half a cosine; ``null`` keeps ``weight_decay`` throughout."""
+    layer_decay: Annotated[float, Range(gt=0, le=1)] = 1.0
+    """Factor of the learning rate from each encoder stage to the next shallower one: the deepest has ``layer_decay``,
+    everything outside the encoder 1."""
     gradient_clip: Positive = 12.0
     """Largest norm of the gradient (12 is nnU-Net's)."""
     seed: Annotated[int, Range(ge=0)] = 12345

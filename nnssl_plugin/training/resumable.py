@@ -289,6 +289,12 @@ class ResumableTrainer(PlannedNetworkTrainer):
             ) from error
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
+        saved, own = (groups[0].keys() for groups in (state["param_groups"], self.optimizer.param_groups))
+        if ("betas" in saved) != ("betas" in own):  # PyTorch would take SGD's numbers for AdamW's
+            raise UserError(
+                "The checkpoint was written by another optimiser than the plan asks for (AdamW or SGD).",
+                "Restore the plan's optimiser, or start without --c.",
+            )
         try:
             self.optimizer.load_state_dict(state)
         except ValueError as error:  # other groups

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step alone, which keep the ratios between parameter groups.
+"""Learning rates and weight decays as functions of the step alone, which keep the ratios between parameter groups.
 
 nnU-Net calls ``lr_scheduler.step(epoch)``; its own ``PolyLRScheduler`` writes one rate into every group. Here a group's
 rate is the scheduled rate times ``group["lr_scale"]`` (1 where it is not given), and 0 before
@@ -6,6 +6,7 @@ rate is the scheduled rate times ``group["lr_scale"]`` (1 where it is not given)
 """
 
 import math
+from collections.abc import Collection
 
 from torch.optim import Optimizer
 
@@ -46,7 +47,7 @@ class Schedule:
         self.step(0)
 
     def decay(self, progress: float) -> float:
-        """The factor (1 at ``progress`` 0, 0 at 1) after the warm-up."""
+        """The factor after the warm-up, 1 at ``progress`` 0; at 1 it is 0, unless the schedule says otherwise."""
         raise TypeError(f"{type(self).__name__} must define decay()")
 
     def rate(self, step: int) -> float:
@@ -85,4 +86,61 @@ class CosineSchedule(Schedule):
     """Warm-up, then half a cosine: ``(1 + cos(pi * p)) / 2`` (Loshchilov and Hutter 2017, SGDR, eq. 5, one cycle)."""
 
     def decay(self, progress: float) -> float:
-        return (1 + math.cos(math.pi * progress)) / 2
+        return half_cosine(progress)
+
+
+class HalvingSchedule(Schedule):
+    """Warm-up, then the rate is halved four times, after each fifth of what is left: it ends at a sixteenth."""
+
+    halvings = 4
+
+    def decay(self, progress: float) -> float:
+        fifths = math.floor(progress * (self.halvings + 1) + 1e-9)  # rounding must not delay a halving by a step
+        return 0.5 ** min(fifths, self.halvings)
+
+
+class WeightDecaySchedule:
+    """Half a cosine from one weight decay to another over the whole run (Caron et al. 2021, DINO, section 3.3).
+
+    Args:
+        optimizer: its groups' weight decays are set, first for step 0.
+        start: at step 0.
+        end: at step ``total``.
+        total: steps of the whole run.
+        spared: numbers of the groups that keep their own weight decay.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, start: float, end: float, total: int, spared: Collection[int] = ()):
+        self.optimizer = optimizer
+        self.start, self.end, self.total = start, end, total
+        self.spared = spared
+        self.step(0)
+
+    def step(self, current_step: int) -> None:
+        """Set the weight decay of every group for ``current_step``."""
+        share = half_cosine(min(1.0, current_step / self.total))
+        for number, group in enumerate(self.optimizer.param_groups):
+            if number not in self.spared:
+                group["weight_decay"] = self.end + (self.start - self.end) * share
+
+
+class Schedules:
+    """Several schedules of one optimiser, stepped together; the first is that of the rates."""
+
+    def __init__(self, rates: Schedule, *others: WeightDecaySchedule):
+        self.rates, self.others = rates, others
+
+    def step(self, current_step: int) -> None:
+        """Set everything for ``current_step``."""
+        self.rates.step(current_step)
+        for schedule in self.others:
+            schedule.step(current_step)
+
+    def get_last_lr(self) -> list[float]:
+        """The rates that are set now, one per group."""
+        return self.rates.get_last_lr()
+
+
+def half_cosine(progress: float) -> float:
+    """(1 + cos(π p)) / 2, from 1 at ``progress`` 0 to 0 at 1."""
+    return (1 + math.cos(math.pi * progress)) / 2

@@ -98,6 +98,62 @@ def random_affine(
     return torch.cat((linear, offset[..., None]), -1)
 
 
+def random_crop(
+    batch: int,
+    window: Sequence[int],
+    size: Sequence[int],
+    *,
+    side: tuple[float, float],
+    flip: float = 0.0,
+    in_plane: bool | None = None,
+    spacing: Sequence[float],
+    generator: torch.Generator,
+    device: torch.device | str,
+) -> Tensor:
+    """Affines from a window to views of another size that show a random box of it, drawn anew for each sample.
+
+    The box has one share of the window's length on all axes, and lies inside the window, everywhere equally likely.
+    ``warp_image(window, affine, size=size)`` shows it; ``compose`` adds a rotation within it.
+
+    Args:
+        batch: number of samples B.
+        window: its size in voxels, (H, W) or (D, H, W).
+        size: of the views in voxels; its proportions are best those of the window, or the views are stretched.
+        side: smallest and largest length of the box over that of the window, in (0, 1]. Papers that state an area a
+            mean the side √a in 2D.
+        flip: probability that an axis is mirrored, for each axis.
+        in_plane: whether the coarsest axis is not resampled, as in :class:`AffineRange`: the box then has as many
+            slices as the view, whichever they are.
+        spacing: of the voxels in mm, one number per axis.
+        generator: source of the random numbers, on ``device``.
+        device: where the affines are made.
+
+    Returns:
+        (B, d, d+1) float32, from points of the window to points of the view.
+
+    Raises:
+        ValueError: for sizes and a spacing of different dimension, a share outside (0, 1], or a view with more slices
+            than the window along an axis that is not resampled.
+    """
+    scaled = _resampled_axes(window, size, side, spacing, in_plane)
+    low, high = side
+    share = low + (high - low) * torch.rand(batch, 1, generator=generator, device=device)
+    place = torch.rand(batch, len(window), generator=generator, device=device)
+    flipped = torch.rand(batch, len(window), generator=generator, device=device) < flip
+
+    length, target = _to(device, list(window)), _to(device, list(size))
+    resampled = _to(device, [float(axis in scaled) for axis in range(len(window))]) > 0
+    box = torch.where(resampled, share * length, target)
+    free = length - box
+    whole = torch.minimum((place * (free + 1)).floor(), free)
+    start = torch.where(resampled, place * free, whole)  # the box's first face, from that of the window
+    scale = target / box
+    offset = (0.5 - start) * scale - 0.5
+    linear = torch.diag_embed(torch.where(flipped, -scale, scale))
+    offset = torch.where(flipped, target - 1 - offset, offset)
+    return torch.cat((linear, offset[..., None]), -1)
+
+
 def transform_points(points: Tensor, affine: Tensor) -> Tensor:
     """Where the points of the window lie in the view.
 
@@ -125,25 +181,28 @@ def compose(outer: Tensor, inner: Tensor) -> Tensor:
     return torch.cat((_product(linear, inner[..., :-1]), offset), -1)
 
 
-def warp_image(image: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
+def warp_image(image: Tensor, affine: Tensor, *, size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """The view of a window: each of its voxels shows the point of the window that the affine maps there.
 
     Linear interpolation, in float32 at least. A voxel of the view is valid if its point lies within the window's
     voxels, border included; the others are exactly 0. Values do not fade towards the border: the outer half of the
     outermost voxels has their value. A NaN spreads to the valid voxels that are interpolated from it, not further.
+    Nothing is smoothed: a view that shows structures at less than half their size passes over voxels.
 
     Args:
-        image: (B, C, *size).
+        image: (B, C, *window).
         affine: (B, d, d+1), from points of the window to points of the view.
+        size: of the view in voxels; ``None`` for that of the window.
 
     Returns:
         The view (B, C, *size) of the image's type, and (B, 1, *size) bool, True = shows the window.
     """
-    size = image.shape[2:]
+    window = image.shape[2:]
+    size = window if size is None else tuple(size)
     dtype = torch.promote_types(image.dtype, affine.dtype)
     to_window = invert_affine(affine.to(dtype))
     valid, grid = None, []
-    for axis, length in enumerate(size):
+    for axis, length in enumerate(window):
         position = _position(to_window[:, axis], size)
         inside = (position >= -0.5) & (position <= length - 0.5)
         valid = inside if valid is None else valid & inside
@@ -166,6 +225,26 @@ def _moving_axes(size: Sequence[int], spacing: Sequence[float], in_plane: bool |
         short = ANISOTROPY * size[coarsest] < min(size[axis] for axis in others)
         in_plane = coarse or short
     return others if in_plane else axes
+
+
+def _resampled_axes(
+    window: Sequence[int],
+    size: Sequence[int],
+    side: tuple[float, float],
+    spacing: Sequence[float],
+    in_plane: bool | None,
+) -> tuple[int, ...]:
+    """The axes along which a crop's length is drawn; refuses crops that cannot be made."""
+    if not len(window) == len(size) == len(spacing):
+        raise ValueError(
+            f"a view of size {tuple(size)}, a window of {tuple(window)} and a spacing of {tuple(spacing)} do not fit"
+        )
+    if not 0 < side[0] <= side[1] <= 1:
+        raise ValueError(f"side cannot be {side}")
+    scaled = _moving_axes(window, spacing, in_plane)
+    if any(size[axis] > window[axis] for axis in range(len(window)) if axis not in scaled):
+        raise ValueError(f"a view of size {tuple(size)} has more slices than the window of {tuple(window)}")
+    return scaled
 
 
 def _rotation(angle: Tensor, plane: tuple[int, int], dims: int) -> Tensor:

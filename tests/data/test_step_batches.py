@@ -1,11 +1,13 @@
 """Batches: functions of (seed, rank, step), windows inside the case, slices inside the window."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from fake_dataset import NAME, write_fake_dataset
 
-from nnssl_plugin.data.batch import Needs
+from nnssl_plugin.data.batch import Needs, Place
 from nnssl_plugin.data.batches import BatchStream, StepBatches
 from nnssl_plugin.data.cases import Cases, available_channels
 from nnssl_plugin.data.triplets import (
@@ -111,6 +113,24 @@ def test_window_is_the_piece_of_the_case_it_claims_to_be(open_batches):
         inside = tuple(slice(max(o, 0), o + 16) for o in origin)
         piece = data[:][(slice(None), *inside)]
         np.testing.assert_array_equal(batch["image"][i, :, : piece.shape[1], : piece.shape[2], : piece.shape[3]], piece)
+
+
+@pytest.mark.parametrize("patch", [(10, 12, 14), (12, 14)])
+@pytest.mark.parametrize("window", ["crop", "whole"])
+def test_places_are_whole_numbers_on_the_host_and_the_tensors_say_the_same(open_batches, patch, window):
+    """They survive a worker, and name the piece of the case to the voxel, the slice of a 2D window included."""
+    batches = open_batches(Needs(window=window), patch=patch)
+    batch = next(BatchStream(batches, [3], workers=0))
+    for i, (case, place) in enumerate(zip(batch["cases"], batch["places"], strict=True)):
+        assert type(place) is Place and all(type(v) is int for three in vars(place).values() for v in three)
+        assert place == pickle.loads(pickle.dumps(place)) and place.case_shape == SHAPE
+        for name, three in vars(place).items():
+            assert batch[name][i].tolist() == list(three)[-len(patch) :]
+        if window == "crop":
+            assert place.extent == (1,) * (3 - len(patch)) + patch
+            box = tuple(slice(o, o + e) for o, e in zip(place.origin, place.extent, strict=True))
+            shown = batches.cases.load(case)[0][:][(slice(None), *box)]
+            np.testing.assert_array_equal(batch["image"][i], shown.reshape(batch["image"][i].shape))
 
 
 def test_margin_makes_the_window_larger(open_batches):

@@ -57,6 +57,39 @@ def test_sums_count_the_part_of_a_voxel_that_lies_in_a_cell():
         torch.testing.assert_close(grid.sums(volume), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_map_is_read_linearly_between_tokens_and_is_constant_beyond_them(grid):
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 3, *grid.counts, generator=generator, dtype=torch.float64)
+    axes = [
+        20 * torch.rand(2, number, generator=generator, dtype=torch.float64) - 5
+        for number in range(2, 2 + len(grid.counts))
+    ]
+    got = grid.read(maps, axes)
+    assert got.shape == (2, 3, *(axis.shape[1] for axis in axes))
+    for sample in range(2):
+        for index in np.ndindex(*got.shape[2:]):
+            expected = torch.zeros(3, dtype=torch.float64)
+            for token in np.ndindex(*grid.counts):
+                weight = 1.0
+                for axis, (count, offset, spacing) in enumerate(
+                    zip(grid.counts, grid.offset, grid.spacing, strict=True)
+                ):
+                    place = (float(axes[axis][sample, index[axis]]) - offset) / spacing
+                    weight *= max(0.0, 1 - abs(min(max(place, 0.0), count - 1) - token[axis]))
+                expected += weight * maps[(sample, slice(None), *token)]
+            torch.testing.assert_close(got[(sample, slice(None), *index)], expected)
+
+
+def test_a_map_read_at_its_own_tokens_is_the_map():
+    grid = GRIDS[1]
+    maps = torch.randn(2, 3, *grid.counts)
+    own = [axis[None] for axis in grid.axes()]
+    torch.testing.assert_close(grid.read(maps, own), maps)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert grid.read(maps.bfloat16(), own).dtype == torch.float32
+
+
 # ---------------------------------------------------------------------- what families state, measured
 
 

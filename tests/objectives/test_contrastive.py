@@ -7,6 +7,7 @@ from collections import deque
 import pytest
 import torch
 import torch.nn.functional as F
+from method_checks import assert_equals_naive_loop
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnssl_plugin.objectives.contrastive import (
@@ -14,6 +15,7 @@ from nnssl_plugin.objectives.contrastive import (
     dual_softmax,
     info_nce,
     log_dual_softmax,
+    nt_xent,
     sinkhorn_with_dustbin,
     symmetric_info_nce,
 )
@@ -100,6 +102,41 @@ def test_symmetric_info_nce_equals_two_cross_entropies_and_does_not_mind_the_ord
     torch.testing.assert_close(symmetric_info_nce(first[order], second[order], temperature=0.1), loss)
 
 
+def naive_nt_xent(first, second, apart, temperature):
+    number, losses = len(first), []
+    views = (first, second)
+    for view in range(2):
+        for i in range(number):
+            positive = views[view][i] @ views[1 - view][i] / temperature
+            others = [views[v][k] for v in range(2) for k in range(number) if k != i and apart[i, k]]
+            logits = torch.stack([positive, *(views[view][i] @ other / temperature for other in others)])
+            losses.append(logits.logsumexp(0) - positive)
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_nt_xent_equals_a_naive_loop_over_both_views(number, share):
+    drawn = torch.rand(number, number, generator=torch.Generator().manual_seed(1))
+    apart = (drawn + drawn.mT) / 2 < share
+
+    def draw(generator):
+        return [F.normalize(torch.randn(number, 4, generator=generator, dtype=torch.float64), dim=1) for _ in range(2)]
+
+    assert_equals_naive_loop(
+        lambda first, second: nt_xent(first, second, temperature=0.2, apart=apart),
+        lambda first, second: naive_nt_xent(first, second, apart, 0.2),
+        draw,
+    )
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_nt_xent_of_equal_features_is_the_logarithm_of_the_candidates(number):
+    features = torch.ones(number, 4, dtype=torch.float64) / 2
+    got = nt_xent(features, features, temperature=0.1)
+    assert got == pytest.approx(math.log(1 + 2 * (number - 1)))
+
+
 def test_views_that_agree_and_differ_from_all_others_cost_nothing():
     views = torch.eye(6)
     assert symmetric_info_nce(views, views, temperature=0.01).item() == pytest.approx(0, abs=1e-6)
@@ -148,8 +185,9 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature):
         log_dual_softmax(torch.eye(2), temperature)
     with pytest.raises(ValueError, match="temperature"):
         info_nce(torch.eye(2), torch.eye(2), torch.eye(2), temperature=temperature)
-    with pytest.raises(ValueError, match="temperature"):
-        symmetric_info_nce(torch.eye(2), torch.eye(2), temperature=temperature)
+    for loss in (symmetric_info_nce, nt_xent):
+        with pytest.raises(ValueError, match="temperature"):
+            loss(torch.eye(2), torch.eye(2), temperature=temperature)
 
 
 # ------------------------------------------------------------------ Sinkhorn

@@ -8,7 +8,13 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.training.schedules import CosineSchedule, PolySchedule
+from nnssl_plugin.training.schedules import (
+    CosineSchedule,
+    HalvingSchedule,
+    PolySchedule,
+    Schedules,
+    WeightDecaySchedule,
+)
 
 
 def optimizer(*groups):
@@ -88,3 +94,37 @@ def test_steps_after_the_end_stay_at_0():
 def test_a_warm_up_that_does_not_fit_is_refused(warmup):
     with pytest.raises(UserError, match="warm-up"):
         CosineSchedule(optimizer(), lr=0.1, total=5, warmup=warmup)
+
+
+@pytest.mark.parametrize("warmup", [0, 5, 2.5])
+@pytest.mark.parametrize("total", [10, 13, 100])
+def test_halving_against_a_naive_loop(total, warmup):
+    expected = []
+    for k in range(total):
+        rate = 0.4
+        for fifth in (1, 2, 3, 4):
+            if 5 * (k - warmup) >= fifth * (total - warmup):
+                rate /= 2
+        expected.append(0.4 * (k + 1) / (warmup + 1) if k < warmup else rate)
+    curve = rates(HalvingSchedule(optimizer(), lr=0.4, total=total, warmup=warmup), range(total))
+    assert curve == pytest.approx(expected)
+    assert curve[-1] == pytest.approx(0.4 / 16)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.04, 0.4), (0.1, 0.0)])
+def test_the_weight_decay_moves_along_half_a_cosine_and_spares_what_has_its_own(start, end):
+    ours = optimizer({"weight_decay": 0.5}, {"weight_decay": 0.0})
+    schedule = WeightDecaySchedule(ours, start=start, end=end, total=20, spared={1})
+    for step in (0, 3, 10, 20, 25):
+        schedule.step(step)
+        expected = end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(step, 20) / 20))
+        assert ours.param_groups[0]["weight_decay"] == pytest.approx(expected)
+        assert ours.param_groups[1]["weight_decay"] == 0.0
+
+
+def test_schedules_move_rate_and_weight_decay_together():
+    ours = optimizer()
+    decay = WeightDecaySchedule(ours, start=0.0, end=1.0, total=10)
+    both = Schedules(CosineSchedule(ours, lr=1.0, total=10), decay)
+    both.step(5)
+    assert both.get_last_lr() == pytest.approx([0.5]) and ours.param_groups[0]["weight_decay"] == pytest.approx(0.5)

@@ -15,6 +15,7 @@ from nnssl_plugin.transforms.affine import (
     compose,
     invert_affine,
     random_affine,
+    random_crop,
     transform_points,
     warp_image,
 )
@@ -247,6 +248,91 @@ def test_autocast_changes_nothing_and_half_precision_images_are_read():
     torch.testing.assert_close(coarse.float(), view, atol=0.05, rtol=0.02)
 
 
+CROPS = [
+    ((17, 24), (9, 11), (0.7, 1.3)),
+    ((12, 20, 16), (8, 8, 10), (1.1, 0.7, 1.0)),
+    ((9, 30, 28), (4, 12, 15), (5, 1, 1)),
+]
+"""Window, view and spacing: 2D, 3D, and an anisotropic patch whose slices are not resampled."""
+
+
+def crops(batch, window, size, spacing, *, seed=0, **more):
+    generator = torch.Generator().manual_seed(seed)
+    return random_crop(
+        batch, window, size, spacing=spacing, generator=generator, device="cpu", **{"side": (0.3, 1.0)} | more
+    )
+
+
+@pytest.mark.parametrize(("window", "size", "spacing"), CROPS)
+def test_a_view_of_another_size_equals_scipys(window, size, spacing):
+    image = torch.randn(3, 2, *window, dtype=torch.float64)
+    for moves in (affines(3, window, spacing=spacing), crops(3, window, size, spacing, flip=0.5)):
+        view, valid = warp_image(image, moves, size=size)
+        assert view.shape == (3, 2, *size) and valid.shape == (3, 1, *size)
+        for sample in range(3):
+            points = source_points(moves[sample], size)
+            inside = np.array([all(-0.5 <= x <= n - 0.5 for x, n in zip(p, window, strict=True)) for p in points.T])
+            assert np.array_equal(valid[sample, 0].numpy().ravel(), inside)
+            for channel in range(2):
+                naive = map_coordinates(image[sample, channel].numpy(), points, order=1, mode="nearest")
+                np.testing.assert_allclose(
+                    view[sample, channel].numpy().ravel(), np.where(inside, naive, 0), atol=1e-10
+                )
+
+
+@pytest.mark.parametrize(("window", "size", "spacing"), CROPS)
+def test_points_move_with_the_crop(window, size, spacing):
+    """An image of its own coordinates: the value of a voxel of the view is the point that it shows."""
+    moves = crops(4, window, size, spacing, flip=0.5)
+    shown = warp_image(voxels_of(window).expand(4, -1, *window), moves, size=size)[0].flatten(2).transpose(1, 2)
+    interior = ((shown > 0.01) & (shown < torch.tensor(window) - 1.01)).all(-1)
+    assert interior.any(1).all()
+    error = (transform_points(shown, moves) - voxels_of(size).flatten(1).T).norm(dim=-1)
+    assert error[interior].max() < 1e-4
+    turned = compose(affines(4, size, AffineRange(rotation=20), spacing=spacing), moves)
+    assert warp_image(torch.zeros(4, 1, *window), turned, size=size)[0].shape == (4, 1, *size)
+
+
+@pytest.mark.parametrize(("window", "size", "spacing"), CROPS)
+def test_crops_lie_in_the_window_with_one_share_of_each_axis(window, size, spacing):
+    moves = crops(500, window, size, spacing, side=(0.4, 0.8), flip=0.5)
+    _, valid = warp_image(torch.zeros(500, 1, *window), moves, size=size)
+    assert valid.all()
+    faces = torch.stack([-torch.ones(len(size)) / 2, torch.tensor(size) - 0.5])
+    box = transform_points(faces, invert_affine(moves)).sort(1).values
+    assert (box[:, 0] > -0.501).all() and (box[:, 1] < torch.tensor(window) - 0.499).all()
+    share = (box[:, 1] - box[:, 0]) / torch.tensor(window)
+    in_plane = share[:, -2:]
+    torch.testing.assert_close(in_plane[:, 0], in_plane[:, 1], atol=1e-4, rtol=0)
+    assert 0.399 < share[:, -1].min() < 0.42 and 0.78 < share[:, -1].max() < 0.801
+    centre = box.mean(1)[:, -2:] - (torch.tensor(window)[-2:] - 1) / 2
+    assert (centre.mean(0).abs() < 0.06 * torch.tensor(window)[-2:]).all() and (centre.std(0) > 0.5).all()
+
+
+def test_slices_of_a_coarse_axis_are_copied_and_all_of_them_are_drawn():
+    image = torch.arange(9.0)[None, None, :, None, None].expand(300, 1, 9, 30, 28)
+    for flip, step in ((0.0, 1.0), (1.0, -1.0)):
+        view, _ = warp_image(image, crops(300, (9, 30, 28), (4, 12, 15), (5, 1, 1), flip=flip), size=(4, 12, 15))
+        torch.testing.assert_close(view, view.round(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(view.diff(dim=2), torch.full((300, 1, 3, 12, 15), step), atol=1e-4, rtol=0)
+        assert set(view[:, 0].round().amin((1, 2, 3)).int().tolist()) == set(range(6))
+
+
+def test_the_whole_window_is_only_resized():
+    image = torch.rand(2, 1, 6, 9)
+    view, _ = warp_image(image, crops(2, (6, 9), (3, 4), (1, 1), side=(1.0, 1.0)), size=(3, 4))
+    torch.testing.assert_close(view, F.interpolate(image, size=(3, 4), mode="bilinear"), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"size": (4, 8)}, {"side": (0.0, 0.5)}, {"side": (0.5, 1.1)}, {"side": (0.9, 0.5)}, {"size": (10, 8, 8)}],
+)
+def test_crops_that_cannot_be_made_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"side|size"):
+        crops(1, **{"window": (9, 30, 28), "size": (4, 8, 8), "spacing": (5, 1, 1)} | wrong)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"rotation": -1}, {"scale": (0, 1)}, {"scale": (1.2, 1.0)}, {"translation": -0.1}, {"flip": 1.5}]
 )
@@ -264,6 +350,8 @@ def one_step(device, generator):
     ranges = AffineRange(rotation=30, scale=(0.9, 1.2), translation=0.1, flip=0.5)
     moves = random_affine(2, (8, 8, 8), ranges, spacing=(1.0, 1.0, 1.0), generator=generator, device=device)
     centres = torch.zeros(8, 3, device=device)
+    crop = random_crop(2, (8, 8, 8), (4, 4, 4), side=(0.4, 0.9), spacing=(1.0,) * 3, generator=generator, device=device)
+    warp_image(torch.zeros(2, 1, 8, 8, 8, device=device), crop, size=(4, 4, 4))
     return *warp_image(torch.zeros(2, 1, 8, 8, 8, device=device), moves), transform_points(centres, moves)
 
 

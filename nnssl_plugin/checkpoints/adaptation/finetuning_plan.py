@@ -23,6 +23,7 @@ from nnssl_plugin.checkpoints.adaptation.report import LoadReport
 from nnssl_plugin.checkpoints.format.files import save_checkpoint
 from nnssl_plugin.checkpoints.format.provenance import describe_input, describe_network, weights_hash
 from nnssl_plugin.checkpoints.sources.source import Source, read_source
+from nnssl_plugin.checkpoints.sources.stems import with_stem
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.nnunet.plans import (
@@ -65,6 +66,7 @@ def adapt_checkpoint(
     from_scratch: bool = False,
     min_coverage: float = MIN_COVERAGE,
     mapping: str | Path | None = None,
+    stem: str | None = None,
     options: AdaptationOptions = DEFAULT_OPTIONS,
     trust: bool = False,
 ) -> Adapted:
@@ -82,6 +84,7 @@ def adapt_checkpoint(
         from_scratch: write a plan that trains on the same schedule from random weights.
         min_coverage: smallest accepted fraction of the encoder's parameters, in [0, 1].
         mapping: table by which the keys of foreign weights are renamed (``read_source``).
+        stem: ID of the stem that is taken, of a network that has one for each dataset of its training (``inspect``).
         options: changes of shape that are asked for.
         trust: build the target's network whatever class its plan names.
 
@@ -95,7 +98,7 @@ def adapt_checkpoint(
     plans, dataset_json = read_plan(folder, plans_name), read_dataset_json(folder)
     network = describe_network(plans, configuration)  # refuses an unknown configuration before the checkpoint is read
     check_name(new_name := f"{plans_name}-{name}")
-    source = read_source(weights, mapping=mapping) if weights is not None else None
+    source = with_stem(read_source(weights, mapping=mapping), stem) if weights is not None else None
     file = None if from_scratch else folder / f"{new_name}_{configuration}.pth"
     block = _block(plans, configuration, file)
     if source is not None:

@@ -1,6 +1,7 @@
 """What a network saw in pretraining against what it will see: normalisation, spacing, channels, orientation, axes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 SPACING_TOLERANCE = 0.25
@@ -34,14 +35,18 @@ def compare_inputs(source: Mapping[str, Any], target: Mapping[str, Any]) -> list
         source: ``provenance`` of the checkpoint (what ``provenance.describe_input`` gives); an empty one says nothing.
         target: ``provenance.describe_input`` of the target.
     """
-    rules = {
+    rules: dict[str, Callable[[Any, Any], str]] = {
         "normalisation": _normalisation,
         "spacing_mm": _spacing,
         "channels": _channels,
         "orientation": _orientation,
         "transpose_forward": _axes,
     }
+    if _apart(source):
+        rules["channels"] = partial(_channels_apart, source["network_channels"])
     lines = [rule(source[field], target[field]) for field, rule in rules.items() if source.get(field)]
+    if source.get("native_spacing"):
+        lines.append(f"the pretraining saw every case at its own spacing; here all have {target['spacing_mm']} mm")
     return [line for line in lines if line]
 
 
@@ -68,7 +73,8 @@ def compare_ct_windows(
 
 def unstated(source: Mapping[str, Any]) -> list[str]:
     """A line that names what the checkpoint does not say of its images; none where it says everything."""
-    missing = [name for field, name in STATED.items() if not source.get(field)]
+    known = {"spacing_mm"} if source.get("native_spacing") else set()
+    missing = [name for field, name in STATED.items() if not source.get(field) and field not in known]
     if not missing:
         return []
     return [f"the checkpoint does not say its {', '.join(missing)}: compare with its publication"]
@@ -108,6 +114,19 @@ def _channels(before: Sequence[str], now: Sequence[str]) -> str:
     if sorted(old) == sorted(new):
         return f"channels stand in another order, and the first layer goes by their order: {said}"
     return f"channels differ: {said}"
+
+
+def _apart(source: Mapping[str, Any]) -> bool:
+    """Whether the network read another number of channels than its dataset has."""
+    read = source.get("network_channels")
+    return read is not None and read != len(source.get("channels") or ())
+
+
+def _channels_apart(read: int, before: Sequence[str], now: Sequence[str]) -> str:
+    return (
+        f"the network read {read} channel{'' if read == 1 else 's'} in pretraining, made of {list(before)}, and reads "
+        f"{list(now)} here"
+    )
 
 
 def _orientation(before: str, now: str) -> str:

@@ -181,6 +181,11 @@ def _patch(
 
 def _spacing(source: Source, plans: Mapping[str, Any], configuration: str) -> list[Assignment]:
     """The checkpoint's spacing in mm, and the median size of the target's cases in its voxels."""
+    if source.provenance.get("native_spacing"):
+        raise UserError(
+            f"{source.path.name} was trained on cases at their own spacing, so there is none to take over.",
+            "Leave --spacing out: the dataset's planned spacing is the nearest to that.",
+        )
     wanted = _stated(source, "spacing_mm", "--spacing")
     before, size = plans["original_median_spacing_after_transp"], plans["original_median_shape_after_transp"]
     present = plans["configurations"][configuration]["spacing"]

@@ -61,6 +61,7 @@ def describe_pretraining(
     cases: int,
     citations: Sequence[Any],
     licence: str,
+    network_channels: int | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """The ``provenance`` of a pretraining checkpoint.
@@ -77,6 +78,7 @@ def describe_pretraining(
         cases: cases that were trained on.
         citations: what to cite with these weights.
         licence: licence of the weights.
+        network_channels: channels that the network reads, where the method makes its images out of the dataset's.
         weights: the state dict of the network, for its hash.
 
     Returns:
@@ -84,6 +86,7 @@ def describe_pretraining(
         plan's axes, after ``transpose_forward``.
     """
     resolved = resolve_configuration(plans, configuration)
+    seen = describe_input(plans, configuration, dataset_json)
     return _as_json_holds_it(
         {
             "format": FORMAT,
@@ -95,7 +98,8 @@ def describe_pretraining(
             "data": {"dataset": plans["dataset_name"], "cases": cases},
             "plans_name": plans["plans_name"],
             "configuration": configuration,
-            **describe_input(plans, configuration, dataset_json),
+            **seen,
+            "network_channels": network_channels or len(seen["channels"]),
             "patch_size": list(resolved["patch_size"]),
             "network": describe_network(plans, configuration),
             "trained": list(trained),

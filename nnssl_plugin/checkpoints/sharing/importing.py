@@ -19,7 +19,7 @@ from nnssl_plugin.checkpoints.format.pickled import unsafe_globals
 from nnssl_plugin.checkpoints.format.shared_folder import (
     read_shared_folder,
 )
-from nnssl_plugin.checkpoints.sources.layouts import with_nnssl_block
+from nnssl_plugin.checkpoints.sources.nnssl_layout import with_nnssl_block
 from nnssl_plugin.checkpoints.sources.source import source_of
 from nnssl_plugin.checkpoints.sources.state_dicts import is_state_dict, refuse_version_1
 from nnssl_plugin.errors import UserError

@@ -254,7 +254,7 @@ def _details(provenance: Mapping[str, Any], weights: Mapping[str, Tensor], paper
     kwargs = provenance["network"]["kwargs"]
     lines = [
         f"- **Model type:** `{provenance['network']['class']}`, {parameters_in(weights):,} parameters, "
-        f"{len(provenance['channels'])} input channel(s)",
+        f"{provenance.get('network_channels', len(provenance['channels']))} input channel(s)",
         f"- **Method:** {provenance['method']}" + (f", {paper.title} ({', '.join(paper.authors)})" if paper else ""),
         f"- **License:** {provenance['licence']}",
         f"- **SHA-256 of the weights:** `{sha256}` (keys, shapes and values, whatever file they are in)",

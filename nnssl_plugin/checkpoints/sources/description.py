@@ -84,6 +84,8 @@ PROVENANCE: dict[str, tuple[Test, str]] = {
     "spacing_mm": (_list_of(_millimetres), "a list of millimetres"),
     "patch_size": (_list_of(_size), "a list of voxels per axis"),
     "transpose_forward": (_order, "an order of axes"),
+    "network_channels": (lambda value: _whole(value, 1, LARGEST), "a number of channels"),
+    "native_spacing": (lambda value: isinstance(value, bool), "true or false"),
     "steps": (_count, "a number of steps"),
     "network": (_network, "a class with its arguments"),
 }

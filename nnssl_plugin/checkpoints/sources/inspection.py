@@ -12,6 +12,7 @@ from nnssl_plugin.checkpoints.format.health import health_of
 from nnssl_plugin.checkpoints.format.provenance import as_architecture, weights_hash
 from nnssl_plugin.checkpoints.format.tensors import not_finite, parameters_in
 from nnssl_plugin.checkpoints.sources.source import NNSSL, NNUNET, OWN, Source, read_source
+from nnssl_plugin.checkpoints.sources.stems import said, stems_of
 from nnssl_plugin.io.text import printable, some
 from nnssl_plugin.nnunet.network_classes import unknown_names
 
@@ -88,12 +89,15 @@ def inspect_file(path: str | Path, *, mapping: str | Path | None = None, trust: 
         "first_keys": list(source.weights)[:3],
         "trained": None if source.trained is None else list(source.trained),
         "input_channels": source.input_channels,
+        "stems": stems_of(source.weights),
         **{
             name: known.get(name)
             for name in (
                 "channels",
+                "network_channels",
                 "normalisation",
                 "spacing_mm",
+                "native_spacing",
                 "orientation",
                 "transpose_forward",
                 "data",
@@ -140,9 +144,10 @@ def _entries(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("network", _network(report)),
         ("weights", f"{report['parameters']:,} parameters in {report['tensors']} tensors"),
         ("trained", _trained(report["trained"])),
-        ("input", _stated(report, "{} channels", "input_channels", "meaning {}", "channels")),
+        ("input", _stated(report, "{} channels", "input_channels", _meaning(report), "channels")),
+        *([("stems", f"one of: {', '.join(said(report['stems']))}")] if report["stems"] else []),
         ("normalisation", _text(report["normalisation"])),
-        ("geometry", _stated(report, "spacing {} mm", "spacing_mm", "patch {} voxels", "patch_size")),
+        ("geometry", _geometry(report)),
         ("orientation", _stated(report, "{}", "orientation", "transposed by {}", "transpose_forward")),
         ("trained on", _stated(data, "{}", "dataset", "{} cases", "cases")),
         ("trained for", _stated(report, "{} steps", "steps", "{} epochs", "epochs")),
@@ -167,6 +172,18 @@ def _stated(values: Mapping[str, Any], first: str, one: str, second: str, other:
         for sentence, name in ((first, one), (second, other))
     ]
     return ", ".join(said)
+
+
+def _meaning(report: Mapping[str, Any]) -> str:
+    """How the channels of the network and of its dataset go together."""
+    apart = report["network_channels"] not in (None, len(report["channels"] or ()))
+    return f"in pretraining {report['network_channels']}, made of {{}}" if apart else "meaning {}"
+
+
+def _geometry(report: Mapping[str, Any]) -> str:
+    if not report["native_spacing"]:
+        return _stated(report, "spacing {} mm", "spacing_mm", "patch {} voxels", "patch_size")
+    return f"every case at its own spacing (not resampled), patch {_text(report['patch_size'])} voxels"
 
 
 def _entry(label: str, value: str) -> list[str]:
@@ -259,6 +276,7 @@ def _use(source: Source, path: Path, mapping: str | Path | None, *, trust: bool)
             f"nnUNetv2_train TARGET_ID {configuration} 0 -p {plan} -pretrained_weights {path}",
         ]
     flags = (f" --mapping {mapping}" if mapping else "") + (" --trust" if trust else "")
+    flags += " --stem ID" if len(stems_of(source.weights)) > 1 else ""
     commands = [f"nnssl_plugin adapt -d TARGET_ID -w {path} -n {_name(source)}{flags}"]
     if source.network is None and not mapping:
         commands.append(f"{commands[0]} --mapping TABLE   (where its keys are not those of the plan's network)")

@@ -24,17 +24,20 @@ from nnssl_plugin.checkpoints.sources.description import NNSSL as NNSSL_FIELDS
 from nnssl_plugin.checkpoints.sources.layouts import (
     UNUSABLE,
     first_layer_channels,
-    in_names_of,
     keys_of_network,
     network_of_plan,
-    nnssl_network,
-    nnssl_provenance,
+    nnunet_network,
     nnunet_plan_of,
     nnunet_provenance,
     plan_of_adapted,
-    with_nnssl_block,
 )
 from nnssl_plugin.checkpoints.sources.mappings import read_mapping
+from nnssl_plugin.checkpoints.sources.nnssl_layout import (
+    in_names_of,
+    nnssl_network,
+    nnssl_provenance,
+    with_nnssl_block,
+)
 from nnssl_plugin.checkpoints.sources.state_dicts import (
     find_state_dict,
     is_state_dict,
@@ -245,7 +248,7 @@ def _from_nnssl(content: dict[str, Any], path: Path) -> Source:
 def _from_nnunet(content: dict[str, Any], path: Path) -> Source:
     plans, configuration, dataset_json = nnunet_plan_of(content, path)
     weights, taken = without_wrapping(content["network_weights"], path)
-    network = network_of_plan(plans, configuration, path)
+    network = nnunet_network(plans, configuration, path, content.get("trainer_name"))
     described = nnunet_provenance(plans, configuration, dataset_json, trainer=content.get("trainer_name"), path=path)
     return _with_keys(
         Source(

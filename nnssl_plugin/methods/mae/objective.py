@@ -40,34 +40,54 @@ class MAE(PretextTask):
     def views(self, batch: Batch, generator: torch.Generator) -> Views:
         """The image, which voxels are masked, which count at all; in Primus also the visible patches (B, K)."""
         image = batch["image"]
+        inside = inside_case(batch["origin"], batch["case_shape"], tuple(image.shape[2:]))
+        return self.masked_views(image, inside, batch["available"], generator)
+
+    def masked_views(self, image: Tensor, inside: Tensor, available: Tensor, generator: torch.Generator) -> Views:
+        """The views of windows of which the voxels that lie in the case are known already.
+
+        Args:
+            image: (B, C, *spatial).
+            inside: (B, 1, *spatial) bool, voxels that lie in the case.
+            available: (B, C) bool, channels that the case has.
+            generator: source of the random numbers, on the device of the image.
+        """
         size = tuple(image.shape[2:])
         edges = self._edges(size)
         total, visible = visible_count(size, edges, self.settings.ratio)
         keep = random_ids(len(image), total, visible, generator=generator, device=image.device)
-        views = {
-            "image": image,
-            "available": batch["available"],
-            "inside": inside_case(batch["origin"], batch["case_shape"], size),
-            "masked": mask_all_but(keep, size, edges),
-        }
+        masked = mask_all_but(keep, size, edges)
+        views = {"image": image, "available": available, "inside": inside, "masked": masked}
         return views | ({} if self.token_decoder is None else {"keep": keep})
 
     def encode(self, views: Views) -> tuple[Views, Terms]:
         """``reconstruction`` (B,): the mean square over the voxels that count, of channels that the case has."""
+        return {}, {"reconstruction": self.error(self.reconstruct(views), views)}
+
+    def error(self, restored: Tensor, views: Views) -> Tensor:
+        """Mean square (B,) of x̂ − x over the voxels that count."""
         counted = _of_the_case(views)
         if self.settings.loss_on == "masked":
             counted = counted & views["masked"]
-        return {}, {"reconstruction": mean_square(self.reconstruct(views), views["image"], counted)}
+        return mean_square(restored, views["image"], counted)
 
     def reconstruct(self, views: Views) -> Tensor:
         """x̂ (B, C, *spatial), of the image without its masked voxels."""
-        image = views["image"]
-        seen = fill_masked(image, views["masked"], 0.0)
+        return self.restored(self.maps(views), views)
+
+    def restored(self, maps: list[Tensor], views: Views) -> Tensor:
+        """x̂ from what :meth:`maps` gave."""
+        return self.backbone.reconstruct(maps).to(views["image"].dtype)
+
+    def maps(self, views: Views) -> list[Tensor]:
+        """What the network's decoder reads, fine to coarse: the encoder's maps; of a transformer the whole grid, in
+        which the light decoder has put something into the masked places."""
+        seen = fill_masked(views["image"], views["masked"], 0.0)
         if self.token_decoder is None:
-            return self.backbone.reconstruct(self.backbone.features(seen)).to(image.dtype)
+            return self.backbone.features(seen)
         tokens = self.backbone.kept_tokens(seen, views["keep"])
-        grid = [length // stride for length, stride in zip(image.shape[2:], self.backbone.strides[-1], strict=True)]
-        return self.backbone.reconstruct([self.token_decoder(tokens, views["keep"], grid)]).to(image.dtype)
+        grid = [length // stride for length, stride in zip(seen.shape[2:], self.backbone.strides[-1], strict=True)]
+        return [self.token_decoder(tokens, views["keep"], grid)]
 
     @torch.no_grad()
     def diagnostics(self, views: Views) -> dict[str, Tensor]:

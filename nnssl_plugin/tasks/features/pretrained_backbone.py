@@ -34,13 +34,22 @@ class PretrainedBackbone(Backbone):
         network: the bare network with its weights.
         plans: nnU-Net's plan of the network.
         configuration: the configuration that was trained.
-        dataset_json: nnU-Net's, for the channels.
+        dataset_json: nnU-Net's, for the channels of images.
+        channels: that the network reads, where they are not those of images.
     """
 
     def __init__(
-        self, network: nn.Module, *, plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+        self,
+        network: nn.Module,
+        *,
+        plans: Mapping[str, Any],
+        configuration: str,
+        dataset_json: Mapping[str, Any],
+        channels: int | None = None,
     ):
-        super().__init__(network, input_channels(plans, configuration, dataset_json))
+        image_channels = input_channels(plans, configuration, dataset_json)
+        super().__init__(network, channels or image_channels)
+        self.image_channels = image_channels
         self._plans = PlansManager(dict(plans))
         self._planned = self._plans.get_configuration(configuration)
         self._dataset_json = dict(dataset_json)
@@ -118,17 +127,27 @@ class PretrainedBackbone(Backbone):
         Args:
             image: see :meth:`preprocess`.
             spacing: see :meth:`preprocess`.
+
+        Raises:
+            UserError: where the network reads other channels than images have, and what :meth:`preprocess` raises.
         """
+        if self.input_channels != self.image_channels:
+            raise UserError(
+                f"The network reads {self.input_channels} channels, which its method made of the "
+                f"{self.image_channels} of an image.",
+                "Call the backbone with a tensor of yours, or fit its weights to the images and load what that writes: "
+                "nnssl_plugin adapt -d ID -w CHECKPOINT -n NAME",
+            )
         windows = self.windows(image, spacing=spacing)
         return torch.cat([self.pooled(self.features(window[None].to(self.device))) for window in windows]).mean(0).cpu()
 
     def _preprocess_array(self, image: np.ndarray, spacing: Sequence[float] | None) -> np.ndarray:
         if spacing is None or len(spacing) != 3:
             raise UserError("The spacing of the array is not known.", "Give it in mm: spacing=(z, y, x)")
-        if image.ndim != 4 or len(image) != self.input_channels:
+        if image.ndim != 4 or len(image) != self.image_channels:
             raise UserError(
                 f"An array of the shape {image.shape} was given.",
-                f"Give (C, z, y, x) with {self.input_channels} channels.",
+                f"Give (C, z, y, x) with {self.image_channels} channels.",
             )
         if not np.isfinite(image).all():
             raise UserError("The array holds values that are NaN or infinite.", "Replace them.")
@@ -163,7 +182,8 @@ def load_backbone(
     """
     source = read_source(checkpoint)
     plans, configuration, dataset_json = _plan_of(source)
-    network = build_network(plans, configuration, dataset_json, trust=trust)
+    channels = None if "adaptation" in source.content else source.provenance.get("network_channels")
+    network = build_network(plans, configuration, dataset_json, channels=channels, trust=trust)
     try:
         network.load_state_dict(source.weights)
     except RuntimeError as error:
@@ -171,7 +191,9 @@ def load_backbone(
             f"The weights of {source.path} are not those of the network that its plan names.",
             f"See what it holds: nnssl_plugin inspect {source.path}",
         ) from error
-    backbone = PretrainedBackbone(network, plans=plans, configuration=configuration, dataset_json=dataset_json)
+    backbone = PretrainedBackbone(
+        network, plans=plans, configuration=configuration, dataset_json=dataset_json, channels=channels
+    )
     backbone.train_only(("encoder",) if trainable else ())
     return backbone.train(trainable).to(device)
 

@@ -24,6 +24,13 @@ def test_equal_inputs_and_unknown_ones_give_no_line():
     assert compare_inputs({field: None for field in SEEN}, SEEN) == []
 
 
+def test_a_network_that_reads_other_channels_than_its_dataset_has_is_told_even_where_the_names_agree():
+    four = ["T1", "T1CE", "T2", "FLAIR"]
+    (line,) = compare_inputs({"channels": four, "network_channels": 1}, {"channels": four})
+    assert line.startswith("the network read 1 channel in pretraining, made of ['T1', ") and line.endswith("here")
+    assert compare_inputs({"channels": four, "network_channels": 4}, {"channels": four}) == []
+
+
 def test_every_difference_is_a_line():
     here = {
         "normalisation": ["ZScoreNormalization"],

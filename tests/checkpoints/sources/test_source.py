@@ -16,13 +16,8 @@ from nnssl_plugin.checkpoints.format.provenance import (
     describe_pretraining,
     nnssl_adaptation_plan,
 )
-from nnssl_plugin.checkpoints.sources.layouts import (
-    PRIMUS_PATCH,
-    RES_ENC_L,
-    first_layer_channels,
-    keys_of_network,
-    nnssl_network,
-)
+from nnssl_plugin.checkpoints.sources.layouts import PRIMUS_PATCH, first_layer_channels, keys_of_network
+from nnssl_plugin.checkpoints.sources.nnssl_layout import RES_ENC_L, nnssl_network
 from nnssl_plugin.checkpoints.sources.source import read_source
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json

@@ -5,50 +5,21 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from fake_dataset import fake_plan
 from method_checks import (
     assert_constant_input_is_harmless,
     assert_equals_naive_loop,
     assert_views_have_a_row_per_sample,
 )
-from small_primus import with_primus
+from small_mae import KINDS, SIZES, make_batch, small_backbone, views_of
 
 from nnssl_plugin.methods.mae.objective import MAE, mean_square
 from nnssl_plugin.methods.mae.settings import Settings
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.nnunet.plans import build_network
 from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks
-
-SIZES = {"unet": (16, 20, 12), "2d": (16, 20), "primus": (16, 16, 16)}
-KINDS = list(SIZES)
 
 
 def make(kind="unet", channels=1, **settings):
-    torch.manual_seed(0)
-    plan = fake_plan(dimensions=2 if kind == "2d" else 3)
-    plan = with_primus(plan, drop_path_rate=0.0) if kind == "primus" else plan
-    labels = {
-        "channel_names": {str(c): "MR" for c in range(channels)},
-        "labels": {"background": 0, "body": 1},
-        "file_ending": ".nii.gz",
-    }
-    network = build_network(plan, next(iter(plan["configurations"])), labels)
-    return MAE(Backbone(network, channels), Settings(**settings)).double()
-
-
-def make_batch(size, samples=2, channels=1, seed=0):
-    """Windows that lie in their cases, of which all channels are there."""
-    image = torch.randn(samples, channels, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return {
-        "image": image,
-        "available": torch.ones(samples, channels, dtype=torch.bool),
-        "origin": torch.zeros(samples, len(size)),
-        "case_shape": torch.tensor([size] * samples).float(),
-    }
-
-
-def views_of(task, batch, seed=0):
-    return task.views(batch, torch.Generator().manual_seed(seed))
+    return MAE(small_backbone(kind, channels), Settings(**settings)).double()
 
 
 def loss_of(restored, views, task, monkeypatch):
