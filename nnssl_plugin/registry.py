@@ -6,7 +6,7 @@ it, and ``tests/test_registry.py`` asks for everything that an entry names.
 
 from dataclasses import dataclass, field
 
-NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "Primus", "SwinUNETR")
+NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "Primus", "SwinUNETR", "PatchViT")
 """Families of networks whose features, tokens and reconstructions can be read, by the names of their classes."""
 
 
@@ -81,6 +81,21 @@ class Task:
         return self.trainer.rpartition(".")[2]
 
 
+M3RET = Paper(
+    title="M3Ret: Unleashing Zero-shot Multimodal Medical Image Retrieval via Self-Supervision",
+    authors=(
+        "Che Liu",
+        "Zheng Jiang",
+        "Chengyu Fang",
+        "Heng Guo",
+        "Yan-Jie Zhou",
+        "Jiaqi Qu",
+        "Le Lu",
+        "Minfeng Xu",
+    ),
+)
+"""Of both of its trainings."""
+
 METHODS = {
     "mae": Method(
         title="MAE",
@@ -125,6 +140,42 @@ METHODS = {
         licence="Apache-2.0",
         docs="docs/methods/mae-contrast.md",
         presets={"mae-contrast": "MAE with aligned contrast as recommended here: every default, written out"},
+    ),
+    "m3ret-mae": Method(
+        title="M3Ret",
+        summary="masked patches of whole images, videos and volumes restored by one transformer",
+        trainer="nnssl_plugin.methods.m3ret.mae.trainer.M3RetMAEPretrainer",
+        settings="nnssl_plugin.methods.m3ret.mae.settings.Settings",
+        training="nnssl_plugin.methods.m3ret.mae.settings.TRAINING",
+        trains=("encoder",),
+        needs="",
+        dimensions=(2, 3),
+        paper=M3RET,
+        licence="Apache-2.0",
+        docs="docs/methods/m3ret.md",
+        presets={
+            "m3ret-mae": "M3Ret's MAE as recommended here: every default, written out",
+            "m3ret-mae-paper": "the paper's numbers: three channels in [0, 1], the sum over a patch's numbers",
+        },
+        networks=("Primus", "PatchViT"),
+    ),
+    "m3ret-simdino": Method(
+        title="M3Ret",
+        summary="views of whole images, videos and volumes aligned, and images kept apart by the coding rate",
+        trainer="nnssl_plugin.methods.m3ret.simdino.trainer.M3RetSimDINOPretrainer",
+        settings="nnssl_plugin.methods.m3ret.simdino.settings.Settings",
+        training="nnssl_plugin.methods.m3ret.simdino.settings.TRAINING",
+        trains=("encoder",),
+        needs="",
+        dimensions=(2, 3),
+        paper=M3RET,
+        licence="Apache-2.0",
+        docs="docs/methods/m3ret.md",
+        presets={
+            "m3ret-simdino": "M3Ret's SimDINO as recommended here: every default, written out",
+            "m3ret-simdino-paper": "the paper's numbers: three channels in [0, 1], ten local views of images and four "
+            "of videos and volumes, the coding rate as its equation 4 has it",
+        },
     ),
     "med3dinsight": Method(
         title="Med3DInsight",

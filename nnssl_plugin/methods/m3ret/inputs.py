@@ -11,6 +11,20 @@ from nnssl_plugin.transforms.intensity import to_unit_range
 
 VIDEO = "video"
 """Kind of a source whose slices are frames."""
+COLOURS = 3
+"""Channels of the paper's network."""
+
+
+def image_channels(settings: InputSettings, *, several: bool) -> int | None:
+    """Channels that every image gets; ``None`` where the network reads those of its one dataset as they are.
+
+    Args:
+        settings: :class:`InputSettings`.
+        several: whether the plan names sources, whose images may differ in their channels.
+    """
+    if settings.channels is None and not several:
+        return None
+    return settings.channels or COLOURS
 
 
 def unified(batch: Batch, settings: InputSettings, channels: int | None, generator: torch.Generator) -> Tensor:

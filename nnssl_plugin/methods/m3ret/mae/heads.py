@@ -1,10 +1,9 @@
-"""What M3Ret trains beside the encoder, and drops: MAE's decoder over tokens, SimDINO's projection."""
+"""The small decoder of M3Ret's MAE, from encoded tokens to the voxels of every patch; dropped after pretraining."""
 
 import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnssl_plugin.networks.patch_vit import TokenBlocks
@@ -41,21 +40,3 @@ class PatchDecoder(nn.Module):
         blank = self.mask_token.to(tokens.dtype).expand(len(tokens), math.prod(grid), -1)
         whole = blank.scatter(1, keep[:, :, None].expand_as(tokens), tokens)
         return self.predict(self.blocks(whole, grid))
-
-
-class Projection(nn.Module):
-    """SimDINO's head: three layers, then unit length; no prototypes, no centring, no temperature."""
-
-    def __init__(self, width: int, hidden: int, dim: int):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim)
-        )
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, width) → (B, dim), float32, of length 1."""
-        return F.normalize(self.layers(features).float(), dim=-1)

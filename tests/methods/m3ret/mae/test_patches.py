@@ -4,7 +4,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from nnssl_plugin.methods.m3ret.patches import grid_of, patchify, unpatchify
+from nnssl_plugin.methods.m3ret.mae.patches import grid_of, patchify, unpatchify
 
 
 @pytest.mark.parametrize(("slices", "count"), [(4, 256), (16, 1024), (64, 4096)])

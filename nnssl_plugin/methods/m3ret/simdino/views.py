@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnssl_plugin.methods.m3ret.settings import SimDINOSettings
+from nnssl_plugin.methods.m3ret.simdino.settings import Settings
 from nnssl_plugin.transforms.crops import Crops, multi_crop
 from nnssl_plugin.transforms.intensity import random_blur, random_contrast, random_shift
 
@@ -19,7 +19,7 @@ LEAST_CELLS = 2
 """Of the coarsest map along an axis that is cropped: a single one could not be normalised."""
 
 
-def global_views(image: Tensor, settings: SimDINOSettings, *, video: bool, generator: torch.Generator) -> Tensor:
+def global_views(image: Tensor, settings: Settings, *, video: bool, generator: torch.Generator) -> Tensor:
     """Two views (B, 2, C, *size) of the image's own size."""
     size = tuple(image.shape[2:])
     crops = Crops(2, size, settings.global_side, flip=settings.flip, in_plane=video)
@@ -33,13 +33,13 @@ def global_views(image: Tensor, settings: SimDINOSettings, *, video: bool, gener
 
 
 def local_views(
-    image: Tensor, settings: SimDINOSettings, strides: Sequence[int], *, video: bool, generator: torch.Generator
+    image: Tensor, settings: Settings, strides: Sequence[int], *, video: bool, generator: torch.Generator
 ) -> Tensor | None:
     """Small views (B, L, C, *size); ``None`` where there are to be none.
 
     Args:
         image: (B, C, *window).
-        settings: :class:`SimDINOSettings`.
+        settings: :class:`Settings`.
         strides: voxels of a token of the network's coarsest map, per axis.
         video: whether the first axis of the window is time, which is not cropped.
         generator: source of the random numbers, on the device of the image.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_plugin.data.batch import Batch, Needs
-from nnssl_plugin.methods.m3ret.heads import Projection
 from nnssl_plugin.methods.m3ret.inputs import VIDEO, as_volume, unified
-from nnssl_plugin.methods.m3ret.settings import SimDINOSettings
-from nnssl_plugin.methods.m3ret.views import global_views, local_views
+from nnssl_plugin.methods.m3ret.simdino.heads import Projection
+from nnssl_plugin.methods.m3ret.simdino.settings import Settings
+from nnssl_plugin.methods.m3ret.simdino.views import global_views, local_views
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.teacher import Teacher
 from nnssl_plugin.objectives.coding_rate import coding_rate, official_weight
@@ -25,14 +25,14 @@ class SimDINO(PretextTask):
     Args:
         backbone: the planned network; its encoder is trained. A network with a summary token is compared by it, any
             other by the mean and the maximum of its coarsest map.
-        settings: :class:`SimDINOSettings`.
+        settings: :class:`Settings`.
         channels: that every image gets; ``None`` for those of the one dataset.
     """
 
     needs = Needs(window="fit")
     trained_parts = ("encoder",)
 
-    def __init__(self, backbone: Backbone, settings: SimDINOSettings, *, channels: int | None = None):
+    def __init__(self, backbone: Backbone, settings: Settings, *, channels: int | None = None):
         super().__init__(backbone, settings)
         self.channels = channels
         self.head = Projection(_width(backbone), settings.hidden, settings.width)
@@ -77,8 +77,8 @@ class SimDINO(PretextTask):
 
     @torch.no_grad()
     def diagnostics(self, views: Views) -> dict[str, Tensor]:
-        """The student's coding rate over that of one repeated feature (1: collapsed), the cosine of the two global views
-        of an image, and of views of different images; the features are the student's of the first global view."""
+        """The student's coding rate over that of one repeated feature (1: collapsed), the cosine of the two global
+        views of an image, and of views of different images; the features are the student's of the first global view."""
         student = self._project(self.backbone, self.head, views["global"])
         first, second = student.unbind(1)
         cosines = first @ second.mT

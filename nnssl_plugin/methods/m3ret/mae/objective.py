@@ -10,10 +10,10 @@ from torch import Tensor
 
 from nnssl_plugin.data.batch import Batch, Needs
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.methods.m3ret.heads import PatchDecoder
 from nnssl_plugin.methods.m3ret.inputs import as_volume, unified
-from nnssl_plugin.methods.m3ret.patches import grid_of, patchify, unpatchify
-from nnssl_plugin.methods.m3ret.settings import MAESettings
+from nnssl_plugin.methods.m3ret.mae.heads import PatchDecoder
+from nnssl_plugin.methods.m3ret.mae.patches import grid_of, patchify, unpatchify
+from nnssl_plugin.methods.m3ret.mae.settings import Settings
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms, Views
 from nnssl_plugin.transforms.masks import fill_masked, mask_all_but, random_ids
@@ -24,7 +24,7 @@ class M3RetMAE(PretextTask):
 
     Args:
         backbone: the planned network, a transformer over patches; its encoder is trained.
-        settings: :class:`MAESettings`.
+        settings: :class:`Settings`.
         channels: that every image gets; ``None`` for those of the one dataset.
 
     Raises:
@@ -34,14 +34,14 @@ class M3RetMAE(PretextTask):
     needs = Needs(window="fit")
     trained_parts = ("encoder",)
 
-    def __init__(self, backbone: Backbone, settings: MAESettings, *, channels: int | None = None):
+    def __init__(self, backbone: Backbone, settings: Settings, *, channels: int | None = None):
         super().__init__(backbone, settings)
         if not backbone.encodes_subsets:
             raise UserError(
                 f"M3Ret's masked autoencoding encodes some patches alone, which {type(backbone.network).__name__} "
                 "cannot do.",
-                "Plan a transformer (nnssl_plugin plan -d ID -n NAME --preset patch-vit-s m3ret-mae), or mask the image "
-                "of this network: -tr MAEPretrainer",
+                "Plan a transformer (nnssl_plugin plan -d ID -n NAME --preset patch-vit-s m3ret-mae), or mask the "
+                "image of this network: -tr MAEPretrainer",
             )
         self.channels = channels
         self.patch = backbone.strides[-1]
