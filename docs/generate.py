@@ -30,6 +30,7 @@ FAMILIES = {
     "ResidualEncoderUNet": "ResEnc",
     "Primus": "Primus",
     "SwinUNETR": "SwinUNETR",
+    "SegResNetDS": "SegResNet",
 }
 """Class of a network → how tables call it."""
 API_HEAD = """# Python API
