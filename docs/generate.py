@@ -31,6 +31,7 @@ FAMILIES = {
     "Primus": "Primus",
     "SwinUNETR": "SwinUNETR",
     "PatchViT": "PatchViT",
+    "SegResNetDS": "SegResNet",
 }
 """Class of a network → how tables call it."""
 API_HEAD = """# Python API

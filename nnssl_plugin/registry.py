@@ -6,7 +6,7 @@ it, and ``tests/test_registry.py`` asks for everything that an entry names.
 
 from dataclasses import dataclass, field
 
-NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "Primus", "SwinUNETR")
+NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "Primus", "SwinUNETR", "SegResNetDS")
 """Families of networks whose features, tokens and reconstructions can be read, by the names of their classes."""
 
 
