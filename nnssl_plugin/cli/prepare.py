@@ -13,6 +13,7 @@ which are set aside. Running it again adds what is new.
 Co-registered images of one case become its channels; those that a case lacks are zeros (modalities.json says which):
 
     nnssl_plugin prepare -i /data/mpmri -d 503 -n Brain --modalities "T1=*t1n*" "T1CE=*t1c*" "T2=*t2w*" --labels "*seg*"
+
 DICOM, as a hospital exports it (folders, zip files), becomes scans named by keyed hashes, RTSTRUCT and SEG labels:
 
     nnssl_plugin prepare -i EXPORT -d 503 -n Brain --modality MR --series 'SeriesDescription~T1,SliceThickness<3'
