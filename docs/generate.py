@@ -31,6 +31,7 @@ FAMILIES = {
     "Primus": "Primus",
     "SwinUNETR": "SwinUNETR",
     "PatchViT": "PatchViT",
+    "SegResNetDS": "SegResNet",
 }
 """Class of a network → how tables call it."""
 API_HEAD = """# Python API
@@ -172,8 +173,12 @@ def _as_in_json(values: Any) -> Any:
 def citation_file(text: str, methods: Mapping[str, Method]) -> str:
     """``CITATION.cff`` with the present version, and the papers of all methods among its references."""
     head = re.sub(r"(?m)^version: .*$", f"version: {__version__}", text.partition("references:\n")[0])
-    papers = {method.title: method.paper for method in methods.values()} | RELATED_PAPERS
-    return head + "references:\n" + "".join(_reference(title, paper) for title, paper in papers.items())
+    named = [*((method.title, method.paper) for method in methods.values()), *RELATED_PAPERS.items()]
+    papers: dict[str, list[str]] = {}
+    for title, paper in named:  # two methods may come from one paper
+        papers.setdefault(paper.title, []).append(title)
+    first = {paper.title: paper for _, paper in reversed(named)}
+    return head + "references:\n" + "".join(_reference("; ".join(of), first[paper]) for paper, of in papers.items())
 
 
 def _reference(title: str, paper: Paper) -> str:

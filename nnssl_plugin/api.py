@@ -11,6 +11,7 @@ from nnssl_plugin.captions.captioners import open_captioner
 from nnssl_plugin.captions.embeddings import EmbeddingSummary, store_embeddings
 from nnssl_plugin.captions.triplets import SLICES, caption_dataset
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.intake.grouping import Modalities, parse_modalities
 from nnssl_plugin.intake.labelled import prepare_class_dataset
 from nnssl_plugin.intake.unlabelled import PrepareSummary, prepare_dataset
 from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder
@@ -22,6 +23,10 @@ def prepare(
     name: str,
     *,
     modality: str | None = None,
+    modalities: Mapping[str, str] | Sequence[str] | None = None,
+    labels: Sequence[str] = (),
+    cases_by: str = "name",
+    resample: bool = False,
     class_labels: str | Path | None = None,
     targets: Sequence[str] = (),
     include: Sequence[str] = (),
@@ -39,6 +44,12 @@ def prepare(
         name: the part after ``DatasetXXX_``.
         modality: ``MR``, ``PET`` or ``CT``, or for 2D images ``grey`` or ``RGB``; also ``noNorm``, ``rescale_to_0_1``.
             None: ``MR``, and ``grey`` for 2D images.
+        modalities: channels of a case with several images: name → pattern (or texts ``NAME=PATTERN``, or one path of a
+            csv with the columns ``case``, one per modality and perhaps ``label``). What wildcards match names the case.
+            Channels that a case lacks are zeros, as ``modalities.json`` says.
+        labels: patterns of the cases' segmentations, with ``modalities``; none: body masks.
+        cases_by: ``name`` or ``folder``, with ``modalities``: what files of one case have in common.
+        resample: put images on another grid onto that of the first of the case, with ``modalities``.
         class_labels: table of class labels for classification; scans without a row are left out.
         targets: columns of the table to predict: ``NAME``, ``NAME:KIND`` or ``NAME:KIND:CLASS,CLASS``.
         include: patterns of scans to take, such as ``siteB/*`` or ``*_T1*``; none: all.
@@ -53,6 +64,8 @@ def prepare(
     Raises:
         UserError: no scan can be used, or the table does not fit.
     """
+    if class_labels is not None and modalities is not None:
+        raise UserError("Classes go with neither modalities nor segmentations.", "Prepare first, then add the classes.")
     if class_labels is None:
         if targets:
             raise UserError("Targets describe columns of a table.", "Give the table too: class_labels=FILE.csv")
@@ -61,6 +74,7 @@ def prepare(
             dataset_id,
             name,
             modality=modality,
+            modalities=_modalities(modalities, labels, cases_by, resample),
             processes=processes,
             include=include,
             exclude=exclude,
@@ -78,6 +92,15 @@ def prepare(
         exclude=exclude,
     )
     return summary
+
+
+def _modalities(
+    given: Mapping[str, str] | Sequence[str] | None, labels: Sequence[str], cases_by: str, resample: bool
+) -> Modalities | None:
+    if given is None:
+        return None
+    specs = [f"{name}={pattern}" for name, pattern in given.items()] if isinstance(given, Mapping) else list(given)
+    return parse_modalities(specs, labels=labels, cases_by=cases_by, resample=resample)
 
 
 def caption(

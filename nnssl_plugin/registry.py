@@ -6,7 +6,7 @@ it, and ``tests/test_registry.py`` asks for everything that an entry names.
 
 from dataclasses import dataclass, field
 
-NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "Primus", "SwinUNETR", "PatchViT")
+NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "Primus", "SwinUNETR", "SegResNetDS", "PatchViT")
 """Families of networks whose features, tokens and reconstructions can be read, by the names of their classes."""
 
 
@@ -142,7 +142,7 @@ METHODS = {
         presets={"mae-contrast": "MAE with aligned contrast as recommended here: every default, written out"},
     ),
     "m3ret-mae": Method(
-        title="M3Ret",
+        title="M3Ret, MAE",
         summary="masked patches of whole images, videos and volumes restored by one transformer",
         trainer="nnssl_plugin.methods.m3ret.mae.trainer.M3RetMAEPretrainer",
         settings="nnssl_plugin.methods.m3ret.mae.settings.Settings",
@@ -160,7 +160,7 @@ METHODS = {
         networks=("Primus", "PatchViT"),
     ),
     "m3ret-simdino": Method(
-        title="M3Ret",
+        title="M3Ret, SimDINO",
         summary="views of whole images, videos and volumes aligned, and images kept apart by the coding rate",
         trainer="nnssl_plugin.methods.m3ret.simdino.trainer.M3RetSimDINOPretrainer",
         settings="nnssl_plugin.methods.m3ret.simdino.settings.Settings",

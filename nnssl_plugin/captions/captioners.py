@@ -106,12 +106,13 @@ def _captioner_class(name: str) -> Any:
     return found
 
 
-def modality_of(dataset_json: dict) -> str:
-    """The name of the first channel, or an empty text where it only names a normalisation.
+def modality_of(dataset_json: dict, channel: int = 0) -> str:
+    """The name of a channel, or an empty text where it only names a normalisation.
 
     Args:
         dataset_json: content of nnU-Net's dataset.json (``channel_names``, or ``modality`` in old files).
+        channel: its number.
     """
     names = dataset_json.get("channel_names") or dataset_json.get("modality") or {}
-    name = str(names.get("0", ""))
+    name = str(names.get(str(channel), ""))
     return "" if name.casefold() in NORMALISERS else name

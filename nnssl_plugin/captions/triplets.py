@@ -18,6 +18,7 @@ from skimage.transform import resize
 from tqdm import tqdm
 
 from nnssl_plugin.captions.captioners import Captioner, SliceFacts, modality_of, signature
+from nnssl_plugin.data.cases import first_channels
 from nnssl_plugin.data.triplets import TRIPLETS_FILE, Triplet, by_case, read_triplets, write_triplets
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.scans import RejectedScan, ending_of, read_volume
@@ -171,7 +172,7 @@ def caption_dataset(
     seed, these options and, if given, this body part. A case that only others described gets no further lines.
 
     Args:
-        raw_folder: any nnU-Net raw dataset of 3D images; channel 0 is described.
+        raw_folder: any nnU-Net raw dataset of 3D images; the first channel that a case has is described.
         captioner: who writes the new texts.
         seed: draws the slices.
         slices: per case; a case that has more keeps them.
@@ -180,12 +181,13 @@ def caption_dataset(
     Raises:
         UserError: the dataset has no training cases, an image cannot be read, or the captioner fails.
     """
-    files = training_files(raw_folder)
+    channels = first_channels(raw_folder)
+    files = training_files(raw_folder, channels)
     if not files:
         raise UserError(f"{raw_folder} has no training cases.", "Prepare some scans first: nnssl_plugin prepare")
     if slices < 1:
         raise UserError(f"--slices {slices}: every case needs one.", "Give 1 or more; 8 is the default.")
-    modality = modality_of(read_dataset_file(raw_folder / "dataset.json", needed=("channel_names",)))
+    dataset_json = read_dataset_file(raw_folder / "dataset.json", needed=("channel_names",))
     lines = by_case(read_triplets(raw_folder)) if (raw_folder / TRIPLETS_FILE).is_file() else {}
     kept = {case: _kept(lines.get(case, ()), captioner, seed=seed, body_part=body_part) for case in files}
     todo = [case for case in files if len(kept[case]) < slices and not _is_foreign(lines.get(case, ()), captioner)]
@@ -196,7 +198,7 @@ def caption_dataset(
                 case,
                 files[case],
                 captioner,
-                modality,
+                modality_of(dataset_json, channels.get(case, 0)),
                 kept=kept[case],
                 seed=seed,
                 slices=slices,
@@ -214,7 +216,7 @@ def caption_dataset(
 
 def triplet_pictures(raw_folder: Path, triplets: Sequence[Triplet]) -> Iterator[tuple[Triplet, np.ndarray]]:
     """Each triplet of a case that the dataset still has, with its picture; case by case."""
-    files = training_files(raw_folder)
+    files = training_files(raw_folder, first_channels(raw_folder))
     for case, slices in by_case(triplets).items():
         if case not in files:
             log.warning("%s names case %s, which the dataset does not have; it is left out.", TRIPLETS_FILE, case)

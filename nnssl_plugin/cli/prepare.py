@@ -10,6 +10,15 @@ which are set aside. Running it again adds what is new.
 
     nnssl_plugin prepare -i /data/scans -d 501 -n Unlabelled --exclude 'labelsTr/*' '*_PET*' --keep 'siteB/*'
 
+Co-registered images of one case become its channels; those that a case lacks are zeros (modalities.json says which):
+
+    nnssl_plugin prepare -i /data/mpmri -d 503 -n Brain --modalities "T1=*t1n*" "T1CE=*t1c*" "T2=*t2w*" --labels "*seg*"
+
+DICOM, as a hospital exports it (folders, zip files), becomes scans named by keyed hashes, RTSTRUCT and SEG labels:
+
+    nnssl_plugin prepare -i EXPORT -d 503 -n Brain --modality MR --series 'SeriesDescription~T1,SliceThickness<3'
+    nnssl_plugin prepare -i EXPORT -d 8 -n Tumours --modality CT --structures 'GTV*=1' '*kidney*=2'
+
 With class labels, for classification (columns: case,subject,TARGET; case is a file or folder below -i):
 
     nnssl_plugin prepare -i /data/scans -d 502 -n Nodules --class-labels labels.csv
@@ -53,7 +62,61 @@ def add_arguments(parser):
         help="take scans that match (without a pattern: all) even where they look like a segmentation or like another "
         "modality",
     )
+    parser.add_argument(
+        "--modalities",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATTERN",
+        help='channels of a case and the files that show them, for example "T1=*_t1n*" "T2=*_t2w*"; what * matches '
+        "names the case. Or a csv: case, one column of files per modality, perhaps label",
+    )
+    parser.add_argument(
+        "--cases-by",
+        choices=("name", "folder"),
+        default="name",
+        help="with --modalities: files with the same name but for the modality are one case, or those in one folder",
+    )
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="with --modalities: files with the segmentations, which become the labels (otherwise body masks do)",
+    )
+    parser.add_argument(
+        "--resample",
+        action="store_true",
+        help="with --modalities: put images on another grid onto that of the first image of the case",
+    )
+    parser.add_argument("-num_parts", type=int, metavar="N", help="share the cases among N runs, or machines")
+    parser.add_argument("-part_id", type=int, metavar="K", help="which of them this is, from 0")
+    parser.add_argument("--merge", action="store_true", help="with -num_parts: put together what all parts did")
     parser.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
+    parser.add_argument(
+        "--series",
+        nargs="+",
+        default=[],
+        metavar="RULE",
+        help="DICOM: take series that fulfil one of the rules, conditions with commas between, such as "
+        "'Modality=MR,SeriesDescription~T1' (operators: = != ~ !~ < >; attributes: see series.csv)",
+    )
+    parser.add_argument(
+        "--structures",
+        nargs="+",
+        default=[],
+        metavar="NAME=LABEL",
+        help="DICOM: the labels of the dataset, from RTSTRUCT and SEG; NAME is that of a structure, * stands for any "
+        "characters, or its kind (GTV, ORGAN)",
+    )
+    parser.add_argument(
+        "--key-file", metavar="FILE", help="DICOM: key of the hashes that name cases, made if new (default: in --local)"
+    )
+    parser.add_argument(
+        "--local",
+        metavar="DIR",
+        help="DICOM: folder for what is not for others: the table of series with its paths, the key, the converted "
+        "scans (default: nnUNet_raw/.nnssl_plugin)",
+    )
     parser.add_argument("--class-labels", metavar="CSV", help="take the scans that this table names, with classes")
     parser.add_argument(
         "--target",
@@ -69,19 +132,27 @@ def run(args):
     _check(args)
     if args.i is None:
         return _label(args)
+    if _is_export(args):
+        return _prepare_dicom(args)
     if args.class_labels is None:
         from nnssl_plugin.intake.unlabelled import ALL, prepare_dataset
 
+        part = _part(args)
         summary = prepare_dataset(
             args.i,
             _number(args.d),
             args.n,
             modality=args.modality,
+            modalities=_modalities(args),
             processes=args.np,
             include=args.include,
             exclude=args.exclude,
             keep=() if args.keep is None else args.keep or ALL,
+            part=part,
         )
+        if part is not None and part.number is not None:
+            print(f"Part {part.number} of {part.count} is complete. When all are: -num_parts {part.count} --merge")
+            return 0
         return _report(summary)
     from nnssl_plugin.intake.labelled import prepare_class_dataset
 
@@ -108,8 +179,84 @@ def _check(args):
         raise UserError("--target describes a column of a table.", "Give the table too: --class-labels FILE.csv")
     if args.i is None and args.class_labels is None:
         raise UserError("Nothing to prepare.", "Give a folder of scans (-i DIR), a table (--class-labels), or both.")
+    if not args.modalities and (args.labels or args.resample or args.cases_by != "name"):
+        raise UserError("--labels, --resample and --cases-by tell how files become a case.", "Give --modalities too.")
+    if args.class_labels is not None and (args.modalities or args.num_parts is not None):
+        raise UserError(
+            "--class-labels goes with neither --modalities nor -num_parts.",
+            "Prepare the images first, then add the classes: nnssl_plugin prepare -d ID --class-labels FILE.csv",
+        )
+    if args.structures and args.class_labels is not None:
+        raise UserError("--structures and --class-labels are two kinds of labels.", "Give one of them.")
     if args.i is not None and args.n is None:
         raise UserError("The dataset has no name.", "Give one: -n NAME")
+
+
+def _modalities(args):
+    from nnssl_plugin.intake.grouping import parse_modalities
+
+    if not args.modalities:
+        return None
+    return parse_modalities(args.modalities, labels=args.labels, cases_by=args.cases_by, resample=args.resample)
+
+
+def _part(args):
+    from nnssl_plugin.errors import UserError
+    from nnssl_plugin.intake.unlabelled import Part
+
+    if args.num_parts is None and args.part_id is None and not args.merge:
+        return None
+    if args.num_parts is None or (args.part_id is None) != args.merge:
+        raise UserError("A part has a number and a count.", "Give -num_parts N with -part_id K, then with --merge.")
+    return Part(args.part_id, args.num_parts)
+
+
+def _is_export(args):
+    from pathlib import Path
+
+    from nnssl_plugin.intake.dicom.files import is_export
+
+    return bool(args.series or args.structures) or (Path(args.i).exists() and is_export(Path(args.i)))
+
+
+def _prepare_dicom(args):
+    from nnssl_plugin.intake.dicom.prepare import DicomChoice, prepare_dicom_class_dataset, prepare_dicom_dataset
+    from nnssl_plugin.intake.unlabelled import ALL
+
+    choice = DicomChoice(
+        modality=args.modality,
+        series=args.series,
+        structures=args.structures,
+        include=args.include,
+        exclude=args.exclude,
+        key_file=args.key_file,
+        local=args.local,
+    )
+    labelled = None
+    if args.class_labels is None:
+        keep = () if args.keep is None else args.keep or ALL
+        summary, converted = prepare_dicom_dataset(
+            args.i, _number(args.d), args.n, choice, keep=keep, processes=args.np
+        )
+    else:
+        summary, labelled, converted = prepare_dicom_class_dataset(
+            args.i, _number(args.d), args.n, choice, table=args.class_labels, targets=args.target, processes=args.np
+        )
+    _report_series(converted)
+    code = max(_report(summary), 1 if converted.has_failures else 0)
+    if labelled is not None:
+        _report_labels(labelled)
+    return code
+
+
+def _report_series(converted):
+    from nnssl_plugin.intake.dicom.table import LEFT_OUT, REFUSED, TAKEN, count_reasons
+
+    counts = ", ".join(f"{len(converted.with_status(status))} {status}" for status in (TAKEN, LEFT_OUT, REFUSED))
+    print(f"Series: {counts}; why: {converted.places.table}")
+    _print_some(count_reasons([*converted.with_status(REFUSED), *converted.with_status(LEFT_OUT)]), "{}")
+    _print_some(converted.told, "{}")
+    _print_some(converted.unreadable, "unreadable: {}")
 
 
 def _number(dataset):
@@ -134,9 +281,12 @@ def _report(summary):
     if grey:
         print(f"  {grey} images had colour and were made grey; --modality RGB (another dataset) keeps it")
     if summary.dicom:
-        print(f"  {summary.dicom} of the other files are DICOM; to take them: dcm2niix -z y -o NIFTI_DIR DIR")
+        print(f"  {summary.dicom} of the other files are DICOM; --series RULE takes these instead (another dataset)")
     if summary.excluded:
         print(f"  {summary.excluded} scans are left out by --include and --exclude")
+    if summary.unnamed:
+        print(f"  {summary.unnamed} scans belong to no modality by --modalities")
+    _print_some([f"cases without {name}: {count}" for name, count in summary.absent], "{}")
     _print_some(summary.unread, "not searched: {}")
     _print_some(summary.missing, "the source of case {} is gone")
     _print_files(summary.refused, "rejected", summary)

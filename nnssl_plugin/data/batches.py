@@ -119,6 +119,8 @@ class StepBatches(Dataset):
         origin, extent, position = self._box(data.shape[1:], facts, slice_, rng)
         place = Place.of(origin, extent, data.shape[1:])
         image = read_window(data, origin, extent)
+        if not self.available[case].all():  # CT normalisation makes another number of the zeros that were stored
+            image = np.where(self.available[case][:, None, None, None], image, np.float32(0))
         if self.needs.window == "whole":
             image = resize(image, self.window)
         dims = slice(1, None) if self.flat else slice(None)

@@ -90,7 +90,7 @@ def available_channels(raw_folder: str | Path, identifiers: Sequence[str], chann
     Cases that the file does not name, or all where there is no such file, have every channel.
     """
     path = Path(raw_folder) / "modalities.json"
-    listed = read_json(path, dict) if path.is_file() else {}
+    listed = _listed_channels(path)
     available = {}
     for case in identifiers:
         present = listed.get(case, range(channels))
@@ -98,3 +98,16 @@ def available_channels(raw_folder: str | Path, identifiers: Sequence[str], chann
             raise UserError(f"{path} gives case {case} the channels {list(present)}; the dataset has {channels}.")
         available[case] = np.isin(np.arange(channels), list(present))
     return available
+
+
+def first_channels(raw_folder: str | Path) -> dict[str, int]:
+    """Case → the first channel that it really has, for the cases that ``modalities.json`` of the raw dataset names."""
+    return {case: min(present) for case, present in _listed_channels(Path(raw_folder) / "modalities.json").items()}
+
+
+def _listed_channels(path: Path) -> dict[str, list[int]]:
+    listed = read_json(path, dict) if path.is_file() else {}
+    for case, present in listed.items():
+        if not isinstance(present, list) or not present or not all(isinstance(c, int) and c >= 0 for c in present):
+            raise UserError(f"{path} gives case {case} the channels {present!r}.", "Write a list such as [0, 2].")
+    return listed

@@ -166,8 +166,9 @@ def _check_voxels(data: np.ndarray, dataset_json: dict[str, Any]) -> None:
     wrong = int((~np.isfinite(data)).sum())
     if wrong:
         raise UnusableCase(f"{wrong} voxels are NaN or infinite")
-    for channel, name in zip(data, names.values(), strict=True):
-        if channel.min() == channel.max():
+    absent = [not channel.any() for channel in data]
+    for channel, name, empty in zip(data, names.values(), absent, strict=True):
+        if channel.min() == channel.max() and not (empty and not all(absent)):
             raise UnusableCase(f"constant image: every voxel of channel {name} is {channel.min():g}")
 
 

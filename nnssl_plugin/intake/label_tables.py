@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.intake.unlabelled import name_without_ending
+from nnssl_plugin.intake.tasks import name_without_ending
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.case_labels import (
     BINARY,

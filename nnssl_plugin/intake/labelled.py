@@ -65,11 +65,10 @@ def prepare_class_dataset(
     source, table = Path(source).absolute(), Path(table)
     rows = read_table(table)
     wanted = _checked_targets(rows, targets, table)
-    patterns = {"include": include, "exclude": exclude}
-    scans = find_scans(source, **patterns).scans
+    scans = find_scans(source, include=include, exclude=exclude).scans
     by_scan = match_scans(rows, scans, source=source, where=table)
     summary = prepare_dataset(
-        source, dataset_id, name, modality=modality, processes=processes, only=by_scan, **patterns
+        source, dataset_id, name, modality=modality, processes=processes, only=by_scan, include=include, exclude=exclude
     )
     cases = {row.source: row.case for row in read_rows(summary.folder / PROVENANCE_FILE, Origin)}
     taken = {scan: row for scan, row in by_scan.items() if str(scan) in cases}

@@ -14,6 +14,8 @@ from nnssl_plugin.io.scans import file_parts
 
 PROVENANCE_FILE = "provenance.csv"
 REJECTED_FILE = "rejected.csv"
+LABEL = "label"
+"""Channel of the file that holds the segmentation of a case."""
 
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python holds a byte of a path that is not UTF-8 (PEP 383)
 _ESCAPED = re.compile(r"\\(?:x5c|udc([89a-f][0-9a-f]))")
@@ -23,7 +25,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Origin:
-    """One accepted case."""
+    """One file of an accepted case: the case, where it has one channel."""
 
     case: str
     source: str  # absolute path
@@ -35,6 +37,7 @@ class Origin:
     voxels_sha256: str  # the same for the same voxels in another container
     stamp: str  # size and time of change, by which an unchanged source is recognised
     body_share: str = ""  # share of the image that the body mask takes, 0 to 1; earlier versions did not write it
+    channel: str = ""  # which of several channels it is ("0 1 2" for a 4D file), or "label"; empty where there is one
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,17 @@ def source_sha256(path: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def case_content(rows: Iterable[Origin]) -> str:
+    """Hash of the voxels of a case, the same for the same images in other containers, whatever their labels."""
+    images = sorted((row.channel, row.voxels_sha256) for row in rows if row.channel != LABEL)
+    return images[0][1] if [channel for channel, _ in images] == [""] else text_sha256(map(" ".join, images))
+
+
+def text_sha256(lines: Iterable[str]) -> str:
+    """SHA-256 of some lines of text."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _escaped(text: str) -> str:

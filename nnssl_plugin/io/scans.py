@@ -117,22 +117,43 @@ def load_scan(path: Path) -> Scan:
             usable geometry, is constant, or holds NaN or infinity.
         UnavailableScan: it cannot be opened, or there is too little memory.
     """
+    return _load(path, 0)[0]
+
+
+def load_frames(path: Path, frames: int) -> tuple[Scan, ...]:
+    """The volumes of a 4D NIfTI file, each checked like a scan of its own.
+
+    Args:
+        path: the file.
+        frames: how many volumes it has to hold.
+
+    Raises:
+        RejectedScan, UnavailableScan: as of :func:`load_scan`; or it holds another number of volumes.
+    """
+    return _load(path, frames)
+
+
+def _load(path: Path, frames: int) -> tuple[Scan, ...]:
+    """The one volume of a file (``frames`` 0), or the volumes of a 4D file."""
     check_openable(path)
     try:
         if all(part.stat().st_size == 0 for part in file_parts(path)):
             raise RejectedScan("empty file (0 bytes)")
-        image, unit = _read_nifti(path) if ending_of(path) in NIFTI_ENDINGS else _read_itk(path)
-        _check_grid(image)
+        image, unit = _read_nifti(path, frames) if ending_of(path) in NIFTI_ENDINGS else _read_itk(path)
+        images = nibabel.four_to_three(image) if frames else [image]
+        for volume in images:
+            _check_grid(volume)
         if unit != 1:
             _check_converted(image, unit)
-        array = image.get_fdata(dtype=np.float32, caching="unchanged")
+        arrays = [volume.get_fdata(dtype=np.float32, caching="unchanged") for volume in images]
     except _READ_ERRORS as error:
         raise refusal(error, "truncated, damaged or unreadable") from error
-    if not np.isfinite(array).all():
-        raise RejectedScan(f"{int((~np.isfinite(array)).sum())} voxels are NaN or infinite")
-    if array.min() == array.max():
-        raise RejectedScan(f"constant image: every voxel is {array.min():g}")
-    return Scan(array=array, image=image, in_mm=unit == 1)
+    for array in arrays:
+        if not np.isfinite(array).all():
+            raise RejectedScan(f"{int((~np.isfinite(array)).sum())} voxels are NaN or infinite")
+        if array.min() == array.max():
+            raise RejectedScan(f"constant image: every voxel is {array.min():g}")
+    return tuple(Scan(array=array, image=volume, in_mm=unit == 1) for array, volume in zip(arrays, images, strict=True))
 
 
 def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -232,7 +253,7 @@ def _without_texts(image: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
     return type(image)(image.dataobj, None, header)  # no affine: it would be written anew
 
 
-def _read_nifti(path: Path) -> tuple[nibabel.Nifti1Image, float]:
+def _read_nifti(path: Path, frames: int = 0) -> tuple[nibabel.Nifti1Image, float]:
     """The image in mm, and the unit of the file in mm.
 
     nibabel stops at the last voxel and repairs a spacing of zero to one: the stream is read to its checksum here,
@@ -244,7 +265,9 @@ def _read_nifti(path: Path) -> tuple[nibabel.Nifti1Image, float]:
         size = path.stat().st_size * (MOST_GZIP_RATIO if compressed else 1)
         if size < expected:
             raise RejectedScan(f"truncated: the header promises {expected} bytes, the file holds at most {size}")
-        _check_shape(shape, dtype)
+        if frames and (len(shape) != 4 or shape[3] != frames):
+            raise RejectedScan(f"image {tuple(shape)}: {frames} volumes in one file are needed")
+        _check_shape(shape[:3] if frames else shape, dtype)
         check_memory(math.prod(shape), dtype.itemsize)
         stream.seek(0)
         content = stream.read(expected)

@@ -1,5 +1,6 @@
 """Looking up a raw dataset: its folder, and the files of its training cases."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from nnssl_plugin.errors import UserError
@@ -27,21 +28,30 @@ def raw_dataset_folder(dataset: str | int) -> Path:
     return folder
 
 
-def training_files(raw_folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Case → (file of channel 0, file of the label, which may not exist), sorted by case.
+def training_files(raw_folder: Path, channels: Mapping[str, int] | None = None) -> dict[str, tuple[Path, Path]]:
+    """Case → (file of a channel, file of the label, which may not exist), sorted by case.
 
     The names are nnU-Net's; its own look-up starts a dozen processes per call where cases lie in imagesTr.
+
+    Args:
+        raw_folder: of the dataset.
+        channels: case → channel whose file is wanted; 0 for cases that it does not name.
     """
+    channels = channels or {}
     dataset_json = read_dataset_file(raw_folder / "dataset.json", needed=("file_ending",))
     if "dataset" in dataset_json:
         from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
         files = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
-        return {case: (Path(files[case]["images"][0]), Path(files[case]["label"])) for case in sorted(files)}
+        return {
+            case: (Path(files[case]["images"][channels.get(case, 0)]), Path(files[case]["label"]))
+            for case in sorted(files)
+        }
     ending = dataset_json["file_ending"]
-    images = (raw_folder / "imagesTr").glob(f"*_0000{ending}")
-    found = {image.name[: -len(f"_0000{ending}")]: image for image in images}
-    return {case: (found[case], raw_folder / "labelsTr" / f"{case}{ending}") for case in sorted(found)}
+    first = (raw_folder / "imagesTr").glob(f"*_0000{ending}")
+    cases = sorted(image.name.removesuffix(f"_0000{ending}") for image in first)
+    found = {case: raw_folder / "imagesTr" / f"{case}_{channels.get(case, 0):04d}{ending}" for case in cases}
+    return {case: (found[case], raw_folder / "labelsTr" / f"{case}{ending}") for case in cases}
 
 
 def raw_folder(dataset_name: str) -> Path:

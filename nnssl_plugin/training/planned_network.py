@@ -1,4 +1,4 @@
-"""nnU-Net's trainer for every network that a plan can name: with deep supervision, or without (Primus, SwinUNETR)."""
+"""nnU-Net's trainer for every network that a plan can name: with deep supervision (U-Nets), or without (all others)."""
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer

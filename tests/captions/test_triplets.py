@@ -11,7 +11,14 @@ import pytest
 from nnssl_plugin.captions import triplets as captioning
 from nnssl_plugin.captions.captioners import SliceFacts, modality_of
 from nnssl_plugin.captions.template import TemplateCaptioner, TemplateOptions
-from nnssl_plugin.captions.triplets import Volume, caption_dataset, choose_slices, slice_facts, slice_image
+from nnssl_plugin.captions.triplets import (
+    Volume,
+    caption_dataset,
+    choose_slices,
+    slice_facts,
+    slice_image,
+    triplet_pictures,
+)
 from nnssl_plugin.data.triplets import Triplet, by_case, read_triplets, write_triplets
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.planes import PLANES, RAS_AXIS
@@ -271,6 +278,25 @@ def test_dataset_dict_several_channels_and_absent_labels(raw, dataset, phantom):
     shape = dict(zip((PLANES_OF[c] for c in "PSR"), nibabel.load(image).shape, strict=True))
     for triplet in read_triplets(folder):
         assert triplet.n_slices == shape[triplet.plane] and "FLAIR slice" in triplet.text
+
+
+def test_the_first_channel_that_a_case_has_is_described(dataset):
+    content = json.loads((dataset / "dataset.json").read_text())
+    content["channel_names"] = {"0": "T1", "1": "FLAIR"}
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    for image in list((dataset / "imagesTr").glob("*_0000.nii.gz")):
+        second = image.with_name(image.name.replace("_0000", "_0001"))
+        second.write_bytes(image.read_bytes())
+    first = dataset / "imagesTr" / "c1_0000.nii.gz"
+    stored = nibabel.load(first)
+    nibabel.save(nibabel.Nifti1Image(np.zeros(stored.shape, dtype=np.uint8), stored.affine), first)
+    (dataset / "modalities.json").write_text(json.dumps({"c1": [1]}))
+    caption_dataset(dataset, TemplateCaptioner())
+    lines = by_case(read_triplets(dataset))
+    assert all("FLAIR slice" in line.text for line in lines["c1"])
+    assert all("T1 slice" in line.text for case in lines if case != "c1" for line in lines[case])
+    pictures = {triplet.case: picture for triplet, picture in triplet_pictures(dataset, read_triplets(dataset))}
+    assert np.ptp(pictures["c1"]) > 0  # not the zeros of the absent channel
 
 
 class Brightness:

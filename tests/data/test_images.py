@@ -142,3 +142,13 @@ def test_a_segmentation_of_another_place_is_refused(tmp_path, reader, change):
     nibabel.save(nibabel.Nifti1Image(labels, change), tmp_path / "a.nii.gz")
     with pytest.raises(UnusableCase, match="does not lie on it"):
         read([write(tmp_path / "a_0000.nii.gz")], segmentation=tmp_path / "a.nii.gz", reader=reader)
+
+
+def test_an_absent_channel_is_zeros_and_no_constant_image(tmp_path):
+    zeros = np.zeros((9, 11, 7))
+    files = [write(tmp_path / "a_0000.nii.gz", zeros), write(tmp_path / "a_0001.nii.gz")]
+    assert not read(files, channels=2).data[0].any()
+    with pytest.raises(UnusableCase, match="constant image"):
+        read([write(tmp_path / "a_0000.nii.gz", zeros), write(tmp_path / "a_0001.nii.gz", zeros)], channels=2)
+    with pytest.raises(UnusableCase, match="constant image"):
+        read([write(tmp_path / "a_0000.nii.gz", zeros + 1), write(tmp_path / "a_0001.nii.gz")], channels=2)

@@ -1,6 +1,7 @@
 """Batches: functions of (seed, rank, step), windows inside the case, slices inside the window."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,8 +55,6 @@ def open_batches(nnunet_environment):
     def make(needs=None, *, channels=2, patch=(16, 16, 16), slices=1, shape=SHAPE, **kwargs):
         needs = needs or Needs()
         write_fake_dataset(channels=channels, shape=shape)
-        from pathlib import Path
-
         folder = Path(nnunet_environment["nnUNet_preprocessed"]) / NAME / "fake_data"
         raw = Path(nnunet_environment["nnUNet_raw"]) / NAME
         if needs.triplets and slices > 1:
@@ -323,3 +322,21 @@ def test_resize_averages_where_it_shrinks_and_keeps_constants():
     small = resize(image, (4, 3, 2))
     np.testing.assert_allclose(small, image.reshape(1, 4, 2, 3, 2, 2, 2).mean((2, 4, 6)), rtol=1e-5)
     np.testing.assert_allclose(resize(np.full((2, 5, 7, 3), 1.5, np.float32), (9, 2, 3)), 1.5, rtol=1e-6)
+
+
+def test_absent_channels_are_zero_whatever_was_stored_and_the_others_as_before(open_batches, nnunet_environment):
+    before = open_batches()[0]
+    raw = Path(nnunet_environment["nnUNet_raw"]) / NAME
+    write_json(raw / "modalities.json", {before["cases"][0]: [1]})
+    after = open_batches()[0]
+    assert after["available"].tolist() == [[False, True], [True, True]]
+    assert not after["image"][0, 0].any()  # stored as noise
+    assert torch.equal(after["image"][0, 1], before["image"][0, 1])
+    assert torch.equal(after["image"][1], before["image"][1])
+
+
+@pytest.mark.parametrize("present", [[], "01", [-1], [0.5], 0])
+def test_channels_that_are_none_are_refused(tmp_path, present):
+    write_json(tmp_path / "modalities.json", {"a": present})
+    with pytest.raises(UserError, match="gives case a the channels"):
+        available_channels(tmp_path, ["a"], 2)

@@ -14,12 +14,12 @@ import pytest
 import SimpleITK
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.intake import unlabelled
+from nnssl_plugin.intake import case_ledger, examination
 from nnssl_plugin.intake.ledger import Origin, read_rows
 from nnssl_plugin.intake.unlabelled import prepare_dataset
 from nnssl_plugin.io.scans import load_scan
 
-STAGE_VOLUME = unlabelled._stage_volume
+READ_VOLUMES = examination._read_volumes
 
 
 def prepare(source, **options):
@@ -128,7 +128,7 @@ def test_image_is_copied_where_links_are_not_possible(raw, source, save, monkeyp
     def refuse(*_args, **_kwargs):
         raise OSError("a required privilege is not held by the client")
 
-    monkeypatch.setattr(unlabelled.os, "symlink", refuse)
+    monkeypatch.setattr(case_ledger.os, "symlink", refuse)
     path = save("a.nii.gz")
     folder = prepare(source).folder
     copy = folder / "imagesTr" / "a_0000.nii.gz"
@@ -244,7 +244,7 @@ def test_two_spawned_workers_give_the_same_tables_as_one(raw, mixed):
 
 
 def test_interruption_leaves_a_dataset_that_the_next_run_completes(raw, mixed, monkeypatch):
-    examine, seen = unlabelled._examine, []
+    examine, seen = examination.examine, []
 
     def interrupted(task):
         seen.append(task)
@@ -253,7 +253,7 @@ def test_interruption_leaves_a_dataset_that_the_next_run_completes(raw, mixed, m
         return examine(task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(unlabelled, "_examine", interrupted)
+        patch.setattr(examination, "examine", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(mixed)
     folder = raw / "Dataset501_Scans"
@@ -354,10 +354,10 @@ def test_a_refusal_for_a_cause_outside_of_the_file_is_tried_again(raw, source, s
         first = prepare(source)
     assert first.added == () and "too large for the memory" in reasons(first, source)["a.nii.gz"]
     seen = []
-    examine = unlabelled._examine
-    monkeypatch.setattr(unlabelled, "_examine", lambda task: seen.append(task.source.name) or examine(task))
+    examine = examination.examine
+    monkeypatch.setattr(examination, "examine", lambda task: seen.append(task.group.name) or examine(task))
     assert prepare(source).added == ("a",)
-    assert seen == ["a.nii.gz"]  # the damaged file is damaged still
+    assert seen == ["a"]  # the damaged file is damaged still
 
 
 def test_names_of_any_bytes_and_length_are_taken_and_known_again(raw, source, save):
@@ -389,7 +389,7 @@ def test_whatever_a_reader_raises_the_others_go_on(raw, source, save, monkeypatc
             raise ReferenceError("of a kind nobody expects")
         return load_scan(path)
 
-    monkeypatch.setattr(unlabelled, "load_scan", load)
+    monkeypatch.setattr(examination, "load_scan", load)
     summary = prepare(source)
     assert summary.added == ("b",) and "ReferenceError: of a kind" in summary.rejected[0].reason
 
@@ -399,14 +399,14 @@ def test_a_file_that_kills_its_worker_ends_nothing_else(raw, source, save, monke
     for number in range(5):
         save(f"{number}.nii.gz", seed=number)
     fork = multiprocessing.get_context("fork")  # spawned workers would not see the patched function
-    monkeypatch.setattr(unlabelled.multiprocessing, "get_context", lambda _method: fork)
-    monkeypatch.setattr(unlabelled, "_stage_volume", _killed_by_2)
+    monkeypatch.setattr(examination.multiprocessing, "get_context", lambda _method: fork)
+    monkeypatch.setattr(examination, "_read_volumes", _killed_by_2)
     summary = prepare(source, processes=2)
     assert sorted(summary.added) == ["0", "1", "3", "4"]
     assert "was killed" in summary.rejected[0].reason and summary.rejected[0].stamp == ""
 
 
-def _killed_by_2(task):
-    if task.source.name == "2.nii.gz":
+def _killed_by_2(task, source):
+    if source.path.name == "2.nii.gz":
         os.kill(os.getpid(), 9)
-    return STAGE_VOLUME(task)
+    return READ_VOLUMES(task, source)

@@ -62,6 +62,7 @@ def test_every_network_of_the_library_is_known_and_nothing_else_of_its_modules()
         classes = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
         assert len(classes) >= 3 and all(is_network(f"{module.__name__}.{name}") for name in classes)
     assert is_network("nnssl_plugin.networks.swin_unetr.SwinUNETR")
+    assert is_network("nnssl_plugin.networks.segresnet.SegResNetDS")
     for name in (
         "dynamic_network_architectures.architectures.unet.torch",
         "dynamic_network_architectures.architectures.unet.convert_conv_op_to_dim",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dynamic_network_architectures.building_blocks.eva import Eva
 from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd, PatchDecode, PatchEmbed
+from monai.networks.nets.segresnet_ds import SegResNetDS
 from monai.networks.nets.swin_unetr import SwinUNETR
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
@@ -31,7 +32,7 @@ def table(folder, **changes):
 
 def layout_of(network: nn.Module) -> dict:
     """Tensors of the shapes of a network that was built without memory; each stores one number only."""
-    return {key: torch.zeros(1, dtype=value.dtype).expand(value.shape) for key, value in network.state_dict().items()}
+    return {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in network.state_dict().items()}
 
 
 def prefixed(prefix, weights):
@@ -178,6 +179,40 @@ def test_swinunetr_self_supervised(prefix, tmp_path):
     source = save_and_read({"state_dict": prefixed("module.", weights | heads)}, tmp_path, "swinunetr-ssl")
     assert fits(network.swinViT, source.weights, "swinViT.")
     assert all(key.startswith("swinViT.") for key in source.weights) and source.input_channels == 1
+
+
+@functools.cache
+def seg_res_net():
+    return without_memory(SegResNetDS, in_channels=1, init_filters=32, blocks_down=[1, 2, 2, 4, 4])
+
+
+CT_FM = {
+    "Lightning": lambda encoder, decoder: {
+        "state_dict": prefixed("model.backbone.", encoder)
+        | {"model.projection_head.layers.0.weight": torch.zeros(256, 512)}
+    },
+    "backbone": lambda encoder, decoder: prefixed("backbone.", encoder),
+    "feature extractor": lambda encoder, decoder: encoder,
+    "whole network": lambda encoder, decoder: prefixed("encoder.", encoder) | decoder,
+}
+"""Layouts of project-lighter/CT-FM: ``models/frameworks/simclr.py`` in a Lightning module, what its evaluation strips
+(``ckpt_to_model_prefix``), MONAI's ``SegResEncoder``, and MONAI's ``SegResNetDS``."""
+
+
+@pytest.mark.parametrize("layout", CT_FM)
+def test_ct_fm(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "LARGEST_REPEATED", 2**34)  # the tensors of this test store one number each
+    network = seg_res_net()
+    weights = layout_of(network)
+    size = sum(value.numel() for value in weights.values() if value.is_floating_point())
+    assert round(4 * size / 1e6) == 349  # MB of the published model.safetensors
+    encoder = {k.removeprefix("encoder."): value for k, value in weights.items() if k.startswith("encoder.")}
+    decoder = {key: value for key, value in weights.items() if not key.startswith("encoder.")}
+    source = save_and_read(CT_FM[layout](encoder, decoder), tmp_path, "ct-fm")
+    assert fits(network.encoder, source.weights, "encoder.")
+    assert all(key.startswith("encoder.") for key in source.weights) and source.input_channels == 1
+    assert built(source.network).state_dict().keys() == network.state_dict().keys()
+    assert source.provenance["spacing_mm"] == [3, 1, 1] and source.provenance["channels"] == ["CT"]
 
 
 def test_rules_apply_one_after_the_other(tmp_path):

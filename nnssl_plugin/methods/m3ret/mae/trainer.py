@@ -1,6 +1,6 @@
 """``nnUNetv2_train ID 3d_fullres all -tr M3RetMAEPretrainer``."""
 
-from nnssl_plugin.methods.m3ret import CITATIONS
+from nnssl_plugin.methods.m3ret import CITATION
 from nnssl_plugin.methods.m3ret.inputs import image_channels
 from nnssl_plugin.methods.m3ret.mae.objective import M3RetMAE
 from nnssl_plugin.methods.m3ret.mae.settings import TRAINING, Settings
@@ -14,7 +14,7 @@ class M3RetMAEPretrainer(Pretrainer):
     method = "m3ret-mae"
     training_defaults = TRAINING
     method_defaults = Settings()
-    citations = CITATIONS
+    citations = (CITATION.format(objective="M3Ret, MAE"),)
 
     def build_task(self, backbone: Backbone) -> M3RetMAE:
         return M3RetMAE(backbone, self.method_settings, channels=self._image_channels())

@@ -1,6 +1,6 @@
 """``nnUNetv2_train ID 3d_fullres all -tr M3RetSimDINOPretrainer``."""
 
-from nnssl_plugin.methods.m3ret import CITATIONS
+from nnssl_plugin.methods.m3ret import CITATION
 from nnssl_plugin.methods.m3ret.inputs import image_channels
 from nnssl_plugin.methods.m3ret.simdino.objective import SimDINO
 from nnssl_plugin.methods.m3ret.simdino.settings import TRAINING, Settings
@@ -14,7 +14,7 @@ class M3RetSimDINOPretrainer(Pretrainer):
     method = "m3ret-simdino"
     training_defaults = TRAINING
     method_defaults = Settings()
-    citations = CITATIONS
+    citations = (CITATION.format(objective="M3Ret, SimDINO"),)
 
     def build_task(self, backbone: Backbone) -> SimDINO:
         return SimDINO(backbone, self.method_settings, channels=self._image_channels())

@@ -1,0 +1,194 @@
+"""From an export to a dataset, by the command: names, no identity, a second run, structures, and what is told."""
+
+import builtins
+import csv
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from dicom_export import NAME, phantom, structure_set, write_series
+from pydicom.uid import generate_uid
+
+from nnssl_plugin.cli.main import main
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.intake.dicom.pixels import read_planes
+from nnssl_plugin.intake.dicom.prepare import DicomChoice, prepare_dicom_dataset
+
+IDENTITY = ("secret", "0815", "1950", "hospital", "export", "t1 post")
+
+
+def prepare(*words):
+    """The exit code of the verb."""
+    return main(["prepare", *map(str, words), "-np", "1"])
+
+
+@pytest.fixture
+def two_patients(export):
+    """Two patients with a T1 each, and a T2 of the first."""
+    study = generate_uid()
+    write_series(export / NAME / "1", phantom(seed=1), uids=(study, generate_uid()), SeriesDescription="T1 post")
+    write_series(export / NAME / "2", phantom(seed=2), uids=(study, generate_uid()), SeriesDescription="T2")
+    write_series(export / "other", phantom(seed=3), SeriesDescription="T1 post", PatientID="Secret-2")
+    return export
+
+
+def test_an_export_becomes_a_dataset_without_identity(two_patients, raw, capsys):
+    assert prepare("-i", two_patients, "-d", 501, "-n", "X", "--series", "SeriesDescription~T1") == 0
+    folder = raw / "Dataset501_X"
+    assert len(list((folder / "imagesTr").iterdir())) == len(list((folder / "labelsTr").iterdir())) == 2
+    assert json.loads((folder / "dataset.json").read_text())["channel_names"] == {"0": "MR"}
+    with (folder / "subjects.csv").open() as stream:
+        assert len({row["subject"] for row in csv.DictReader(stream)}) == 2
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            continue
+        assert not path.is_symlink()
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        shown = f"{path.relative_to(raw)} ".encode() + content.replace(str(raw).encode(), b"")
+        assert not [word for word in IDENTITY if word.encode() in shown.lower()], path
+    printed = capsys.readouterr().out
+    assert "2 taken, 1 left out, 0 refused" in printed and "no rule of --series takes it" in printed
+    local = raw / ".nnssl_plugin"
+    assert NAME in (local / "Dataset501_X" / "series.csv").read_text()  # in the folders' paths, and local
+    assert (local / "Dataset501_X").stat().st_mode & 0o077 == 0
+
+
+def test_headers_of_images_and_masks_hold_geometry_alone(two_patients, raw):
+    prepare("-i", two_patients, "-d", 501, "-n", "X")
+    for path in (raw / "Dataset501_X").rglob("*.nii.gz"):
+        header = nibabel.load(path).header
+        assert all(bytes(header[name]).strip(b"\0") == b"" for name in ("descrip", "aux_file", "intent_name"))
+        assert bytes(header["db_name"]).strip(b"\0") == b"" and not header.extensions
+
+
+def test_a_second_run_converts_nothing_anew_and_adds_what_is_new(two_patients, raw, monkeypatch):
+    prepare("-i", two_patients, "-d", 501, "-n", "X")
+    images = raw / "Dataset501_X" / "imagesTr"
+    before = {path.name: path.stat().st_mtime_ns for path in images.iterdir()}
+    write_series(two_patients / "new", phantom(seed=4))
+    read = []
+
+    def counted(*arguments):
+        read.append(arguments)
+        return read_planes(*arguments)
+
+    monkeypatch.setattr("nnssl_plugin.intake.dicom.convert.read_planes", counted)
+    prepare("-i", two_patients, "-d", 501, "-n", "X")
+    after = {path.name: path.stat().st_mtime_ns for path in images.iterdir()}
+    assert len(read) == 1 and len(after) == 4 and before.items() <= after.items()
+
+
+def test_two_exports_go_into_one_dataset(export, raw, tmp_path):
+    write_series(export / "a", phantom(seed=1))
+    write_series(tmp_path / "second", phantom(seed=2))
+    prepare("-i", export, "-d", 501, "-n", "X")
+    prepare("-i", tmp_path / "second", "-d", 501, "-n", "X")
+    assert len(list((raw / "Dataset501_X" / "imagesTr").iterdir())) == 2
+
+
+def test_what_other_rules_took_is_not_in_a_dataset_made_anew(two_patients, raw):
+    prepare("-i", two_patients, "-d", 501, "-n", "X")
+    shutil.rmtree(raw / "Dataset501_X")
+    prepare("-i", two_patients, "-d", 501, "-n", "X", "--series", "SeriesDescription=T2")
+    assert len(list((raw / "Dataset501_X" / "imagesTr").iterdir())) == 1
+
+
+def test_one_key_gives_a_patient_one_name_in_all_datasets(two_patients, raw, tmp_path):
+    key = tmp_path / "safe" / "key"
+    for number in (501, 502):
+        prepare("-i", two_patients, "-d", number, "-n", "X", "--key-file", key, "--local", tmp_path / "local")
+    one, two = ((raw / f"Dataset{n}_X" / "subjects.csv").read_text() for n in (501, 502))
+    assert one == two and not (raw / ".nnssl_plugin").exists()
+    key.unlink()
+    prepare("-i", two_patients, "-d", 503, "-n", "X", "--key-file", key, "--local", tmp_path / "local")
+    assert (raw / "Dataset503_X" / "subjects.csv").read_text() != one
+
+
+def test_structures_become_the_labels(export, raw, capsys):
+    images = write_series(export / "a", phantom(seed=1), modality="CT")
+    write_series(export / "b", phantom(seed=2), modality="CT")
+    angles = np.linspace(0, 6, 40)
+    contour = np.stack([-16 + 6 * np.cos(angles), -6 + 6 * np.sin(angles), np.full(40, 14.0)], axis=1)
+    structure_set(export / "rs.dcm", images, {"GTV_1": [contour]})
+    words = ("-i", export, "-d", 7, "-n", "T", "--modality", "CT", "--structures", "GTV*=1")
+    assert prepare(*words) == 0
+    folder = raw / "Dataset007_T"
+    description = json.loads((folder / "dataset.json").read_text())
+    assert description["labels"] == {"background": 0, "GTV": 1} and description["numTraining"] == 1
+    (labels,) = (folder / "labelsTr").iterdir()
+    assert set(np.unique(np.asarray(nibabel.load(labels).dataobj))) == {0, 1}
+    assert (folder / "contact_sheet.png").is_file()
+    assert prepare(*words) == 0 and "0 cases added, 1 known" in capsys.readouterr().out
+    with pytest.raises(UserError, match="same --structures"):
+        prepare_dicom_dataset(export, 7, "T", DicomChoice(modality="CT", structures=["GTV*=1", "X=2"]), processes=1)
+
+
+def test_the_modality_of_the_series_names_the_channel(export, raw):
+    write_series(export, phantom(), modality="CT")
+    prepare("-i", export, "-d", 501, "-n", "X")
+    assert json.loads((raw / "Dataset501_X" / "dataset.json").read_text())["channel_names"] == {"0": "CT"}
+
+
+def test_volumes_of_other_formats_beside_dicom_are_taken_as_before(source, save, raw, capsys):
+    save("a.nii.gz")
+    write_series(source, phantom())
+    prepare("-i", source, "-d", 501, "-n", "X")
+    assert [path.name for path in (raw / "Dataset501_X" / "imagesTr").iterdir()] == ["a_0000.nii.gz"]
+    assert "--series" in capsys.readouterr().out
+
+
+def test_without_pydicom_the_message_says_what_to_install(export, raw, monkeypatch, capsys):
+    write_series(export, phantom())
+    real = builtins.__import__
+
+    def refuse(name, *rest, **others):
+        if name == "pydicom":
+            raise ImportError(name)
+        return real(name, *rest, **others)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    assert prepare("-i", export, "-d", 501, "-n", "X") == 2
+    assert "nnssl_plugin[dicom]" in capsys.readouterr().err
+
+
+def test_an_unreadable_file_is_told_and_the_exit_code_says_so(export, raw, capsys):
+    write_series(export / "good", phantom())
+    Path(export, "noise.dcm").write_bytes(bytes(128) + b"DICM" + bytes(200))
+    assert prepare("-i", export, "-d", 501, "-n", "X") == 1
+    assert "unreadable" in capsys.readouterr().out
+
+
+def test_patterns_choose_files_of_the_export(two_patients, raw):
+    prepare("-i", two_patients, "-d", 501, "-n", "X", "--include", "other/*")
+    prepare("-i", two_patients, "-d", 502, "-n", "Y", "--exclude", "other/*")
+    assert len(list((raw / "Dataset501_X" / "imagesTr").iterdir())) == 1
+    assert len(list((raw / "Dataset502_Y" / "imagesTr").iterdir())) == 2
+
+
+@pytest.mark.parametrize("by", ["patient", "study", "folder"])
+def test_a_table_of_classes_names_patients_studies_or_folders(by, export, raw, tmp_path):
+    lines = ["case,grade"]
+    for number in range(4):
+        images = write_series(export / f"p{number}", phantom(seed=number), PatientID=f"Secret-{number}")
+        key = {"patient": images[0].PatientID, "study": images[0].StudyInstanceUID, "folder": f"p{number}"}[by]
+        lines.append(f"{key},{'high' if number % 2 else 'low'}")
+    write_series(export / "without", phantom(seed=9), PatientID="Secret-9")
+    table = tmp_path / "grades.csv"
+    table.write_text("\n".join(lines))
+    assert prepare("-i", export, "-d", 501, "-n", "X", "--class-labels", table) == 0
+    with (raw / "Dataset501_X" / "classification.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 4 and {row["grade"] for row in rows} == {"low", "high"}
+    assert len({row["subject"] for row in rows}) == 4 and "Secret" not in str(rows)
+
+
+def test_a_row_that_names_no_series_is_told(export, raw, tmp_path, capsys):
+    write_series(export, phantom())
+    (tmp_path / "t.csv").write_text("case,grade\nnobody,low\nSecret-0815,high\n")
+    assert prepare("-i", export, "-d", 501, "-n", "X", "--class-labels", tmp_path / "t.csv") == 2
+    assert "nobody" in capsys.readouterr().err
