@@ -19,6 +19,7 @@ def write_fake_dataset(
     dimensions: int = 3,
     pretraining: dict | None = None,
     residual: bool = False,
+    batch_norm: bool = False,
     shape=(18, 20, 17),
 ) -> dict:
     """Write the dataset into nnU-Net's folders of this process and return its plan."""
@@ -36,7 +37,7 @@ def write_fake_dataset(
         "numTraining": cases,
         "file_ending": ".nii.gz",
     }
-    plan = fake_plan(dimensions=dimensions, pretraining=pretraining, residual=residual)
+    plan = fake_plan(dimensions=dimensions, pretraining=pretraining, residual=residual, batch_norm=batch_norm)
     write_json(preprocessed / "dataset.json", dataset_json)
     write_json(preprocessed / "dataset_fingerprint.json", {})
     write_json(preprocessed / "nnUNetPlans.json", plan)
@@ -45,11 +46,13 @@ def write_fake_dataset(
     return plan
 
 
-def fake_plan(*, dimensions: int = 3, pretraining: dict | None = None, residual: bool = False) -> dict:
+def fake_plan(
+    *, dimensions: int = 3, pretraining: dict | None = None, residual: bool = False, batch_norm: bool = False
+) -> dict:
     """A plan with a three-stage PlainConvUNet (or ResidualEncoderUNet) of 4, 8 and 16 features, patch of 16 voxels."""
     name, blocks = ("ResidualEncoderUNet", "n_blocks_per_stage") if residual else ("PlainConvUNet", "n_conv_per_stage")
     conv = f"torch.nn.modules.conv.Conv{dimensions}d"
-    norm = f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d"
+    norm = f"batchnorm.BatchNorm{dimensions}d" if batch_norm else f"instancenorm.InstanceNorm{dimensions}d"
     configuration = {
         "data_identifier": "fake_data",
         "preprocessor_name": "DefaultPreprocessor",
@@ -71,7 +74,7 @@ def fake_plan(*, dimensions: int = 3, pretraining: dict | None = None, residual:
                 blocks: [1, 1, 1],
                 "n_conv_per_stage_decoder": [1, 1],
                 "conv_bias": True,
-                "norm_op": norm,
+                "norm_op": f"torch.nn.modules.{norm}",
                 "norm_op_kwargs": {"eps": 1e-5, "affine": True},
                 "dropout_op": None,
                 "dropout_op_kwargs": None,

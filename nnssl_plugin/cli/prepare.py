@@ -93,6 +93,14 @@ def add_arguments(parser):
     parser.add_argument("--merge", action="store_true", help="with -num_parts: put together what all parts did")
     parser.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
     parser.add_argument(
+        "--suffix",
+        nargs="+",
+        default=[],
+        metavar="SUFFIX",
+        help="BIDS: take scans whose names end so, such as T1w FLAIR (default: all in anat, pet, ct and micr); "
+        "derivatives are left out, and --class-labels takes participants.tsv",
+    )
+    parser.add_argument(
         "--series",
         nargs="+",
         default=[],
@@ -134,6 +142,10 @@ def run(args):
         return _label(args)
     if _is_export(args):
         return _prepare_dicom(args)
+    return _prepare_bids(args) if _is_bids(args) else _prepare_scans(args)
+
+
+def _prepare_scans(args):
     if args.class_labels is None:
         from nnssl_plugin.intake.unlabelled import ALL, prepare_dataset
 
@@ -209,6 +221,27 @@ def _part(args):
     if args.num_parts is None or (args.part_id is None) != args.merge:
         raise UserError("A part has a number and a count.", "Give -num_parts N with -part_id K, then with --merge.")
     return Part(args.part_id, args.num_parts)
+
+
+def _is_bids(args):
+    from pathlib import Path
+
+    from nnssl_plugin.intake.bids import is_bids
+
+    return bool(args.suffix) or is_bids(Path(args.i))
+
+
+def _prepare_bids(args):
+    from pathlib import Path
+
+    from nnssl_plugin.intake.bids import bids_patterns, write_bids_subjects
+    from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder
+
+    include, exclude = bids_patterns(Path(args.i), args.suffix)
+    args.include, args.exclude = args.include or include, [*args.exclude, *exclude]
+    code = _prepare_scans(args)
+    write_bids_subjects(raw_dataset_folder(args.d))
+    return code
 
 
 def _is_export(args):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.intake.bids import PARTICIPANTS, read_participants
 from nnssl_plugin.intake.file_search import find_scans
 from nnssl_plugin.intake.label_tables import Row, infer_targets, match_cases, match_scans
 from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, read_rows
@@ -52,7 +53,8 @@ def prepare_class_dataset(
         source: folder of the scans or 2D images.
         dataset_id: 1 to 999.
         name: the part after ``DatasetXXX_``.
-        table: csv with the columns ``case`` (:func:`match_scans`), ``subject`` (may be absent) and the targets.
+        table: csv with the columns ``case`` (:func:`match_scans`), ``subject`` (may be absent) and the targets; or
+            ``participants.tsv`` of a BIDS dataset.
         targets: see :func:`infer_targets`.
         modality: see :func:`~nnssl_plugin.intake.unlabelled.prepare_dataset`.
         processes: worker processes.
@@ -63,9 +65,14 @@ def prepare_class_dataset(
         UserError: the table cannot be used, or the dataset not be made.
     """
     source, table = Path(source).absolute(), Path(table)
-    rows = read_table(table)
-    wanted = _checked_targets(rows, targets, table)
-    scans = find_scans(source, include=include, exclude=exclude).scans
+    if table.name == PARTICIPANTS:
+        scans = find_scans(source, include=include, exclude=exclude).scans
+        rows = read_participants(table, scans, source=source)
+        wanted = _checked_targets(rows, targets, table)
+    else:
+        rows = read_table(table)
+        wanted = _checked_targets(rows, targets, table)
+        scans = find_scans(source, include=include, exclude=exclude).scans
     by_scan = match_scans(rows, scans, source=source, where=table)
     summary = prepare_dataset(
         source, dataset_id, name, modality=modality, processes=processes, only=by_scan, include=include, exclude=exclude

@@ -5,8 +5,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.files import atomic_path
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.case_labels import LABELS_FILE, read_table, subject_of
+
+SUBJECTS_FILE = "subjects.csv"
+"""Of a raw dataset: case and subject, to be given as ``--subjects``."""
+
+
+def write_subjects(folder: Path, subjects: Mapping[str, str]) -> None:
+    """Write ``subjects.csv`` of a raw dataset: which cases are of one subject."""
+    lines = ["case,subject", *(f"{case},{subjects[case]}" for case in sorted(subjects))]
+    with atomic_path(folder / SUBJECTS_FILE) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def read_subjects(path: str | Path) -> dict[str, str]:

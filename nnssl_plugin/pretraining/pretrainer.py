@@ -25,6 +25,7 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.planes import axis_letters
+from nnssl_plugin.pretraining.batch_norm import RunningStatistics, check_batch_norm
 from nnssl_plugin.pretraining.batches import open_batches
 from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_entry
 from nnssl_plugin.pretraining.optimisation import optimisation_of
@@ -98,6 +99,7 @@ class Pretrainer(ResumableTrainer):
         """Build network and task from the seed; wrap them for this device where there are several ranks."""
         torch.manual_seed(self.training_settings.seed)
         super().initialize()
+        self.running_statistics = RunningStatistics(self.task)
         if self.is_ddp:
             self.task.gather = gather_samples
         self._log_settings()
@@ -120,11 +122,16 @@ class Pretrainer(ResumableTrainer):
         """Put the task in the network's place, the one moment between building and wrapping."""
         backbone = Backbone(self.network, self.network_channels(self.num_input_channels))
         self.task = self.network = self.build_task(backbone).to(self.device)
+        check_batch_norm(self.task, self.training_settings, device=self.device, several_ranks=self.is_ddp)
         if super()._do_i_compile():
             for module in self.network.modules():
                 if isinstance(module, Backbone):  # a teacher's too
                     module.compile_parts()
         return optimisation_of(self.task, self.training_settings, total=self.total_steps)
+
+    @property
+    def synchronises_batch_norm(self) -> bool:
+        return self.training_settings.batch_norm == "synchronised"
 
     def _do_i_compile(self) -> bool:
         """The task is not compiled as a whole; ``configure_optimizers`` compiles the backbone in place."""
@@ -176,9 +183,11 @@ class Pretrainer(ResumableTrainer):
         progress = self.step / self.total_steps
         self.lr_scheduler.step(self.step)
         self.optimizer.zero_grad(set_to_none=True)
+        self.running_statistics.remember()
         views = self._views(batch, TRAIN, self.step)
         terms = self._backward(views, progress)
         applied = self._update(terms["total"])
+        self.running_statistics.settle(applied)
         self.task.after_step(progress, applied)
         self.sums.add(terms, applied)
         self.end_step()

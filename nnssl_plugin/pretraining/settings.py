@@ -53,6 +53,10 @@ class TrainingSettings:
     layer_decay: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Factor of the learning rate from each encoder stage to the next shallower one: the deepest has ``layer_decay``,
     everything outside the encoder 1."""
+    batch_norm: Literal["averaged", "synchronised"] = "averaged"
+    """Of networks with batch normalisation, on several ranks: ``averaged`` normalises on each rank by its own samples
+    and averages the running statistics after every step; ``synchronised`` normalises by the samples of all ranks, on
+    CUDA alone. Such networks take no ``chunk_size``."""
     gradient_clip: Positive = 12.0
     """Largest norm of the gradient (12 is nnU-Net's)."""
     seed: Annotated[int, Range(ge=0)] = 12345

@@ -12,6 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_plugin.errors import UserError
 
+CONVERT = "convert_sync_batchnorm"
+"""What nnU-Net calls on every network that it wraps for several ranks."""
+
 
 def check_device(requested: torch.device) -> None:
     """Refuse CUDA where PyTorch finds no GPU, or fewer than ranks of this machine ask for one.
@@ -41,8 +44,13 @@ def device_of_rank(requested: torch.device) -> torch.device:
 
 
 @contextmanager
-def wrapping_for(device: torch.device) -> Iterator[None]:
-    """Let nnU-Net's ``initialize`` wrap the network for this device; it passes device ids even on a CPU."""
+def wrapping_for(device: torch.device, *, synchronised: bool) -> Iterator[None]:
+    """Let nnU-Net's ``initialize`` wrap the network for this device; it passes device ids even on a CPU.
+
+    Args:
+        device: of this rank.
+        synchronised: whether nnU-Net may replace batch normalisation by PyTorch's for several ranks, as it always does.
+    """
 
     def wrap(network: nn.Module, device_ids=None) -> DistributedDataParallel:
         # buffers (queues, statistics) belong to the task, which updates them from gathered outputs alike on every rank
@@ -50,10 +58,18 @@ def wrapping_for(device: torch.device) -> Iterator[None]:
         return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
 
     nnunets, nnunet_module.DDP = nnunet_module.DDP, wrap
+    convert = vars(nn.SyncBatchNorm)[CONVERT]
+    if not synchronised:
+        setattr(nn.SyncBatchNorm, CONVERT, staticmethod(_unchanged))
     try:
         yield
     finally:
         nnunet_module.DDP = nnunets
+        setattr(nn.SyncBatchNorm, CONVERT, convert)
+
+
+def _unchanged(network: nn.Module) -> nn.Module:
+    return network
 
 
 def gather_samples(outputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -84,6 +84,11 @@ class ResumableTrainer(PlannedNetworkTrainer):
         network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
         return network._orig_mod if isinstance(network, OptimizedModule) else network
 
+    @property
+    def synchronises_batch_norm(self) -> bool:
+        """Whether ranks normalise their batches together; nnU-Net's always do, which works on CUDA alone."""
+        return self.device.type == "cuda"
+
     def own_state(self) -> dict[str, Any]:
         """Entries of a checkpoint beside nnU-Net's."""
         return {}
@@ -119,7 +124,7 @@ class ResumableTrainer(PlannedNetworkTrainer):
         return self.num_epochs * self.steps_per_epoch
 
     def initialize(self) -> None:
-        with wrapping_for(self.device):
+        with wrapping_for(self.device, synchronised=self.synchronises_batch_norm):
             super().initialize()
 
     def run_training(self) -> None:

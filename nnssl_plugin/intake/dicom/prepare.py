@@ -23,9 +23,7 @@ from nnssl_plugin.io.scans import load_scan, read_volume
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.case_labels import read_table
 from nnssl_plugin.nnunet.dataset_json import read_dataset_file
-
-SUBJECTS_FILE = "subjects.csv"
-"""Of a dataset: case and subject, for ``split --subjects`` and ``evaluate … --subjects``."""
+from nnssl_plugin.nnunet.subjects import write_subjects
 
 
 @dataclass(frozen=True)
@@ -169,6 +167,7 @@ def _own_table(rows: Sequence[dict[str, str]], converted: ConvertedExport, sourc
 
 
 def _finish(folder: Path, converted: ConvertedExport) -> None:
+    """What every dataset from an export gets: images of its own, and a table of subjects."""
     _own_images(folder, converted.places.scans)
     _write_subjects(folder, read_series(converted.places.table))
 
@@ -197,9 +196,7 @@ def _case(row: SeriesRow) -> str:
 def _write_subjects(folder: Path, rows: Sequence[SeriesRow]) -> None:
     cases = {row.case for row in read_rows(folder / PROVENANCE_FILE, Origin)}
     subjects = {_case(row): row["subject"] for row in rows if row["status"] == TAKEN and _case(row) in cases}
-    lines = ["case,subject", *(f"{case},{subject}" for case, subject in sorted(subjects.items()))]
-    with atomic_path(folder / SUBJECTS_FILE) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_subjects(folder, subjects)
 
 
 def _write_labelled(
