@@ -208,6 +208,7 @@ def test_one_of_several_stems_is_chosen_by_name(container, folder, tmp_path, cap
 def test_a_network_with_one_stem_has_no_choice(small, tmp_path):
     source = read_source(saved(nnfoundation_cnn(), tmp_path))
     assert stems_of(source.weights) == {} and with_stem(source, None) is source
+    assert stems_of({"system.net.convs.0.conv.weight": torch.zeros(4, 1, 3, 3, 3)}) == {}
     with pytest.raises(UserError, match="has one stem, and none called 035"):
         with_stem(source, "035")
 
