@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.asked[image] += 1
             server.bodies.append(body)
-            server.headers_seen.append(dict(self.headers))
+            server.headers_seen.append({name.lower(): value for name, value in self.headers.items()})
             server.times.append(time.monotonic())
             server.working += 1
             server.most_working = max(server.most_working, server.working)

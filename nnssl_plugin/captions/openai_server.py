@@ -103,7 +103,7 @@ class OpenAICaptioner:
         if not options.model:
             raise UserError("No model is named that would describe the slices.", "For example: --captioner-model NAME")
         self._openai = _library()
-        self._starting = threading.Lock()
+        self._changing = threading.Lock()  # of the loop
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._next_start = self._resume_at = 0.0  # of the loop's clock
@@ -117,11 +117,14 @@ class OpenAICaptioner:
         image = png(picture, side=self.options.side)
         if self.options.images:
             self._keep(image, facts)
-        return asyncio.run_coroutine_threadsafe(self._answer(image, facts), self._running_loop()).result()
+        with self._changing:
+            loop = self._running_loop()
+            future = asyncio.run_coroutine_threadsafe(self._answer(image, facts), loop)
+        return future.result()
 
     def close(self) -> None:
         """Break off what is being asked."""
-        with self._starting:
+        with self._changing:
             self._closed, loop, self._loop = True, self._loop, None
         if loop is None:
             return
@@ -137,15 +140,14 @@ class OpenAICaptioner:
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         """The loop in a thread of its own: only there can a request be broken off at any point."""
-        with self._starting:
-            if self._closed:
-                raise CaptionerStopped("The captioner is closed.")
-            if self._loop is None:
-                self._client = self._make_client()
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="captioner", daemon=True)
-                self._thread.start()
-            return self._loop
+        if self._closed:
+            raise CaptionerStopped("The captioner is closed.")
+        if self._loop is None:
+            self._client = self._make_client()
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="captioner", daemon=True)
+            self._thread.start()
+        return self._loop
 
     def _make_client(self) -> Any:
         """A client that follows no redirect, and on this computer asks no proxy: both could lead elsewhere."""
