@@ -107,11 +107,14 @@ def merge_journal(raw_folder: Path, struck: set[SliceKey]) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line break stands nothing, or half a line
-    if not lines:
-        return {}, []
-    header, *entries = map(json.loads, lines)
-    return header, entries
+    """The header and the entries up to the first that a kill or a failing disk left unfinished."""
+    whole: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # behind the last line break stands nothing, or half a line
+        try:
+            whole.append(json.loads(line))
+        except ValueError:
+            break
+    return (whole[0], whole[1:]) if whole else ({}, [])
 
 
 def _merge_triplets(raw_folder: Path, run: Run, new: Sequence[Triplet], struck: set[SliceKey]) -> None:

@@ -252,7 +252,7 @@ def _drafts(case: _Case, captioner: Captioner, draw: _Draw, struck: set[SliceKey
     volume = load_volume(case.image)
     taken = {line.key for line in case.kept} | struck
     struck_here = sum(key[0] == case.name for key in struck)
-    found = _draw(case, volume, draw.seed, draw.slices + struck_here) if case.given is None else _given(case, volume)
+    found = _drawn(case, volume, draw.seed, draw.slices + struck_here) if case.given is None else _given(case, volume)
     places = [place for place in found if (case.name, *place[:2]) not in taken]
     limits = grey_limits(volume, modality=draw.modality, body_part=draw.body_part, window=draw.window)
     drafts = []
@@ -265,7 +265,7 @@ def _drafts(case: _Case, captioner: Captioner, draw: _Draw, struck: set[SliceKey
     return drafts
 
 
-def _draw(case: _Case, volume: Volume, seed: int, count: int) -> list[tuple[str, int, int]]:
+def _drawn(case: _Case, volume: Volume, seed: int, count: int) -> list[tuple[str, int, int]]:
     body = load_volume(case.label).array > 0 if case.label.is_file() else np.zeros(volume.array.shape, dtype=bool)
     if body.shape != volume.array.shape:
         problem = f"Case {case.name}: label {body.shape} and image {volume.array.shape} differ."

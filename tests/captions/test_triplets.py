@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nnssl_plugin.captions.captioners import SliceFacts, modality_of
-from nnssl_plugin.captions.journal import JOURNAL_FILE
+from nnssl_plugin.captions.journal import JOURNAL_FILE, RECORD_FILE, merge_journal
 from nnssl_plugin.captions.rendering import Volume
 from nnssl_plugin.captions.template import TemplateCaptioner, TemplateOptions
 from nnssl_plugin.captions.triplets import caption_dataset, choose_slices
@@ -248,6 +248,29 @@ def test_a_text_is_on_the_disk_before_the_next_case_is_described(dataset):
 
     caption_dataset(dataset, Slow(), slices=2)
     assert seen == [0, 2, 4] and not (dataset / JOURNAL_FILE).exists()
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"triplet": {"case": "c1", "pl', b"\0\0\0\n\0\n"])
+def test_what_a_killed_run_wrote_down_is_taken_over_once(dataset, torn):
+    """The journal of a run that had described one case, with what a kill or a failing disk may leave behind it."""
+    line = Triplet("c1", "axial", 3, 16, "Kept.", "brightness", seed=0)
+    header = {"id": "x", "run": {"captioner": "brightness", "seed": 0, "body_part": None}, "options": {"a": 1}}
+    entry = {"triplet": vars(line), "cost": {"texts": 1, "requests": 3, "tokens_in": 5, "tokens_out": 7}}
+    journal = "".join(json.dumps(content) + "\n" for content in (header, entry)).encode() + torn
+    for _ in range(2):  # the second time as if the kill had come just before the journal was removed
+        (dataset / JOURNAL_FILE).write_bytes(journal)
+        merge_journal(dataset, set())
+        assert read_triplets(dataset) == [line] and not (dataset / JOURNAL_FILE).exists()
+        record = json.loads((dataset / RECORD_FILE).read_text())["captioners"]["brightness"]
+        assert record == {"options": {"a": 1}, "cost": entry["cost"]}
+    summary = caption_dataset(dataset, Brightness(), slices=1)
+    assert (summary.added, summary.kept) == (2, 1) and line in read_triplets(dataset)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "x", "r'])
+def test_a_run_killed_before_its_first_text_leaves_nothing(dataset, torn):
+    (dataset / JOURNAL_FILE).write_bytes(torn)
+    assert caption_dataset(dataset, TemplateCaptioner(), slices=1).added == 3
 
 
 def test_two_processes_do_not_describe_one_dataset(dataset):
