@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from nnssl_plugin.captions.vocabulary import MODALITIES, PLANES, named
+from nnssl_plugin.captions.vocabulary import CHANNELS, MODALITIES, PLANES, named
 from nnssl_plugin.data.triplets import Triplet
 
 REFUSALS = re.compile(
@@ -35,11 +35,8 @@ def suspicions(triplets: Sequence[Triplet], modality: str) -> list[list[str]]:
 
 def _contradictions(triplet: Triplet, modality: str) -> list[str]:
     found = []
-    planes, modalities, true = (
-        named(triplet.text, PLANES),
-        named(triplet.text, MODALITIES),
-        named(modality, MODALITIES),
-    )
+    planes, modalities = named(triplet.text, PLANES), named(triplet.text, MODALITIES)
+    true = named(modality, CHANNELS)
     if planes and triplet.plane not in planes:
         found.append(f"names another plane: {', '.join(sorted(planes))} (the slice is {triplet.plane})")
     if modalities and true and not modalities & true:

@@ -7,7 +7,7 @@ rows count texts that name something, and the body part that the user gave.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from nnssl_plugin.captions.vocabulary import BODY_PARTS, MODALITIES, ORGANS, TARGETS, named
+from nnssl_plugin.captions.vocabulary import BODY_PARTS, CHANNELS, MODALITIES, ORGANS, TARGETS, named
 from nnssl_plugin.data.triplets import Triplet
 
 ROWS = {"Body parts": BODY_PARTS, "Internal organs": ORGANS, "Target types": TARGETS}
@@ -20,7 +20,7 @@ def count_contents(triplets: Sequence[Triplet], modality: str) -> dict[str, dict
         triplets: those that count.
         modality: of the dataset, empty where it is not known.
     """
-    known = sorted(named(modality, MODALITIES)) or ([modality] if modality else [])
+    known = sorted(named(modality, CHANNELS)) or ([modality] if modality else [])
     modalities = Counter(name for triplet in triplets for name in known or named(triplet.text, MODALITIES))
     planes = Counter(triplet.plane.capitalize() for triplet in triplets)
     table = {"Modalities": _ordered(modalities, MODALITIES), "Planes": dict(sorted(planes.items()))}

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 PLANES = {"axial": "axial|transverse|transaxial", "coronal": "coronal", "sagittal": "sagittal"}
 
 MODALITIES = {
-    "MRI": r"mri?s?|magnetic resonance|t1c?|t1n|t2[wf]?|t1w|flair|dwi|adc|swi",
+    "MRI": r"mri?s?|magnetic resonance|t[12]-?(?: ?weighted|w)|flair|dwi|adc|swi",
     "CT": r"cta?|computed tomograph\w+",
     "PET": r"pet|positron emission \w+",
     "Ultrasound": r"ultrasounds?|ultrasonograph\w+|sonogra\w+",
 }
-"""As texts write them, and as channels are called."""
+"""As texts write them."""
+CHANNELS = {**MODALITIES, "MRI": rf"{MODALITIES['MRI']}|t[12]\w*|pd|gre|tof"}
+"""As channels are called; in a text, T1 may be a vertebra."""
 
 BODY_PARTS = {
     "Head": r"head|skull|crani\w+|brain|cerebr\w+|intracranial|hippocamp\w+",

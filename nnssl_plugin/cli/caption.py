@@ -106,9 +106,11 @@ def _options(folder, args):
         "endpoint": args.endpoint,
         "model": args.captioner_model,
         "allow_remote": args.allow_remote,
-        "images": str(folder / "caption_images") if args.keep_images or args.allow_remote else None,
     }
-    return {**{name: value for name, value in flags.items() if value}, **options}
+    options = {**{name: value for name, value in flags.items() if value}, **options}
+    if args.keep_images or options.get("allow_remote"):
+        options.setdefault("images", str(folder / "caption_images"))
+    return options
 
 
 def _print_cost(cost, captioner):
@@ -131,7 +133,7 @@ def _print_contents(folder):
         print(line)
     suspicious = sum(map(bool, suspicions(triplets, modality)))
     if suspicious:
-        print(f"{suspicious} of {len(triplets)} texts are suspicious; read them: nnssl_plugin caption -d … --review")
+        print(f"{suspicious} of {len(triplets)} texts are suspicious: nnssl_plugin caption -d {folder.name} --review")
 
 
 def _print_missing(captions):

@@ -47,6 +47,9 @@ GOOD = "This image is an axial MRI scan of the brain, showing both ventricles."
     [
         (GOOD, "MR", []),
         (GOOD, "T2w", []),
+        (GOOD, "t1c", []),
+        ("The T1 and T2 vertebrae are intact.", "CT", []),
+        ("A T2-weighted picture of the knee.", "CT", ["names another modality: MRI (the scan is CT)"]),
         (GOOD, "", []),
         (GOOD, "CT", ["names another modality: MRI (the scan is CT)"]),
         ("A transverse CT scan of the abdomen.", "CT", []),
