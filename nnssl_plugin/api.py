@@ -11,10 +11,10 @@ from nnssl_plugin.captions.captioners import open_captioner
 from nnssl_plugin.captions.embeddings import EmbeddingSummary, store_embeddings
 from nnssl_plugin.captions.triplets import SLICES, caption_dataset
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.intake.grouping import Modalities, parse_modalities
 from nnssl_plugin.intake.bids import bids_patterns, is_bids, write_bids_subjects
 from nnssl_plugin.intake.dicom.files import is_export
 from nnssl_plugin.intake.dicom.prepare import DicomChoice, prepare_dicom_class_dataset, prepare_dicom_dataset
+from nnssl_plugin.intake.grouping import Modalities, parse_modalities
 from nnssl_plugin.intake.labelled import prepare_class_dataset
 from nnssl_plugin.intake.unlabelled import PrepareSummary, prepare_dataset
 from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder
@@ -140,6 +140,7 @@ def caption(
     slices: int = SLICES,
     seed: int = 0,
     body_part: str | None = None,
+    window: tuple[float, float] | None = None,
     weights: str | None = None,
     model: str | None = None,
 ) -> EmbeddingSummary:
@@ -147,11 +148,12 @@ def caption(
 
     Args:
         dataset: ID or full name of a raw dataset.
-        captioner: who writes the texts: ``template``, or your own ``package.module:Class``.
+        captioner: who writes the texts: ``template``, ``openai``, ``file``, or your own ``package.module:Class``.
         options: of the captioner, those that differ from its defaults.
         slices: per case.
         seed: draws the slices.
-        body_part: goes into the texts.
+        body_part: goes into the texts, and chooses the window of CT.
+        window: centre and width in which captioners see slices; None: for CT by the body part, else percentiles.
         weights: file, folder or open_clip tag of the frozen encoders; None: small random ones, which only tell slices
             apart.
         model: open_clip's architecture of a file or tag, such as ``ViT-B-32``.
@@ -163,5 +165,7 @@ def caption(
         UserError: for a dataset, captioner or weights that are not there.
     """
     folder = raw_dataset_folder(dataset)
-    caption_dataset(folder, open_captioner(captioner, options), seed=seed, slices=slices, body_part=body_part)
+    caption_dataset(
+        folder, open_captioner(captioner, options), seed=seed, slices=slices, body_part=body_part, window=window
+    )
     return store_embeddings(folder, model=model, weights=weights)
