@@ -134,7 +134,7 @@ def slice_facts(volume: Volume, triplet: Triplet, *, modality: str) -> SliceFact
 
 
 def described_modality(raw_folder: Path) -> Callable[[str], str]:
-    """Case → the modality that ``dataset.json`` names for the channel that is described: the first that the case has."""
+    """Case → the modality that ``dataset.json`` names for the channel that is described, the first that it has."""
     dataset_json = read_dataset_file(raw_folder / "dataset.json", needed=("channel_names",))
     channels = first_channels(raw_folder)
     return lambda case: modality_of(dataset_json, channels.get(case, 0))
