@@ -11,6 +11,9 @@ from nnssl_plugin.captions.captioners import open_captioner
 from nnssl_plugin.captions.embeddings import EmbeddingSummary, store_embeddings
 from nnssl_plugin.captions.triplets import SLICES, caption_dataset
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.intake.bids import bids_patterns, is_bids, write_bids_subjects
+from nnssl_plugin.intake.dicom.files import is_export
+from nnssl_plugin.intake.dicom.prepare import DicomChoice, prepare_dicom_class_dataset, prepare_dicom_dataset
 from nnssl_plugin.intake.grouping import Modalities, parse_modalities
 from nnssl_plugin.intake.labelled import prepare_class_dataset
 from nnssl_plugin.intake.unlabelled import PrepareSummary, prepare_dataset
@@ -32,9 +35,15 @@ def prepare(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     keep: Sequence[str] = (),
+    series: Sequence[str] = (),
+    structures: Sequence[str] = (),
+    key_file: str | Path | None = None,
+    local: str | Path | None = None,
+    suffixes: Sequence[str] = (),
     processes: int = 2,
 ) -> PrepareSummary:
-    """Make or extend an nnU-Net raw dataset from a folder of scans or 2D images, as ``nnssl_plugin prepare`` does.
+    """Make or extend an nnU-Net raw dataset from a folder of scans, DICOM files or 2D images, as ``nnssl_plugin
+    prepare`` does.
 
     Scans that cannot be used are listed, with the reason, in ``rejected.csv`` of the dataset.
 
@@ -56,6 +65,11 @@ def prepare(
         exclude: patterns of scans to leave out.
         keep: patterns of scans that are never set aside as segmentations or as another modality; what a table of
             classes names never is.
+        series: of DICOM: rules, such as ``Modality=MR,SeriesDescription~T1``, of which a series has to fulfil one.
+        structures: of DICOM: ``NAME=LABEL`` each, what of RTSTRUCT and SEG becomes the labels.
+        key_file: of DICOM: key of the hashes that name cases; None: one in ``local``.
+        local: of DICOM: folder for what is not for others; None: ``nnUNet_raw/.nnssl_plugin``.
+        suffixes: of BIDS: what the names of the scans end in, such as ``T1w``; none: every anatomical scan.
         processes: worker processes; 1 works in this one.
 
     Returns:
@@ -66,11 +80,23 @@ def prepare(
     """
     if class_labels is not None and modalities is not None:
         raise UserError("Classes go with neither modalities nor segmentations.", "Prepare first, then add the classes.")
+    if class_labels is None and targets:
+        raise UserError("Targets describe columns of a table.", "Give the table too: class_labels=FILE.csv")
+    source = Path(images)
+    if series or structures or (source.exists() and is_export(source)):
+        choice = DicomChoice(modality, series, structures, include, exclude, key_file, local)
+        if class_labels is None:
+            return prepare_dicom_dataset(source, dataset_id, name, choice, keep=keep, processes=processes)[0]
+        return prepare_dicom_class_dataset(
+            source, dataset_id, name, choice, table=class_labels, targets=targets, processes=processes
+        )[0]
+    of_bids = bool(suffixes) or is_bids(source)
+    if of_bids:
+        of_suffixes, others = bids_patterns(source, suffixes)
+        include, exclude = include or of_suffixes, [*exclude, *others]
     if class_labels is None:
-        if targets:
-            raise UserError("Targets describe columns of a table.", "Give the table too: class_labels=FILE.csv")
-        return prepare_dataset(
-            images,
+        summary = prepare_dataset(
+            source,
             dataset_id,
             name,
             modality=modality,
@@ -80,17 +106,20 @@ def prepare(
             exclude=exclude,
             keep=keep,
         )
-    summary, _ = prepare_class_dataset(
-        images,
-        dataset_id,
-        name,
-        table=class_labels,
-        targets=targets,
-        modality=modality,
-        processes=processes,
-        include=include,
-        exclude=exclude,
-    )
+    else:
+        summary, _ = prepare_class_dataset(
+            source,
+            dataset_id,
+            name,
+            table=class_labels,
+            targets=targets,
+            modality=modality,
+            processes=processes,
+            include=include,
+            exclude=exclude,
+        )
+    if of_bids:
+        write_bids_subjects(summary.folder)
     return summary
 
 
@@ -111,6 +140,7 @@ def caption(
     slices: int = SLICES,
     seed: int = 0,
     body_part: str | None = None,
+    window: tuple[float, float] | None = None,
     weights: str | None = None,
     model: str | None = None,
 ) -> EmbeddingSummary:
@@ -118,11 +148,12 @@ def caption(
 
     Args:
         dataset: ID or full name of a raw dataset.
-        captioner: who writes the texts: ``template``, or your own ``package.module:Class``.
+        captioner: who writes the texts: ``template``, ``openai``, ``file``, or your own ``package.module:Class``.
         options: of the captioner, those that differ from its defaults.
         slices: per case.
         seed: draws the slices.
-        body_part: goes into the texts.
+        body_part: goes into the texts, and chooses the window of CT.
+        window: centre and width in which captioners see slices; None: for CT by the body part, else percentiles.
         weights: file, folder or open_clip tag of the frozen encoders; None: small random ones, which only tell slices
             apart.
         model: open_clip's architecture of a file or tag, such as ``ViT-B-32``.
@@ -134,5 +165,7 @@ def caption(
         UserError: for a dataset, captioner or weights that are not there.
     """
     folder = raw_dataset_folder(dataset)
-    caption_dataset(folder, open_captioner(captioner, options), seed=seed, slices=slices, body_part=body_part)
+    caption_dataset(
+        folder, open_captioner(captioner, options), seed=seed, slices=slices, body_part=body_part, window=window
+    )
     return store_embeddings(folder, model=model, weights=weights)

@@ -177,6 +177,35 @@ METHODS = {
             "of videos and volumes, the coding rate as its equation 4 has it",
         },
     ),
+    "distillation": Method(
+        title="Distillation",
+        summary="the maps of a frozen network, of any checkpoint, taught to the planned network",
+        trainer="nnssl_plugin.methods.distillation.trainer.DistillationPretrainer",
+        settings="nnssl_plugin.methods.distillation.settings.Settings",
+        training="nnssl_plugin.methods.distillation.settings.TRAINING",
+        trains=("encoder",),
+        needs="a checkpoint to learn from (`method.teacher`)",
+        dimensions=(2, 3),
+        paper=Paper(
+            title="FitNets: Hints for Thin Deep Nets",
+            authors=(
+                "Adriana Romero",
+                "Nicolas Ballas",
+                "Samira Ebrahimi Kahou",
+                "Antoine Chassang",
+                "Carlo Gatta",
+                "Yoshua Bengio",
+            ),
+            venue="ICLR",
+            year=2015,
+            url="https://arxiv.org/abs/1412.6550",
+        ),
+        licence="Apache-2.0",
+        docs="docs/methods/distillation.md",
+        presets={
+            "distillation": "distillation as recommended here: every default, written out; name the teacher beside it"
+        },
+    ),
     "med3dinsight": Method(
         title="Med3DInsight",
         summary="volumes aligned with the frozen embeddings of a slice and its description, and masked reconstruction",

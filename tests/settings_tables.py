@@ -48,6 +48,8 @@ def field_docstrings(settings: type) -> dict[str, str]:
 
 
 def shown(value) -> str:
+    if value == "":
+        return "empty"
     return f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`"
 
 

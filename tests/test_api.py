@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from dicom_export import phantom, write_series
 from fake_dataset import NAME, fake_plan, write_fake_dataset
 
 import nnssl_plugin as nnssl
@@ -50,6 +51,17 @@ def test_prepare_makes_the_dataset_of_the_verb(raw, scans):
     names = [path.relative_to(made.folder) for path in sorted(made.folder.rglob("*.*"))]
     assert len(names) >= 7
     same_files(made.folder, raw / "Dataset502_Same", names)
+
+
+def test_prepare_takes_dicom_and_bids(raw, source, save, tmp_path):
+    write_series(tmp_path / "export", phantom(), SeriesDescription="T1")
+    made = nnssl.prepare(tmp_path / "export", 501, "Export", series=["SeriesDescription=T1"], processes=1)
+    assert len(made.added) == 1 and (made.folder / "subjects.csv").is_file()
+    (source / "dataset_description.json").write_text("{}")
+    for suffix in ("T1w", "T2w"):
+        save(f"sub-01/anat/sub-01_{suffix}.nii.gz", seed=len(suffix) + ord(suffix[1]))
+    made = nnssl.prepare(source, 502, "Bids", suffixes=["T1w"], processes=1)
+    assert len(made.added) == 1 and "sub-01" in (made.folder / "subjects.csv").read_text()
 
 
 def test_prepare_chooses_scans_by_patterns(raw, scans):

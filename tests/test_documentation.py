@@ -8,6 +8,7 @@ import shlex
 import pytest
 from settings_tables import field_docstrings, settings_table, with_tables
 
+from nnssl_plugin.captions.openai_server import OpenAIOptions
 from nnssl_plugin.cli.main import VERBS, build_parser
 from nnssl_plugin.pretraining.settings import TrainingSettings
 from nnssl_plugin.tasks.classification.settings import ClassificationSettings
@@ -68,6 +69,12 @@ def test_every_field_of_a_block_is_in_the_reference(settings, repository):
     page = (repository / "docs" / "reference" / "plan-blocks.md").read_text()
     assert settings_table(settings) in page and page == with_tables(page), "python tests/settings_tables.py"
     assert field_docstrings(settings).keys() == {field.name for field in dataclasses.fields(settings)}
+
+
+def test_the_options_of_the_captioner_that_asks_a_server_are_in_its_page(repository):
+    page = (repository / "docs" / "how-to" / "describe-slices.md").read_text()
+    assert settings_table(OpenAIOptions) in page and page == with_tables(page), "python tests/settings_tables.py"
+    assert field_docstrings(OpenAIOptions).keys() == {field.name for field in dataclasses.fields(OpenAIOptions)}
 
 
 def test_a_table_of_settings_is_written_from_the_dataclass():

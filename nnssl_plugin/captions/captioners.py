@@ -1,20 +1,30 @@
 """Who describes slices: the contract of a captioner, the table of those that the command knows, and how one is made."""
 
+import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.settings import settings_from
 
-CAPTIONERS = {"template": "nnssl_plugin.captions.template:TemplateCaptioner"}
+CAPTIONERS = {
+    "template": "nnssl_plugin.captions.template:TemplateCaptioner",
+    "openai": "nnssl_plugin.captions.openai_server:OpenAICaptioner",
+    "file": "nnssl_plugin.captions.existing_texts:ExistingTexts",
+}
 """Name on the command line → ``package.module:Class``; the class's ``Options`` are what ``--set`` changes."""
 
 NORMALISERS = {"nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1"}
 """Channel names by which nnU-Net chooses a normalisation; they say nothing about the modality."""
+
+TRANSPORT: Mapping[str, Any] = {"shapes_text": False}
+"""Metadata of an option that has no influence on the texts, only on the way to them."""
+LONGEST_IN_SIGNATURE = 60
+"""Characters of an option's value that stand in a captioner's signature; a longer one is named by its hash."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,25 @@ class SliceFacts:
     extent_mm: tuple[float, float]  # width and height of the slice as viewed
     spacing_mm: float  # distance between neighbouring slices of this plane
     body_part: str  # as the user gave it, or empty
+    index: int = 0  # of the slice, along the axis as stored
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text, and what it cost to get it."""
+
+    text: str
+    requests: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+class SliceFailed(Exception):
+    """One slice got no text; the others may."""
+
+
+class CaptionerStopped(UserError):
+    """The captioner cannot go on: no other slice would get a text either."""
 
 
 class Captioner(Protocol):
@@ -46,12 +75,49 @@ class Captioner(Protocol):
         """The texts of some slices of one case.
 
         Args:
-            slices: (H, W, 3) uint8 each, oriented for viewing (see ``triplets.slice_image``).
+            slices: (H, W, 3) uint8 each, as a radiologist sees them (see ``rendering.viewed_slice``).
             facts: what the file knows of each.
 
         Returns:
             one text per slice; line breaks become blanks.
         """
+        ...
+
+
+@runtime_checkable
+class AskedCaptioner(Captioner, Protocol):
+    """A captioner that waits for its texts, and so is asked for several slices at once.
+
+    It may have a ``destination``, the computer to which slices are sent; None where they stay on this one.
+    """
+
+    concurrency: int
+    """From how many threads :meth:`ask` is called."""
+
+    def ask(self, picture: np.ndarray, facts: SliceFacts) -> Answer:
+        """The text of one slice.
+
+        Raises:
+            SliceFailed: this slice gets none.
+            CaptionerStopped: no slice does.
+        """
+        ...
+
+    def close(self) -> None:
+        """Break off what is being asked; may be called twice, and ``ask`` works again afterwards."""
+        ...
+
+
+@runtime_checkable
+class PlacedCaptioner(Captioner, Protocol):
+    """A captioner that has texts of certain cases or slices alone."""
+
+    def places(self, case: str) -> Sequence[tuple[str, int]] | None:
+        """Plane and index of the slices that have a text; None: any slice of the case has."""
+        ...
+
+    def knows(self, case: str) -> bool:
+        """Whether there is a text of the case."""
         ...
 
 
@@ -78,13 +144,27 @@ def open_captioner(name: str, values: Mapping[str, Any] | None = None) -> Captio
 
 
 def signature(captioner: Captioner) -> str:
-    """Name of a captioner with the options that differ from their defaults, for example ``template size=False``."""
+    """Name of a captioner with the options that shape its texts and differ from their defaults.
+
+    For example ``template size=False``. Options with the metadata :data:`TRANSPORT` are left out; a ``fingerprint``
+    of the captioner, which says what else shapes its texts, stands behind them.
+    """
     options = getattr(captioner, "options", None)
     if options is None:
         return captioner.name
-    defaults = asdict(type(options)())
-    changed = [f"{key}={value}" for key, value in asdict(options).items() if value != defaults[key]]
-    return " ".join([captioner.name, *changed])
+    default = type(options)()
+    changed = [
+        f"{field.name}={_brief(getattr(options, field.name))}"
+        for field in fields(options)
+        if field.metadata.get("shapes_text", True) and getattr(options, field.name) != getattr(default, field.name)
+    ]
+    fingerprint = getattr(captioner, "fingerprint", "")
+    return " ".join(filter(None, [captioner.name, *changed, fingerprint]))
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_IN_SIGNATURE else hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _captioner_class(name: str) -> Any:

@@ -1,29 +1,27 @@
-"""Random slices of every volume and their texts (Med3DInsight, section III-A), for any nnU-Net raw dataset.
-
-Slices are shown as a radiologist sees them: in axial and coronal slices the patient's right is on the left side of the
-picture; the top is anterior (axial) or superior (coronal, sagittal); in sagittal slices anterior is on the left.
-"""
+"""Random slices of every volume and their texts (Med3DInsight, section III-A), for any nnU-Net raw dataset."""
 
 import hashlib
 import logging
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
 import nibabel
 import numpy as np
-from skimage.transform import resize
 from tqdm import tqdm
 
-from nnssl_plugin.captions.captioners import Captioner, SliceFacts, modality_of, signature
+from nnssl_plugin.captions.captioners import Captioner, PlacedCaptioner, SliceFacts, modality_of, signature
+from nnssl_plugin.captions.describing import Draft, describe_all
+from nnssl_plugin.captions.journal import Cost, Journal, Run, merge_journal, options_of
+from nnssl_plugin.captions.rendering import Volume, grey_limits, load_volume, slice_image, viewed_extent, viewed_slice
 from nnssl_plugin.data.cases import first_channels
-from nnssl_plugin.data.triplets import TRIPLETS_FILE, Triplet, by_case, read_triplets, write_triplets
+from nnssl_plugin.data.struck import SliceKey, read_struck
+from nnssl_plugin.data.triplets import TRIPLETS_FILE, Triplet, all_triplets, by_case
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.scans import RejectedScan, ending_of, read_volume
+from nnssl_plugin.io.lock import locked
 from nnssl_plugin.nnunet.dataset_json import read_dataset_file
-from nnssl_plugin.nnunet.planes import PLANES, RAS_AXIS, stored_axis
+from nnssl_plugin.nnunet.planes import PLANES, stored_axis
 from nnssl_plugin.nnunet.raw_folders import training_files
 
 log = logging.getLogger(__name__)
@@ -32,19 +30,7 @@ SLICES = 8
 """Slices per case. The paper takes one for ever: then whatever tells the case names its slice, and the volume need not
 be looked at. Here a step sees one of several."""
 
-SECONDS_BETWEEN_WRITES = 60
-"""A captioner may need seconds for a slice: this much of its work is lost at most."""
-
-# axes of a RAS slice (after its normal is dropped) are ascending: sagittal (A, S), coronal (R, S), axial (R, A)
-_DROPPED_AXES = {plane: tuple(axis for axis in range(3) if axis != RAS_AXIS[plane]) for plane in PLANES}
-
-
-@dataclass(frozen=True)
-class Volume:
-    """A 3D image as stored on disk."""
-
-    array: np.ndarray  # (I, J, K) float32
-    affine: np.ndarray  # (4, 4), voxels to RAS mm
+LOCK_FILE = ".caption.lock"
 
 
 @dataclass(frozen=True)
@@ -54,20 +40,34 @@ class CaptionSummary:
     path: Path
     added: int
     kept: int
+    cost: Cost = field(default_factory=Cost)
+    failed: tuple[str, ...] = ()
+    """Slices that got no text, and why."""
+    unknown: tuple[str, ...] = ()
+    """Cases of which the captioner has no text."""
 
 
-def load_volume(path: Path) -> Volume:
-    """Read an image of a raw dataset as stored.
+@dataclass(frozen=True)
+class _Draw:
+    """How slices are chosen and shown."""
 
-    Raises:
-        UserError: it is no readable 3D volume with a position in space (2D datasets have no planes).
-    """
-    if ending_of(path) is None:
-        raise UserError(f"{path} is no 3D volume with a position in space.", "Triplets need .nii.gz, .nrrd or .mha.")
-    try:
-        return Volume(*read_volume(path))
-    except RejectedScan as error:
-        raise UserError(f"{path}: {error}", "Mend or remove the case, then caption again.") from error
+    seed: int
+    slices: int
+    body_part: str
+    modality_of_case: Callable[[str], str]
+    window: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A case that lacks slices."""
+
+    name: str
+    image: Path
+    label: Path
+    kept: list[Triplet]  # lines that stay and count
+    lacking: int  # slices
+    given: Sequence[tuple[str, int]] | None  # plane and index of what may be described; None: draw
 
 
 def choose_slices(
@@ -116,37 +116,6 @@ def _take(left: list[int], rng: np.random.Generator) -> int:
     return left.pop(rng.integers(len(left)))
 
 
-def slice_image(volume: Volume, triplet: Triplet) -> np.ndarray:
-    """The slice of a triplet as a picture: oriented for viewing, square pixels, its range stretched to 0–255.
-
-    Args:
-        volume: the image as stored.
-        triplet: gives plane and slice.
-
-    Returns:
-        (H, W, 3) uint8, three equal channels; pixels as large as the smaller voxel edge in the slice.
-
-    Raises:
-        UserError: the triplet's slice does not fit the image.
-    """
-    axis, _ = stored_axis(volume.affine, triplet.plane)
-    if volume.array.shape[axis] != triplet.n_slices:
-        raise UserError(
-            f"Case {triplet.case}: the triplet counts {triplet.n_slices} {triplet.plane} slices, "
-            f"the image has {volume.array.shape[axis]}.",
-            f"Delete its line in {TRIPLETS_FILE} and caption again.",
-        )
-    pixels = _as_viewed(volume, triplet)
-    finite = np.isfinite(pixels)
-    low, high = (pixels[finite].min(), pixels[finite].max()) if finite.any() else (0.0, 0.0)
-    pixels = (np.where(finite, pixels, low) - low) / max(high - low, np.finfo(np.float32).tiny)
-    width_mm, height_mm = _viewed_extent(volume, triplet.plane)
-    edge = min(height_mm / pixels.shape[0], width_mm / pixels.shape[1])
-    shape = (max(round(height_mm / edge), 1), max(round(width_mm / edge), 1))
-    pixels = resize(pixels, shape, order=1, mode="edge", anti_aliasing=False, preserve_range=True)
-    return np.repeat(np.rint(pixels * 255).astype(np.uint8)[..., None], 3, axis=2)
-
-
 def slice_facts(volume: Volume, triplet: Triplet, *, modality: str) -> SliceFacts:
     """What is known about the slice of a triplet without looking at it."""
     axis, reversed_ = stored_axis(volume.affine, triplet.plane)
@@ -157,19 +126,35 @@ def slice_facts(volume: Volume, triplet: Triplet, *, modality: str) -> SliceFact
         modality=modality,
         plane=triplet.plane,
         position=index / last if last else 0.5,
-        extent_mm=_viewed_extent(volume, triplet.plane),
+        extent_mm=viewed_extent(volume, triplet.plane),
         spacing_mm=float(nibabel.affines.voxel_sizes(volume.affine)[axis]),
         body_part=triplet.body_part,
+        index=triplet.slice,
     )
 
 
+def described_modality(raw_folder: Path) -> Callable[[str], str]:
+    """Case → the modality that ``dataset.json`` names for the channel that is described, the first that it has."""
+    dataset_json = read_dataset_file(raw_folder / "dataset.json", needed=("channel_names",))
+    channels = first_channels(raw_folder)
+    return lambda case: modality_of(dataset_json, channels.get(case, 0))
+
+
 def caption_dataset(
-    raw_folder: Path, captioner: Captioner, *, seed: int = 0, slices: int = SLICES, body_part: str | None = None
+    raw_folder: Path,
+    captioner: Captioner,
+    *,
+    seed: int = 0,
+    slices: int = SLICES,
+    body_part: str | None = None,
+    window: tuple[float, float] | None = None,
 ) -> CaptionSummary:
     """Choose and describe slices of every case, and write ``triplets.jsonl``.
 
     A line stays as it is where another captioner (or a person) wrote it, or where this captioner wrote it with this
-    seed, these options and, if given, this body part. A case that only others described gets no further lines.
+    seed, these options and, if given, this body part. A case that only others described gets no further lines. A
+    struck slice is never described again, and another is drawn in its place. A text is kept the moment it arrives:
+    after a kill the same call goes on with those that are missing.
 
     Args:
         raw_folder: any nnU-Net raw dataset of 3D images; the first channel that a case has is described.
@@ -177,132 +162,127 @@ def caption_dataset(
         seed: draws the slices.
         slices: per case; a case that has more keeps them.
         body_part: goes into the new texts; None leaves it out and keeps the lines that have one.
+        window: centre and width of what the captioner sees; None: as the modality is read.
 
     Raises:
-        UserError: the dataset has no training cases, an image cannot be read, or the captioner fails.
+        UserError: the dataset has no training cases, an image cannot be read, the captioner fails, or another process
+            describes the dataset.
     """
-    channels = first_channels(raw_folder)
-    files = training_files(raw_folder, channels)
+    files = training_files(raw_folder, first_channels(raw_folder))
     if not files:
         raise UserError(f"{raw_folder} has no training cases.", "Prepare some scans first: nnssl_plugin prepare")
     if slices < 1:
         raise UserError(f"--slices {slices}: every case needs one.", "Give 1 or more; 8 is the default.")
-    dataset_json = read_dataset_file(raw_folder / "dataset.json", needed=("channel_names",))
-    lines = by_case(read_triplets(raw_folder)) if (raw_folder / TRIPLETS_FILE).is_file() else {}
-    kept = {case: _kept(lines.get(case, ()), captioner, seed=seed, body_part=body_part) for case in files}
-    todo = [case for case in files if len(kept[case]) < slices and not _is_foreign(lines.get(case, ()), captioner)]
-    added, written = 0, time.monotonic()
-    try:
-        for case in tqdm(todo, desc="caption", unit="case"):
-            new = _describe(
-                case,
-                files[case],
-                captioner,
-                modality_of(dataset_json, channels.get(case, 0)),
-                kept=kept[case],
-                seed=seed,
-                slices=slices,
-                body_part=body_part or "",
-            )
-            lines[case] = [*kept[case], *new]
-            added += len(new)
-            if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
-                _write(raw_folder, lines)
-                written = time.monotonic()
-    finally:
-        path = _write(raw_folder, lines)  # cases that an interruption left undone keep the lines they had
-    return CaptionSummary(path=path, added=added, kept=sum(map(len, kept.values())))
+    draw = _Draw(seed, slices, body_part or "", described_modality(raw_folder), window)
+    with locked(raw_folder / LOCK_FILE):
+        struck = read_struck(raw_folder)
+        merge_journal(raw_folder, struck)  # of a run that was killed
+        run = Run(signature(captioner), seed, body_part)
+        todo, kept, unknown = _plan(raw_folder, files, captioner, run, slices, struck)
+        _announce(raw_folder, captioner, sum(case.lacking for case in todo))
+        journal = Journal(raw_folder, run, options_of(captioner))
+        try:
+            drafts = (_drafts(case, captioner, draw, struck) for case in tqdm(todo, desc="caption", unit="case"))
+            failed = describe_all(captioner, drafts, journal.add)
+        finally:  # cases that an interruption left undone keep the lines they had
+            journal.close()
+            merge_journal(raw_folder, struck)
+    path = raw_folder / TRIPLETS_FILE
+    return CaptionSummary(path, journal.cost.texts, kept, journal.cost, tuple(failed), tuple(unknown))
 
 
 def triplet_pictures(raw_folder: Path, triplets: Sequence[Triplet]) -> Iterator[tuple[Triplet, np.ndarray]]:
     """Each triplet of a case that the dataset still has, with its picture; case by case."""
-    files = training_files(raw_folder, first_channels(raw_folder))
-    for case, slices in by_case(triplets).items():
-        if case not in files:
-            log.warning("%s names case %s, which the dataset does not have; it is left out.", TRIPLETS_FILE, case)
-            continue
-        volume = load_volume(files[case][0])
-        for triplet in slices:
+    for volume, of_case in _volumes(raw_folder, triplets):
+        for triplet in of_case:
             yield triplet, slice_image(volume, triplet)
 
 
-def _write(raw_folder: Path, lines: dict[str, list[Triplet]]) -> Path:
-    return write_triplets(raw_folder, [line for _, of_case in sorted(lines.items()) for line in of_case])
+def viewed_triplets(
+    raw_folder: Path, triplets: Sequence[Triplet], *, window: tuple[float, float] | None = None
+) -> Iterator[tuple[Triplet, np.ndarray]]:
+    """Like :func:`triplet_pictures`, with the pictures that captioners see."""
+    modality_of_case = described_modality(raw_folder)
+    for volume, of_case in _volumes(raw_folder, triplets):
+        for triplet in of_case:
+            modality = modality_of_case(triplet.case)
+            limits = grey_limits(volume, modality=modality, body_part=triplet.body_part, window=window)
+            yield triplet, viewed_slice(volume, triplet, limits)
 
 
-def _wrote(captioner: Captioner, line: Triplet) -> bool:
-    return line.captioner.split(" ")[0] == captioner.name
+def _volumes(raw_folder: Path, triplets: Iterable[Triplet]) -> Iterator[tuple[Volume, list[Triplet]]]:
+    files = training_files(raw_folder, first_channels(raw_folder))
+    for case, of_case in by_case(triplets).items():
+        if case not in files:
+            log.warning("%s names case %s, which the dataset does not have; it is left out.", TRIPLETS_FILE, case)
+            continue
+        yield load_volume(files[case][0]), of_case
 
 
-def _kept(lines: Sequence[Triplet], captioner: Captioner, *, seed: int, body_part: str | None) -> list[Triplet]:
-    """The lines of a case that stay as they are."""
-    mine = signature(captioner)
-    return [
-        line
-        for line in lines
-        if not _wrote(captioner, line)
-        or (line.captioner == mine and line.seed == seed and body_part in (None, line.body_part))
-    ]
+def _announce(raw_folder: Path, captioner: Captioner, count: int) -> None:
+    destination = getattr(captioner, "destination", None)
+    if destination and count:
+        log.warning("Up to %d pictures of %s leave this computer for %s.", count, raw_folder.name, destination)
 
 
-def _is_foreign(lines: Sequence[Triplet], captioner: Captioner) -> bool:
-    """Whether a case has lines, and none of this captioner."""
-    return bool(lines) and not any(_wrote(captioner, line) for line in lines)
-
-
-def _describe(
-    case: str,
-    files: tuple[Path, Path],
+def _plan(
+    raw_folder: Path,
+    files: dict[str, tuple[Path, Path]],
     captioner: Captioner,
-    modality: str,
-    *,
-    kept: Sequence[Triplet],
-    seed: int,
+    run: Run,
     slices: int,
-    body_part: str,
-) -> list[Triplet]:
-    """New triplets of a case, beside those that are kept, up to ``slices``."""
-    image, label = files
-    volume = load_volume(image)
-    body = load_volume(label).array > 0 if label.is_file() else np.zeros(volume.array.shape, dtype=bool)
+    struck: set[SliceKey],
+) -> tuple[list[_Case], int, list[str]]:
+    """The cases that lack slices, the number of lines that stay, and the cases that the captioner does not know."""
+    lines = by_case(all_triplets(raw_folder)) if (raw_folder / TRIPLETS_FILE).is_file() else {}
+    todo, unknown, kept = [], [], 0
+    for case, (image, label) in files.items():
+        there = [line for line in lines.get(case, ()) if line.key not in struck]
+        stay = [line for line in there if run.keeps(line)]
+        kept += len(stay)
+        foreign = bool(there) and not any(run.wrote(line) for line in there)
+        if isinstance(captioner, PlacedCaptioner) and not captioner.knows(case):
+            unknown.append(case)
+            continue
+        given = captioner.places(case) if isinstance(captioner, PlacedCaptioner) else None
+        lacking = (slices if given is None else len({(case, *place) for place in given} - struck)) - len(stay)
+        if lacking > 0 and not foreign:
+            todo.append(_Case(case, image, label, stay, lacking, given))
+    return todo, kept, unknown
+
+
+def _drafts(case: _Case, captioner: Captioner, draw: _Draw, struck: set[SliceKey]) -> list[Draft]:
+    """The slices of a case that lack a text, up to the number that is wanted."""
+    volume = load_volume(case.image)
+    taken = {line.key for line in case.kept} | struck
+    struck_here = sum(key[0] == case.name for key in struck)
+    found = _drawn(case, volume, draw.seed, draw.slices + struck_here) if case.given is None else _given(case, volume)
+    places = [place for place in found if (case.name, *place[:2]) not in taken]
+    modality = draw.modality_of_case(case.name)
+    limits = grey_limits(volume, modality=modality, body_part=draw.body_part, window=draw.window)
+    drafts = []
+    for place in places[: case.lacking]:
+        triplet = Triplet(
+            case.name, *place, text="", captioner=signature(captioner), seed=draw.seed, body_part=draw.body_part
+        )
+        facts = slice_facts(volume, triplet, modality=modality)
+        drafts.append(Draft(triplet, viewed_slice(volume, triplet, limits), facts))
+    return drafts
+
+
+def _drawn(case: _Case, volume: Volume, seed: int, count: int) -> list[tuple[str, int, int]]:
+    body = load_volume(case.label).array > 0 if case.label.is_file() else np.zeros(volume.array.shape, dtype=bool)
     if body.shape != volume.array.shape:
-        raise UserError(f"Case {case}: label {body.shape} and image {volume.array.shape} differ.", "Mend the label.")
-    there = {line.key for line in kept}
-    drawn = choose_slices(case, body, volume.affine, seed=seed, count=slices)
-    new = [
-        Triplet(case, *place, text="", captioner=signature(captioner), seed=seed, body_part=body_part)
-        for place in drawn
-        if (case, *place[:2]) not in there
-    ][: slices - len(kept)]
-    if not new:
-        return []
-    facts = [slice_facts(volume, triplet, modality=modality) for triplet in new]
-    texts = captioner.describe([slice_image(volume, triplet) for triplet in new], facts)
-    _check_texts(texts, new, captioner)
-    return [replace(triplet, text=" ".join(text.split())) for triplet, text in zip(new, texts, strict=True)]
+        problem = f"Case {case.name}: label {body.shape} and image {volume.array.shape} differ."
+        raise UserError(problem, "Mend the label.")
+    return choose_slices(case.name, body, volume.affine, seed=seed, count=count)
 
 
-def _check_texts(texts: Sequence[str], triplets: Sequence[Triplet], captioner: Captioner) -> None:
-    case = triplets[0].case
-    if len(texts) != len(triplets):
-        problem = f"Captioner {captioner.name} gave {len(texts)} texts for {len(triplets)} slices of {case}."
-        raise UserError(problem, "describe() returns one text per slice, in their order.")
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError(f"Captioner {captioner.name} gave an empty text for a slice of {case}.", "Mend the captioner.")
-
-
-def _as_viewed(volume: Volume, triplet: Triplet) -> np.ndarray:
-    """(rows, columns): rows from superior (axial: anterior) down, columns from right (sagittal: anterior)."""
-    axis, _ = stored_axis(volume.affine, triplet.plane)
-    start = [slice(None)] * 3
-    start[axis] = slice(triplet.slice, triplet.slice + 1)
-    ras = nibabel.apply_orientation(volume.array[tuple(start)], nibabel.io_orientation(volume.affine))
-    return np.squeeze(ras, axis=RAS_AXIS[triplet.plane]).T[::-1, ::-1]
-
-
-def _viewed_extent(volume: Volume, plane: str) -> tuple[float, float]:
-    """Width and height of a slice in mm."""
-    stored = [stored_axis(volume.affine, other)[0] for other in sorted(PLANES, key=RAS_AXIS.get)]
-    extent = nibabel.affines.voxel_sizes(volume.affine) * volume.array.shape
-    width, height = (float(extent[stored[ras_axis]]) for ras_axis in _DROPPED_AXES[plane])
-    return width, height
+def _given(case: _Case, volume: Volume) -> list[tuple[str, int, int]]:
+    counts = {plane: volume.array.shape[stored_axis(volume.affine, plane)[0]] for plane in PLANES}
+    beyond = [(plane, index) for plane, index in case.given if index >= counts[plane]]
+    if beyond:
+        plane, index = beyond[0]
+        problem = f"Case {case.name} has a text of {plane} slice {index}, and {counts[plane]} such slices."
+        raise UserError(problem, "Slices are counted from 0, along the axis of the image as stored.")
+    return [(plane, index, counts[plane]) for plane, index in case.given]

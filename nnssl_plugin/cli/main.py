@@ -13,7 +13,7 @@ VERBS = {
     "doctor": "is everything in order, and what will nnU-Net find?",
     "env": "print the line that lets nnU-Net find the trainers of this package",
     "prepare": "make an nnU-Net dataset from a folder of scans, with class labels or without",
-    "caption": "choose a slice per case, describe it, and store the frozen embeddings",
+    "caption": "choose slices of every case, describe them, review the texts, and store embeddings",
     "clip": "fine-tune image and text encoders on slices and texts, then embed",
     "plan": "write a plan of a new name with other settings",
     "train": "nnU-Net's training command with the environment set",

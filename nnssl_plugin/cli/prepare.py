@@ -78,15 +78,15 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--labels",
-        nargs="+",
-        default=[],
+        nargs="*",
         metavar="PATTERN",
-        help="with --modalities: files with the segmentations, which become the labels (otherwise body masks do)",
+        help="with --modalities: files with the segmentations, which become the labels (otherwise body masks do); "
+        "without a pattern: labelsTr, where the folder has imagesTr and dataset.json",
     )
     parser.add_argument(
         "--resample",
         action="store_true",
-        help="with --modalities: put images on another grid onto that of the first image of the case",
+        help="put images on another grid onto that of the first image of the case",
     )
     parser.add_argument("-num_parts", type=int, metavar="N", help="share the cases among N runs, or machines")
     parser.add_argument("-part_id", type=int, metavar="K", help="which of them this is, from 0")
@@ -191,8 +191,10 @@ def _check(args):
         raise UserError("--target describes a column of a table.", "Give the table too: --class-labels FILE.csv")
     if args.i is None and args.class_labels is None:
         raise UserError("Nothing to prepare.", "Give a folder of scans (-i DIR), a table (--class-labels), or both.")
-    if not args.modalities and (args.labels or args.resample or args.cases_by != "name"):
-        raise UserError("--labels, --resample and --cases-by tell how files become a case.", "Give --modalities too.")
+    if not args.modalities and (args.labels or args.cases_by != "name"):
+        raise UserError("--labels PATTERN and --cases-by tell which files are a case.", "Give --modalities too.")
+    if args.modalities and args.labels == []:
+        raise UserError("--labels without a pattern.", 'Say which files hold the segmentations: --labels "*_seg*"')
     if args.class_labels is not None and (args.modalities or args.num_parts is not None):
         raise UserError(
             "--class-labels goes with neither --modalities nor -num_parts.",
@@ -205,11 +207,15 @@ def _check(args):
 
 
 def _modalities(args):
-    from nnssl_plugin.intake.grouping import parse_modalities
+    from nnssl_plugin.intake.grouping import Modalities, parse_modalities
+    from nnssl_plugin.intake.unlabelled import ALL
 
-    if not args.modalities:
+    if args.modalities:
+        labels = args.labels or ()
+        return parse_modalities(args.modalities, labels=labels, cases_by=args.cases_by, resample=args.resample)
+    if args.labels is None and not args.resample:
         return None
-    return parse_modalities(args.modalities, labels=args.labels, cases_by=args.cases_by, resample=args.resample)
+    return Modalities(labels=() if args.labels is None else ALL, resample=args.resample)
 
 
 def _part(args):

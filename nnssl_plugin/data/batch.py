@@ -43,9 +43,15 @@ class Place:
 class Needs:
     """What the batches of a method must hold."""
 
-    window: Literal["crop", "whole", "slice"] = "crop"
-    """``crop``: a random window (a third of them around foreground); ``whole``: the whole case resized to the
-    window; ``slice``: a random window that contains the slice of one of the case's triplets."""
+    window: Literal["crop", "whole", "fit", "slice"] = "crop"
+    """``crop``: a random window; ``whole``: the whole case resized to the window, its proportions lost; ``fit``: the
+    whole case, its plane (the last two axes) at the largest factor at which it fits into the window, 0 beside it, and
+    its slices at a factor of their own; in 2D a random slice; ``slice``: a random window that contains the slice of one
+    of the case's triplets."""
+    foreground_share: float = 1 / 3
+    """Share of the windows of ``crop`` and ``fit`` that contain a foreground voxel for certain (a third is nnU-Net's
+    oversampling). 1.0: all of them, so that a 2D method meets no slice without foreground, but in cases that have none.
+    """
     placement: Literal["inside", "free"] = "inside"
     """``inside``: windows stay inside the case, and a case that is smaller lies in the middle. ``free``: a smaller case
     lies anywhere in the window, and the slice of a triplet anywhere in the window's middle half, whichever slice it is,

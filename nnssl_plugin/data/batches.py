@@ -13,11 +13,19 @@ from torch.utils.data import DataLoader, Dataset
 from nnssl_plugin.data.batch import Batch, Needs, Place
 from nnssl_plugin.data.cases import CaseFacts, Cases
 from nnssl_plugin.data.triplets import SliceKey, Triplet
-from nnssl_plugin.data.windows import random_origin, random_place, read_labels, read_window, resize, resize_labels
+from nnssl_plugin.data.windows import (
+    fitted_extent,
+    random_origin,
+    random_place,
+    read_labels,
+    read_window,
+    resize,
+    resize_labels,
+)
 from nnssl_plugin.nnunet.planes import PLANES
 
-FOREGROUND_SHARE = 1 / 3
-"""Share of random windows placed around a foreground voxel (nnU-Net's oversampling of 33 %)."""
+RESIZED = ("whole", "fit")
+"""Kinds of windows that show a piece of another size than their own."""
 SLICES = 7
 """Stream of randomness that draws slices, beside those of cases and windows."""
 
@@ -121,7 +129,7 @@ class StepBatches(Dataset):
         image = read_window(data, origin, extent)
         if not self.available[case].all():  # CT normalisation makes another number of the zeros that were stored
             image = np.where(self.available[case][:, None, None, None], image, np.float32(0))
-        if self.needs.window == "whole":
+        if self.needs.window in RESIZED:
             image = resize(image, self.window)
         dims = slice(1, None) if self.flat else slice(None)
         sample = {
@@ -144,9 +152,10 @@ class StepBatches(Dataset):
         if whole:
             origin, extent = np.zeros(3, dtype=int), np.array(shape)
         else:
+            fit = self.needs.window == "fit"
+            extent = fitted_extent(shape, self.window, flat=self.flat) if fit else np.array(self.window)
             anchor = self._anchor(facts, slice_, rng)
-            origin = random_origin(shape, self.window, rng, anchor, placement=self.needs.placement)
-            extent = np.array(self.window)
+            origin = random_origin(shape, extent, rng, anchor, placement=self.needs.placement)
         if slice_ is None:
             return origin, extent, math.nan
         axis, coordinate = slice_
@@ -162,19 +171,20 @@ class StepBatches(Dataset):
     def _labels(self, segmentation, origin: np.ndarray, extent: np.ndarray) -> np.ndarray:
         """The segmentation (*window) int16 in the window of the image."""
         labels = read_labels(segmentation, origin, extent)
-        if self.needs.window == "whole":
+        if self.needs.window in RESIZED:
             labels = resize_labels(labels[None], self.window)
         return np.where(np.isin(labels, self.known_labels), labels, np.int16(-1))
 
     def _anchor(
         self, facts: CaseFacts, slice_: tuple[int, float] | None, rng: np.random.Generator
     ) -> list[float | None]:
-        """What a window must contain: the slice and some body for ``slice``, now and then a foreground voxel else."""
-        wants_foreground = self.needs.window == "slice" or rng.random() < FOREGROUND_SHARE
+        """What a window must contain: the slice and some body for ``slice``, else a foreground voxel as often as asked;
+        ``fit`` also the slice, where there is one."""
+        wants_foreground = self.needs.window == "slice" or rng.random() < self.needs.foreground_share
         anchor: list[float | None] = [None, None, None]
         if wants_foreground and len(facts.foreground):
             anchor = [float(v) for v in facts.foreground[rng.integers(len(facts.foreground))]]
-        if self.needs.window == "slice":
+        if slice_ is not None and self.needs.window in ("slice", "fit"):
             anchor[slice_[0]] = slice_[1]
         return anchor
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnssl_plugin.data.struck import SliceKey, read_struck
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import atomic_path, read_json
 from nnssl_plugin.nnunet.planes import PLANES
@@ -25,9 +26,6 @@ PAIR_RECORD = "clip_pair.json"
 """File in it that says what the pair was made of."""
 RANDOM_PAIR = "random-small"
 """Beginning of the weights' name where no weights were given."""
-
-SliceKey = tuple[str, str, int]
-"""Case, plane and slice."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,17 @@ def text_sha256(text: str) -> str:
 
 
 def read_triplets(raw_folder: Path) -> list[Triplet]:
-    """Read ``triplets.jsonl`` of a raw dataset.
+    """The triplets of a raw dataset that may be used: those of :func:`all_triplets` that nobody struck.
+
+    Raises:
+        UserError: as :func:`all_triplets` and :func:`~nnssl_plugin.data.struck.read_struck`.
+    """
+    struck = read_struck(raw_folder)
+    return [triplet for triplet in all_triplets(raw_folder) if triplet.key not in struck]
+
+
+def all_triplets(raw_folder: Path) -> list[Triplet]:
+    """Read ``triplets.jsonl`` of a raw dataset, struck triplets included.
 
     Args:
         raw_folder: ``nnUNet_raw/DatasetXXX_NAME``.

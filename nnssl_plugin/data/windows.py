@@ -40,6 +40,26 @@ def random_origin(
     return origin
 
 
+def fitted_extent(case_shape: Sequence[int], window: Sequence[int], *, flat: bool) -> np.ndarray:
+    """Size of the piece of a case that a window shows at the largest factor at which the case's plane fits into it.
+
+    The plane is that of the last two axes, which have one factor, so that the piece has the window's proportions there
+    (to a voxel of the case) and is larger than the case along one of them, unless both have the same proportions. Along
+    the first axis it is all of the case, at a factor of its own (M3Ret, section 4.1: CT is resized to 64 slices).
+
+    Args:
+        case_shape: spatial shape of the case, in voxels.
+        window: spatial shape of the window.
+        flat: whether the window is a single slice, which is never averaged with others.
+
+    Returns:
+        (3,) whole numbers, in voxels of the case.
+    """
+    voxels = max(case_shape[axis] / window[axis] for axis in (1, 2))  # of the case, in one of the window
+    in_plane = [max(case_shape[axis], round(window[axis] * voxels)) for axis in (1, 2)]
+    return np.array([1 if flat else case_shape[0], *in_plane])
+
+
 def random_place(size: int, rng: np.random.Generator) -> int:
     """A voxel in the middle half of an axis of ``size`` voxels, all equally likely."""
     return int(rng.integers(size // 4, size - size // 4))

@@ -37,8 +37,8 @@ class FinetuningSettings:
     ELECTRA, appendix A; Bao et al. 2022, BEiT). The stages of Primus are its transformer blocks, those of SwinUNETR
     the four of its transformer."""
     optimiser: Literal["sgd", "adamw"] | None = None
-    """``sgd`` or ``adamw``; ``null`` is what nnU-Net's own trainers use: AdamW for Primus, and so for SwinUNETR, else
-    SGD."""
+    """``sgd`` or ``adamw``; ``null`` is what nnU-Net's own trainers use: AdamW for Primus, and so for SwinUNETR and
+    SegResNetDS, else SGD."""
     lr: Positive | None = None
     """Largest learning rate; ``null`` is nnU-Net's: 1e-2 for SGD, 3e-4 for AdamW."""
     weight_decay: NonNegative | None = None

@@ -16,6 +16,7 @@ from nnssl_plugin.intake.examination import MADE_GREY, SET_ASIDE
 from nnssl_plugin.intake.file_search import FoundFiles, find_scans
 from nnssl_plugin.intake.grouping import Grouped, Modalities, group_scans, single_groups
 from nnssl_plugin.intake.journal import INCOMING, Journal, check_complete
+from nnssl_plugin.intake.layouts import Layout, find_layout, group_layout
 from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, Rejection, read_rows
 from nnssl_plugin.intake.overview import body_shares, describe_cases, far_shares
 from nnssl_plugin.intake.pictures import is_picture
@@ -109,7 +110,8 @@ def prepare_dataset(
         modality: ``MR`` (z-score) or ``CT`` (intensities in HU, nnU-Net's CT normalisation); for 2D images ``grey``,
             ``RGB`` or ``MR`` (all z-score). None: ``MR``, and ``grey`` for 2D images.
         modalities: instead, what the channels of a case with several images are, and perhaps its segmentation
-            (:mod:`nnssl_plugin.intake.grouping`); channels that a case lacks are zeros, as ``modalities.json`` says.
+            (:mod:`nnssl_plugin.intake.grouping`; without a pattern: of a folder that nnU-Net or the Decathlon laid
+            out, :mod:`nnssl_plugin.intake.layouts`); channels that a case lacks are zeros, as ``modalities.json`` says.
         processes: worker processes; 1 works in this one.
         only: which of the scans of :func:`find_scans` to take, whatever they look like; None: all.
         include: patterns of scans to take, see :func:`~nnssl_plugin.intake.file_search.matches`; none: all.
@@ -124,14 +126,17 @@ def prepare_dataset(
     source = Path(source).absolute()
     found = find_scans(source, include=include, exclude=exclude)
     ending = PICTURE_ENDING if is_picture(found.scans[0]) else FILE_ENDING
-    kind = _kind(ending, modality, modalities)
+    layout = find_layout(source) if only is None and ending == FILE_ENDING else None
+    kind = _kind(ending, modality, modalities, layout)
     folder = open_dataset(dataset_id, name, kind, source=source)
     scans = _outside(folder, found.scans) if only is None else [scan for scan in found.scans if scan in only]
     keep = keep if only is None else ALL
-    if modalities is None:
-        grouped = Grouped(single_groups(scans, source, keep=keep))
-    else:
+    if modalities is not None and modalities.names:
         grouped = group_scans(scans, source, modalities, keep=keep)
+    elif layout is not None:
+        grouped = group_layout(scans, source, layout, labelled=kind.labelled, keep=keep)
+    else:
+        grouped = Grouped(single_groups(scans, source, keep=keep))
     journal = Journal(folder / INCOMING, _journal_name(part))
     resample = modalities is not None and modalities.resample
     with _alone(folder, part):
@@ -147,16 +152,23 @@ def prepare_dataset(
         return _summary(ledger, grouped, todo, found, sheet=_write_sheet(folder, ledger.origins))
 
 
-def _kind(ending: str, modality: str | None, modalities: Modalities | None) -> DatasetKind:
-    if modalities is None:
-        return DatasetKind.of(modality or MODALITIES[ending][0], ending)
-    if modality is not None:
+def _kind(ending: str, modality: str | None, modalities: Modalities | None, layout: Layout | None) -> DatasetKind:
+    if modalities is not None and modalities.names:
+        if modality is not None:
+            raise UserError(
+                f"--modality {modality} and --modalities.", "The names of --modalities say it: CT=PATTERN is in HU."
+            )
+        if ending == PICTURE_ENDING:
+            raise UserError("--modalities takes volumes; the folder holds 2D images.", "Leave the option out.")
+        return DatasetKind(modalities.names, ending, labelled=modalities.has_labels)
+    if layout is not None:
+        return layout.kind(modality, labelled=modalities is not None and modalities.has_labels)
+    if modalities is not None:
         raise UserError(
-            f"--modality {modality} and --modalities.", "The names of --modalities say it: CT=PATTERN is in HU."
+            "Which files belong together is not known: the folder has no imagesTr beside a dataset.json.",
+            'Say it: --modalities "MR=images/*" --labels "labels/*"',
         )
-    if ending == PICTURE_ENDING:
-        raise UserError("--modalities takes volumes; the folder holds 2D images.", "Leave the option out.")
-    return DatasetKind(modalities.names, ending, labelled=modalities.has_labels)
+    return DatasetKind.of(modality or MODALITIES[ending][0], ending)
 
 
 def _journal_name(part: Part | None) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.networks.family import Parts, TokenReader, reader_of
+from nnssl_plugin.networks.family import Parts, SummaryReader, TokenReader, reader_of
 from nnssl_plugin.networks.token_grid import TokenGrid
 
 
@@ -35,6 +35,24 @@ class Backbone(nn.Module):
     def features(self, x: Tensor) -> list[Tensor]:
         """Encoder maps of ``x`` (B, C, *spatial), fine to coarse: (B, channels[s], *spatial / strides[s])."""
         return self._reader.features(x)
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether :meth:`summarised` works: for transformers with a token that stands for the whole image."""
+        return isinstance(self._reader, SummaryReader) and self._reader.has_summary
+
+    def summarised(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The summary token (B, C) of an image (B, C, *spatial), and its :meth:`features`, by one pass.
+
+        Raises:
+            UserError: for a network without such a token, as convolutional ones and Primus are.
+        """
+        if not (isinstance(self._reader, SummaryReader) and self._reader.has_summary):
+            raise UserError(
+                f"{type(self.network).__name__} has no summary token: it describes an image by its maps alone.",
+                "Let the method use their mean (Backbone.pooled), or plan a transformer with a summary token.",
+            )
+        return self._reader.summarised(x)
 
     @property
     def encodes_subsets(self) -> bool:

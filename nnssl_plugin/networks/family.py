@@ -94,6 +94,18 @@ class TokenReader(Protocol):
         ...
 
 
+@runtime_checkable
+class SummaryReader(Protocol):
+    """What the reader of a network that may have a summary token offers beside :class:`Reader`."""
+
+    has_summary: bool
+    """Whether this network has one."""
+
+    def summarised(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The summary token (B, C) of an image, and what ``features`` gives, by one pass."""
+        ...
+
+
 @dataclass(frozen=True)
 class StageKeys:
     """How keys of a state dict number the stages, for networks that may differ in the number of them.

@@ -73,10 +73,10 @@ def start_from(trainer, weights: str) -> dict[str, Any]:
     if trainer.local_rank == 0:
         report.save(join(trainer.output_folder, REPORT))
     trainer.print_to_log_file(f"Pretraining goes on from {path}\n{report.table()}", add_timestamp=False)
-    return _origin(source, digest) | {"trained": _covered(backbone, report)}
+    return origin_of(source, digest) | {"trained": _covered(backbone, report)}
 
 
-def _origin(source: Source, digest: str) -> dict[str, Any]:
+def origin_of(source: Source, digest: str) -> dict[str, Any]:
     said = {key: source.provenance[key] for key in KEPT if key in source.provenance}
     origin = {"checkpoint": source.path.name, "kind": source.kind, "weights_sha256": digest}
     return json.loads(json.dumps(origin | said))  # as it reads back from a file: tuples become lists

@@ -1,6 +1,7 @@
 """Cuts a few of the user's scans down so that the pipeline takes minutes: which is used for what, and how coarse."""
 
 import hashlib
+import logging
 import math
 import re
 from collections import Counter
@@ -16,6 +17,9 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.plausibility import looks_like_ct
 from nnssl_plugin.intake.raw_dataset import case_name
 from nnssl_plugin.io.scans import ENDINGS, RejectedScan, ending_of, load_scan, read_volume
+from nnssl_plugin.io.text import printable
+
+log = logging.getLogger(__name__)
 
 MOST_LABELLED, MOST_UNLABELLED = 20, 16
 """Scans with and without labels that are used; more are left out by a seeded choice."""
@@ -55,7 +59,7 @@ def find_candidates(images: Path, labels: Path | None) -> tuple[list[Candidate],
     channels (``CASE_0001``) are left out, as a scan of a test case must not get into pretraining.
 
     Returns:
-        the candidates by case name, and what was left out.
+        the candidates by case name, and what was left out, in words without names of files.
 
     Raises:
         UserError: a folder is missing or holds no scans, or no segmentation belongs to a scan.
@@ -64,7 +68,8 @@ def find_candidates(images: Path, labels: Path | None) -> tuple[list[Candidate],
     first = {name[:-5] for name in scans if name.endswith("_0000")}
     channels = [name for name in scans if re.search(r"_\d{4}$", name) and name[:-5] in first and name[-4:] != "0000"]
     if channels:
-        notes.append(f"{len(channels)} further channels such as {channels[0]} are not used: one per case is.")
+        log.warning("Further channels such as %s are not used.", printable(channels[0]))
+        notes.append(f"{len(channels)} further channels are not used: one per case is.")
     segmentations = _files_by_name(labels, "--labels") if labels else {}
     candidates, taken = [], Counter()
     for name in (name for name in scans if name not in channels):
@@ -80,7 +85,8 @@ def find_candidates(images: Path, labels: Path | None) -> tuple[list[Candidate],
             "Name the segmentation of CASE.nii.gz or CASE_0000.nii.gz CASE.nii.gz.",
         )
     if segmentations:
-        notes.append(f"{len(segmentations)} segmentations such as {next(iter(segmentations))} belong to no scan.")
+        log.warning("Segmentations such as %s belong to no scan.", printable(next(iter(segmentations))))
+        notes.append(f"{len(segmentations)} segmentations belong to no scan.")
     return sorted(candidates, key=lambda c: c.case), notes
 
 
@@ -106,18 +112,21 @@ def load_small(candidates: Sequence[Candidate], seen: set[str]) -> tuple[list[Sm
         seen: hashes of the voxels so far; a scan with the voxels of another is left out.
 
     Returns:
-        the cases; what was left out and why; how many were made coarser; how many look like CT.
+        the cases; what was left out and why (names of files are logged instead); how many were made coarser; how many
+        look like CT.
     """
     cases, notes, coarser, ct = [], [], 0, 0
     for candidate in tqdm(candidates, desc="scans", unit="scan"):
         try:
             small, factors, is_ct = _load_one(candidate)
         except RejectedScan as reason:
-            notes.append(f"{candidate.image.name} is left out: {reason}.")
+            log.warning("%s is left out: %s.", printable(candidate.image.name), printable(str(reason)))
+            notes.append(f"A scan is left out: {str(reason).partition(':')[0]}.")
             continue
         voxels = hashlib.sha256(small.image.tobytes()).hexdigest()
         if voxels in seen:
-            notes.append(f"{candidate.image.name} is left out: it has the voxels of another scan.")
+            log.warning("%s is left out: it has the voxels of another scan.", printable(candidate.image.name))
+            notes.append("A scan is left out: it has the voxels of another.")
             continue
         seen.add(voxels)
         cases.append(small)

@@ -64,22 +64,20 @@ def write_report(folder: Path, state: State) -> Path:
     """
     drawn = folder / PICTURES
     drawn.mkdir(exist_ok=True)
-    setting, selection = state.setting, state.selection
+    selection = state.selection
     scores = read_scores(folder, selection) if selection.test else None
     content = {
         "done": _done(state),
         "result": None if scores is None else _result(scores),
-        "notes": selection.notes,
+        "notes": selection.notes,  # which name no files: the report is to be sent
         "dice": None if scores is None else _dice(scores, drawn),
         "contours": [] if scores is None else _contours(folder, state, scores, drawn),
         "curves": _curves(folder, drawn, labelled=scores is not None),
         "reconstructions": _reconstructions(folder, drawn),
         "captions": _captions(folder, drawn),
         "times": _times(state, drawn),
-        "scans": shlex.quote(setting.images or "YOUR_SCANS"),
         "modality": selection.modality,
         "commands": _commands(folder, state),
-        "logs": folder / "logs",
         "footer": _footer(),
     }
     templates = Environment(
@@ -95,8 +93,8 @@ def write_report(folder: Path, state: State) -> Path:
 
 
 def _done(state: State) -> str:
-    setting, selection = state.setting, state.selection
-    source = "generated phantoms" if setting.images is None else f"scans from {setting.images}"
+    selection = state.selection
+    source = "generated phantoms" if state.setting.images is None else "scans"
     done = (
         f"A small 3D network was pretrained on {len(selection.pretraining)} {source}, without labels "
         f"({SETTINGS['epochs']} epochs of {SETTINGS['iterations_per_epoch']} steps, Med3DInsight)"
@@ -138,8 +136,8 @@ def _dice(scores: Scores, drawn: Path) -> dict[str, Any]:
         "Dice of each test case",
         ["case", *(f"{arm}: {name}" for arm in ARMS for name in names)],
         [
-            [case, *(_number(scores.of(arm, name)[i]) for arm in ARMS for name in names)]
-            for i, case in enumerate(scores.cases)
+            [f"case {i + 1}", *(_number(scores.of(arm, name)[i]) for arm in ARMS for name in names)]
+            for i in range(len(scores.cases))
         ],
     )
     pictures.draw_dice(scores, drawn / "dice.png")
@@ -164,8 +162,10 @@ def _contours(folder: Path, state: State, scores: Scores, drawn: Path) -> list[P
             labels=labels,
         )
         dice = ", ".join(f"{arm} {_number(scores.of(arm, ALL_LABELS)[i])}" for arm in ARMS)
-        alt = f"{case}, {plane}: true contours (solid) and predicted ones (dashed) of both arms. Mean Dice: {dice}."
-        shown.append(Picture(path, alt, f"{case}. Mean Dice: {dice}."))
+        alt = (
+            f"Case {i + 1}, {plane}: true contours (solid) and predicted ones (dashed) of both arms. Mean Dice: {dice}."
+        )
+        shown.append(Picture(path, alt, f"Case {i + 1}. Mean Dice: {dice}."))
     return shown
 
 
@@ -218,9 +218,7 @@ def _captions(folder: Path, drawn: Path) -> dict[str, Any]:
     pictures.draw_captions(slices, drawn / "captions.png")
     return {
         "picture": Picture(drawn / "captions.png", "The slices that the texts of the table describe, in its order."),
-        "texts": Table(
-            "The texts", ["", "case", "text"], [[str(number), t.case, t.text] for number, t in enumerate(triplets, 1)]
-        ),
+        "texts": Table("The texts", ["slice", "text"], [[str(number), t.text] for number, t in enumerate(triplets, 1)]),
     }
 
 
@@ -237,14 +235,20 @@ def _times(state: State, drawn: Path) -> dict[str, Any]:
 
 
 def _commands(folder: Path, state: State) -> str:
-    lines = [
-        f"export {name}={shlex.quote(str(folder / name))}"
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-    ]
+    """The commands as they were run, with placeholders for the folders, which are nobody else's business."""
+    lines = [f"export {name}=QUICKSTART/{name}" for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")]
     lines += ['eval "$(nnssl_plugin env)"']
     for title, command in state.commands.items():
-        lines += ["", f"# {title}", command]
+        lines += ["", f"# {title}", _without_paths(command, folder, state)]
     return "\n".join(lines)
+
+
+def _without_paths(command: str, folder: Path, state: State) -> str:
+    places = {str(folder): "QUICKSTART", state.setting.images: "YOUR_SCANS", state.setting.labels: "YOUR_LABELS"}
+    for path in sorted(filter(None, places), key=len, reverse=True):
+        for written in (shlex.quote(path), path):
+            command = command.replace(written, places[path])
+    return command
 
 
 def _footer() -> str:

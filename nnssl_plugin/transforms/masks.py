@@ -1,4 +1,4 @@
-"""Masks of whole blocks, made on the device, in 2D and 3D."""
+"""Masks of whole blocks, and of the voxels that lie in a case; made on the device, in 2D and 3D."""
 
 import math
 from collections.abc import Sequence
@@ -81,3 +81,19 @@ def fill_masked(image: Tensor, mask: Tensor, filler: Tensor | float) -> Tensor:
     if isinstance(filler, Tensor):
         filler = filler.to(image.dtype)
     return torch.where(mask, filler, image)
+
+
+def inside_case(origin: Tensor, case_shape: Tensor, size: Sequence[int]) -> Tensor:
+    """Which voxels of a window lie in its case, (B, 1, *size) bool; the others were padded.
+
+    Args:
+        origin: (B, d), voxel of the case at which the window begins, negative where it begins before the case.
+        case_shape: (B, d), size of the case in voxels.
+        size: of the window in voxels.
+    """
+    inside = torch.ones(len(origin), 1, *size, dtype=torch.bool, device=origin.device)
+    for axis, length in enumerate(size):
+        voxel = origin[:, axis, None] + torch.arange(length, device=origin.device)
+        holds = (voxel >= 0) & (voxel < case_shape[:, axis, None])
+        inside &= holds.reshape(len(origin), *(length if a == axis + 1 else 1 for a in range(len(size) + 1)))
+    return inside

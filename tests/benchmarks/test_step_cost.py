@@ -113,7 +113,7 @@ def test_the_parts_of_a_real_step_add_up(nnunet_environment, monkeypatch):
     trainer.disable_checkpointing = True
     trainer.on_train_start()
     try:
-        times = step_cost.Round(trainer, "cpu").run()
+        times = step_cost.Round(trainer, "cpu", "process").run()
         summary = step_cost.summarise([times])
     finally:
         trainer.interruption.release()

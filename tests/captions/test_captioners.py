@@ -29,10 +29,27 @@ class Remote:
 REMOTE = f"{__name__}:Remote"
 
 
-def test_every_name_of_the_table_is_a_captioner_with_default_options():
+LEAST = {"openai": {"endpoint": "http://127.0.0.1:1/v1", "model": "m"}}
+"""Options that a captioner of the table needs."""
+
+
+def test_every_name_of_the_table_is_a_captioner(tmp_path):
+    (tmp_path / "c.txt").write_text("A text.")
     for name in CAPTIONERS:
-        captioner = open_captioner(name)
-        assert captioner.name == name and signature(captioner) == name
+        captioner = open_captioner(
+            name, {**LEAST.get(name, {}), **({"texts": str(tmp_path)} if name == "file" else {})}
+        )
+        assert captioner.name == name and signature(captioner).split(" ")[0] == name
+
+
+def test_a_signature_names_what_shapes_the_texts_and_nothing_of_the_way_to_them():
+    least = LEAST["openai"]
+    assert signature(open_captioner("openai", least)) == "openai model=m"
+    on_the_way = {"endpoint": "http://127.0.0.1:2/v1", "concurrency": 1, "timeout": 5, "attempts": 1, "price_in": 3}
+    assert signature(open_captioner("openai", {**least, **on_the_way})) == "openai model=m"
+    assert signature(open_captioner("openai", {**least, "prompt": "Say."})) == "openai model=m prompt=Say."
+    long = signature(open_captioner("openai", {**least, "prompt": "word " * 100}))
+    assert long != signature(open_captioner("openai", {**least, "prompt": "word " * 101})) and len(long) < 50
 
 
 def test_options_reach_the_captioner_and_its_signature():

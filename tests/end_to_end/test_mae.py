@@ -1,11 +1,12 @@
-"""MAE through nnU-Net's own commands: plan, pretrain, adapt, fine-tune and predict labelled phantoms, in few steps; and
-pretraining of a small Primus."""
+"""MAE, MAE with aligned contrast, and distillation through nnU-Net's own commands, in few steps on labelled phantoms:
+every network is planned, pretrained by both, adapted and fine-tuned, and predicts."""
 
 import nibabel
 import numpy as np
 import pytest
 import torch
 from in_process import command
+from small_swin import ARGUMENTS
 
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json, write_json
@@ -13,18 +14,27 @@ from nnssl_plugin.quickstart.phantoms import write_phantoms
 
 pytestmark = pytest.mark.slow
 
-DATASET, ID, PLAN, PRIMUS = "Dataset904_Phantoms", "904", "mae-small", "mae-primus"
-PRETRAINER, FINETUNER = "MAEPretrainer", "PretrainedSegmentationTrainer"
+DATASET, ID = "Dataset904_Phantoms", "904"
+TRAINERS = {"mae": "MAEPretrainer", "mae-contrast": "MAEContrastPretrainer"}
+FINETUNER, DISTILLER = "PretrainedSegmentationTrainer", "DistillationPretrainer"
 SHAPE, SPACING_MM = (24, 32, 32), (3, 2, 2)
 NETWORK = "configurations.3d_fullres.architecture.arch_kwargs"
-PRETRAINING = ("iterations_per_epoch=3", "validation_iterations=1", "warmup_epochs=0", "batch_size=2")
-FINETUNING = ("finetuning.epochs=1", "finetuning.iterations_per_epoch=3", "finetuning.validation_iterations=1")
-SMALL_PRIMUS = (f"{NETWORK}.embed_dim=24", f"{NETWORK}.eva_depth=2", f"{NETWORK}.eva_numheads=2")
+PRETRAINING = ("epochs=1", "iterations_per_epoch=2", "validation_iterations=1", "warmup_epochs=0", "batch_size=2")
+FINETUNING = ("finetuning.epochs=1", "finetuning.iterations_per_epoch=2", "finetuning.validation_iterations=1")
+PRIMUS = {"embed_dim": 24, "eva_depth": 2, "eva_numheads": 2}
+NETWORKS = {
+    "plain": ("nnUNetPlans", [], {}),
+    "resenc": ("nnUNetResEncUNetMPlans", [], {}),
+    "primus": ("nnUNetPlans", ["primus-s"], PRIMUS),
+    "swin": ("nnUNetPlans", ["swinunetr-b"], ARGUMENTS),
+}
+"""Network → the plan that it comes from, its preset, and the arguments that make it small."""
+RUNS = [(network, method) for network in NETWORKS for method in TRAINERS]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """nnU-Net's folders after all commands."""
+    """nnU-Net's folders with the dataset planned and preprocessed."""
     root = tmp_path_factory.mktemp("mae")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -32,14 +42,30 @@ def folder(tmp_path_factory):
             patch.setenv(name, str(root / name))
         write_dataset(root / "nnUNet_raw" / DATASET)
         command(root, "nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "3d_fullres", "-npfp", "2", "-np", "2")
-        plan(root)
-        train(root, "all", PRIMUS, PRETRAINER)
-        train(root, "all", PLAN, PRETRAINER)
-        weights = fold_of(root, PRETRAINER, PLAN, "all") / "checkpoint_final.pth"
-        assert main(["adapt", "-d", ID, "-w", str(weights), "-p", PLAN, "-n", "pre"]) == 0
-        train(root, "0", f"{PLAN}-pre", FINETUNER)
-        predict(root)
+        command(root, "nnUNetv2_plan_experiment", "-d", ID, "-pl", "nnUNetPlannerResEncM")
         yield root
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder):
+    """Every network after all commands, for both methods."""
+    for network, method in RUNS:
+        plan(folder, network, method)
+        train(folder, "all", f"{network}-{method}", TRAINERS[method])
+        adapt(folder, f"{network}-{method}", TRAINERS[method])
+        train(folder, "0", f"{network}-{method}-pre", FINETUNER)
+        predict(folder, f"{network}-{method}-pre")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distilled(pretrained):
+    """A narrow network that learned from the wider residual one of MAE."""
+    teacher = fold_of(pretrained, TRAINERS["mae"], "resenc-mae", "all") / "checkpoint_final.pth"
+    plan(pretrained, "plain", "distillation", f"method.teacher={teacher}", "method.stride=4")
+    train(pretrained, "all", "plain-distillation", DISTILLER)
+    adapt(pretrained, "plain-distillation", DISTILLER)
+    return pretrained
 
 
 def write_dataset(raw):
@@ -58,24 +84,47 @@ def write_dataset(raw):
     )
 
 
-def plan(root):
-    """Plans with the preset of the method and few steps: the planned network, narrow, and a small Primus."""
-    planned = read_json(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")["configurations"]["3d_fullres"]
-    stages = len(planned["architecture"]["arch_kwargs"]["features_per_stage"])
-    narrow = f"{NETWORK}.features_per_stage={[4 * 2**stage for stage in range(stages)]}"
-    words = ["plan", "-d", ID, "-n", PLAN, "--preset", "mae", "--set", narrow, "epochs=2", *PRETRAINING, *FINETUNING]
-    assert main(words) == 0
-    words = ["plan", "-d", ID, "-n", PRIMUS, "--preset", "primus-s", "mae", "--set", *SMALL_PRIMUS, "epochs=1"]
-    assert main([*words, *PRETRAINING, "method.ratio=0.8"]) == 0
+def plan(root, network, method, *more):
+    """A plan of a small network for a method; U-Nets become narrow, the residual one less so."""
+    planned, presets, arguments = NETWORKS[network]
+    if not arguments:
+        read = read_json(root / "nnUNet_preprocessed" / DATASET / f"{planned}.json")["configurations"]["3d_fullres"]
+        width = {"plain": 4, "resenc": 6}[network]
+        stages = len(read["architecture"]["arch_kwargs"]["features_per_stage"])
+        arguments = {"features_per_stage": [width * 2**stage for stage in range(stages)]}
+        if network == "resenc":
+            arguments["n_blocks_per_stage"] = [1] * stages
+    small = [f"{NETWORK}.{name}={str(value).lower()}" for name, value in arguments.items()]
+    words = [
+        "plan",
+        "-d",
+        ID,
+        "-p",
+        planned,
+        "-n",
+        f"{network}-{method}",
+        "--preset",
+        *presets,
+        method,
+        "--set",
+        *small,
+    ]
+    contrast = ["method.contrast_from=0", "method.dim=8"] if method == "mae-contrast" else []
+    assert main([*words, *PRETRAINING, *FINETUNING, *contrast, *more]) == 0
 
 
 def train(root, fold, plan, trainer):
     command(root, "nnUNetv2_train", ID, "3d_fullres", fold, "-p", plan, "-tr", trainer, "-device", "cpu")
 
 
-def predict(root):
-    folders = ["-i", str(root / "nnUNet_raw" / DATASET / "imagesTs"), "-o", str(root / "predictions")]
-    model = ["-d", ID, "-c", "3d_fullres", "-f", "0", "-tr", FINETUNER, "-p", f"{PLAN}-pre"]
+def adapt(root, plan, trainer):
+    weights = fold_of(root, trainer, plan, "all") / "checkpoint_final.pth"
+    assert main(["adapt", "-d", ID, "-w", str(weights), "-p", plan, "-n", "pre"]) == 0
+
+
+def predict(root, plan):
+    folders = ["-i", str(root / "nnUNet_raw" / DATASET / "imagesTs"), "-o", str(root / "predictions" / plan)]
+    model = ["-d", ID, "-c", "3d_fullres", "-f", "0", "-tr", FINETUNER, "-p", plan]
     fast = ["-device", "cpu", "-step_size", "1", "--disable_tta", "-npp", "0", "-nps", "0"]
     command(root, "nnUNetv2_predict", *folders, *model, *fast)
 
@@ -84,29 +133,56 @@ def fold_of(root, trainer, plan, fold):
     return root / "nnUNet_results" / DATASET / f"{trainer}__{plan}__3d_fullres" / f"fold_{fold}"
 
 
-@pytest.mark.parametrize("plan, steps", [(PLAN, 6), (PRIMUS, 3)])
-def test_the_pretraining_leaves_a_plain_checkpoint_numbers_and_a_picture(folder, plan, steps):
-    fold = fold_of(folder, PRETRAINER, plan, "all")
+def report_of(root, plan):
+    return read_json(root / "nnUNet_preprocessed" / DATASET / f"{plan}-pre_3d_fullres_report.json")
+
+
+def assert_finite(weights):
+    assert all(torch.isfinite(v).all() for v in weights.values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("network, method", RUNS)
+def test_the_pretraining_leaves_a_plain_checkpoint_numbers_and_a_picture(pretrained, network, method):
+    fold = fold_of(pretrained, TRAINERS[method], f"{network}-{method}", "all")
     checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=True)
-    assert checkpoint["ssl_state"]["step"] == steps and checkpoint["provenance"]["method"] == "mae"
-    assert all(torch.isfinite(v).all() for v in checkpoint["network_weights"].values() if v.is_floating_point())
-    assert any("mask_token" in key for key in checkpoint["ssl_state"]["task"]) == (plan == PRIMUS)
+    assert checkpoint["ssl_state"]["step"] == 2 and checkpoint["provenance"]["method"] == method
+    assert_finite(checkpoint["network_weights"])
+    own = checkpoint["ssl_state"]["task"]
+    assert any("mask_token" in key for key in own) == (network == "primus")
+    assert any("projector" in key for key in own) == (method == "mae-contrast")
     quality = read_json(fold / "quality.json")
-    for name in ("train/reconstruction", "diagnostics/masked_error", "diagnostics/visible_mean_error"):
+    contrast = ("train/contrast", "diagnostics/positive_cosine") if method == "mae-contrast" else ()
+    for name in ("train/reconstruction", "diagnostics/masked_error", "diagnostics/visible_mean_error", *contrast):
         assert np.isfinite(quality[name]), name
-    assert [path.name for path in (fold / "figures").iterdir()] == [f"reconstruction_epoch_{steps // 3 - 1:04d}.png"]
+    assert [path.name for path in (fold / "figures").iterdir()] == ["reconstruction_epoch_0000.png"]
 
 
-def test_encoder_and_decoder_were_loaded(folder):
-    report = read_json(folder / "nnUNet_preprocessed" / DATASET / f"{PLAN}-pre_3d_fullres_report.json")
+@pytest.mark.parametrize("network, method", RUNS)
+def test_encoder_and_decoder_were_loaded(pretrained, network, method):
+    report = report_of(pretrained, f"{network}-{method}")
     assert report["coverage"]["encoder"] == 1.0 and report["coverage"]["decoder"] > 0.9 and report["warnings"] == []
 
 
-def test_it_fine_tunes_and_predicts_on_the_grid_of_the_image(folder):
-    weights = torch.load(fold_of(folder, FINETUNER, f"{PLAN}-pre", 0) / "checkpoint_final.pth", weights_only=False)
-    assert all(torch.isfinite(v).all() for v in weights["network_weights"].values() if v.is_floating_point())
-    (predicted,) = (folder / "predictions").glob("*.nii.gz")
-    image = nibabel.load(folder / "nnUNet_raw" / DATASET / "imagesTs" / "phantom_000_0000.nii.gz")
+@pytest.mark.parametrize("network, method", RUNS)
+def test_it_fine_tunes_and_predicts_on_the_grid_of_the_image(pretrained, network, method):
+    name = f"{network}-{method}-pre"
+    checkpoint = fold_of(pretrained, FINETUNER, name, 0) / "checkpoint_final.pth"
+    assert_finite(torch.load(checkpoint, weights_only=False)["network_weights"])
+    (predicted,) = (pretrained / "predictions" / name).glob("*.nii.gz")
+    image = nibabel.load(pretrained / "nnUNet_raw" / DATASET / "imagesTs" / "phantom_000_0000.nii.gz")
     prediction = nibabel.load(predicted)
     assert prediction.shape == image.shape and set(np.unique(prediction.get_fdata())) <= {0, 1, 2}
     np.testing.assert_allclose(prediction.affine, image.affine, atol=1e-4)
+
+
+def test_a_student_learns_from_the_wider_network_of_mae_and_is_adapted(distilled):
+    fold = fold_of(distilled, DISTILLER, "plain-distillation", "all")
+    teacher = fold_of(distilled, TRAINERS["mae"], "resenc-mae", "all") / "checkpoint_final.pth"
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=True)
+    said, taught = checkpoint["provenance"]["teacher"], torch.load(teacher, weights_only=True)["provenance"]
+    assert said["method"] == "mae" and said["weights_sha256"] == taught["weights_sha256"]
+    assert set(checkpoint["ssl_state"]["task"]) >= {"projection.weight", "projection.bias"}
+    quality = read_json(fold / "quality.json")
+    assert np.isfinite(quality["train/cosine"]) and np.isfinite(quality["diagnostics/constant_cosine"])
+    assert [path.name for path in (fold / "figures").iterdir()] == ["agreement_epoch_0000.png"]
+    assert report_of(distilled, "plain-distillation")["coverage"]["encoder"] == 1.0

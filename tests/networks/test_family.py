@@ -3,6 +3,7 @@
 import sys
 import types
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -200,3 +201,35 @@ def test_markers_and_classes_are_of_one_family_each():
     ]
     assert family_of_class("torch.nn.Linear") is family_of_keys(["weight"]) is family_of(nn.Linear(1, 1)) is None
     assert parts_of(nn.Linear(1, 1)) is None
+
+
+class SummaryToyReader(ToyReader):
+    """Its summary is the mean of the deepest map, standing in for a token."""
+
+    has_summary = True
+
+    def summarised(self, x):
+        features = self.features(x)
+        return features[-1].flatten(2).mean(2), features
+
+
+def test_a_summary_comes_with_the_features(toy, monkeypatch):
+    monkeypatch.setattr(families, "_REGISTERED", [replace(TOY, reader=SummaryToyReader)])
+    backbone, image = Backbone(toy, 1), torch.randn(2, 1, 8, 6, 4)
+    summary, features = backbone.summarised(image)
+    assert backbone.has_summary and summary.shape == (2, 8)
+    torch.testing.assert_close(features, backbone.features(image))
+    monkeypatch.setattr(SummaryToyReader, "has_summary", False)  # the same network planned without the token
+    assert not backbone.has_summary
+    with pytest.raises(UserError, match="Toy has no summary token"):
+        backbone.summarised(image)
+
+
+@pytest.mark.parametrize("kind", ["toy", "PlainConvUNet", "Primus"])
+def test_networks_without_a_summary_say_so(toy, kind):
+    plan = with_primus(fake_plan()) if kind == "Primus" else fake_plan()
+    backbone = Backbone(toy if kind == "toy" else build_network(plan, "3d_fullres", DATASET_JSON), 1)
+    assert not backbone.has_summary
+    with pytest.raises(UserError, match="no summary token") as error:
+        backbone.summarised(torch.zeros(1, 1, 16, 16, 16))
+    assert "Backbone.pooled" in error.value.remedy

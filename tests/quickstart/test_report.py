@@ -115,7 +115,7 @@ def finished(folder, *, labelled):
     tests = {"training": tuple("abcdef"), "test": CASES, "labels": LABELS} if labelled else {}
     state.select(Selection("CT", ("scan0", "scan1", "scan2"), notes=("2 of 5 <scans> & more",), **tests))
     for number, title in enumerate(titles(labelled=labelled)[:-1]):
-        state.record(title, seconds=number + 0.4, done=True, command=f"run {title} <now>")
+        state.record(title, seconds=number + 0.4, done=True, command=f"run {title} <now> {folder}/scans")
     pretend_pretraining(folder)
     if labelled:
         pretend_finetuning(folder)
@@ -161,7 +161,7 @@ def test_every_picture_is_a_png_with_a_text_and_a_file_of_its_own(report, reques
 def test_every_test_case_has_its_contours(labelled):
     page = Page(labelled[1])
     contours = [image["alt"] for image in page.images if "contours" in image["alt"]]
-    assert [alt.split(",")[0] for alt in contours] == list(CASES)
+    assert [alt.split(",")[0] for alt in contours] == ["Case 1", "Case 2", "Case 3"]
     assert "axial slice 4 of 6" in contours[0]  # the slice with both labels; the axis with 3 mm
 
 
@@ -186,7 +186,7 @@ def test_the_dice_table_holds_the_numbers(labelled):
 def test_a_label_that_is_nowhere_is_no_number(labelled):
     page = Page(labelled[1])
     rows = {row[0]: row for row in next(t["rows"] for t in page.tables if t["rows"][0][0] == "case")}
-    assert rows["case_b"][2] == "–" and rows["case_b"][1] == rows["case_b"][3] == "0.800"
+    assert rows["case 2"][2] == "–" and rows["case 2"][1] == rows["case 2"][3] == "0.800"
 
 
 def test_table_headers_have_a_scope(labelled):
@@ -198,8 +198,16 @@ def test_table_headers_have_a_scope(labelled):
 def test_the_report_says_what_it_does_not_show(labelled):
     text = Page(labelled[1]).text
     assert "does not show what pretraining brings" in text
-    assert "/data/<my> scans" in text and "2 of 5 <scans> & more" in text and "run plan <now>" in text
-    assert "prepare -i '/data/<my> scans' -d 501 -n Unlabelled --modality CT" in text
+    assert "2 of 5 <scans> & more" in text and "run plan <now>" in text
+    assert "prepare -i YOUR_SCANS -d 501 -n Unlabelled --modality CT" in text
+
+
+@pytest.mark.parametrize("report", ["labelled", "unlabelled"])
+def test_the_report_shows_no_names_of_cases_and_no_local_paths(report, request):
+    folder, text = request.getfixturevalue(report)
+    shown = Page(text).text + " ".join(image["alt"] for image in Page(text).images)
+    assert not [name for name in (*CASES, "scan0", "scan1", "scan2", "/data/", str(folder)) if name in shown]
+    assert "QUICKSTART/scans" in shown and "YOUR_SCANS" in shown
 
 
 def test_the_full_size_commands_train_on_embeddings_of_trained_encoders(labelled):

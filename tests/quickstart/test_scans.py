@@ -116,20 +116,21 @@ def test_scans_of_two_modalities_are_noticed(own):
     assert any("1 of 11 scans look like CT" in note for note in selection.notes)
 
 
-def test_a_copy_of_a_test_case_under_another_name_is_left_out(own):
+def test_a_copy_of_a_test_case_under_another_name_is_left_out(own, caplog):
     test = write(own).test[0]
     source = next(p for p in (own / "images").iterdir() if p.name.startswith(test))
     save(own / "images" / "copy.nii.gz", nibabel.load(source).get_fdata(dtype=np.float32))
     selection = write(own)
     assert "copy" not in selection.pretraining
-    assert any("copy.nii.gz" in note and "another scan" in note for note in selection.notes)
+    assert "A scan is left out: it has the voxels of another." in selection.notes
+    assert "copy.nii.gz is left out" in caplog.text
 
 
-def test_further_channels_of_a_case_are_left_out(own):
+def test_further_channels_of_a_case_are_left_out(own, caplog):
     save(own / "images" / "case1_0001.nii.gz", image(99))
     selection = write(own)
     assert not any("0001" in case for case in selection.pretraining)
-    assert any("case1_0001" in note for note in selection.notes)
+    assert any("1 further channels" in note for note in selection.notes) and "case1_0001" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -141,13 +142,14 @@ def test_further_channels_of_a_case_are_left_out(own):
         (lambda p: p.write_bytes(b"no scan"), "unreadable"),
     ],
 )
-def test_a_bad_segmentation_is_left_out_with_its_reason(own, spoil, reason):
+def test_a_bad_segmentation_is_left_out_with_its_reason(own, spoil, reason, caplog):
     save(own / "labels" / "case8.nii.gz", segmentation())  # enough without the bad one
     save(own / "labels" / "case9.nii.gz", segmentation())
     spoil(own / "labels" / "case4.nii.gz")
     selection = write(own)
     assert "case4" not in (*selection.pretraining, *selection.test)
-    assert any("case4.nii.gz is left out" in note and reason in note for note in selection.notes)
+    assert any(reason in note and "case4" not in note for note in selection.notes)  # notes go into the report
+    assert "case4.nii.gz is left out" in caplog.text
 
 
 def test_too_few_labels_are_refused(own):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnssl_plugin.transforms.masks import fill_masked, mask_all_but, random_block_mask, random_ids
+from nnssl_plugin.transforms.masks import fill_masked, inside_case, mask_all_but, random_block_mask, random_ids
 
 
 def mask_of(batch, spatial, *, block, ratio, seed=0):
@@ -108,3 +108,18 @@ def test_random_numbers_of_a_sample_are_different():
     drawn = random_ids(50, 10, 4, generator=torch.Generator().manual_seed(0), device="cpu")
     assert drawn.shape == (50, 4) and all(len(set(row)) == 4 for row in drawn.tolist())
     assert set(drawn.flatten().tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_voxels_of_the_case(dimensions):
+    generator = torch.Generator().manual_seed(0)
+    size = (5, 7, 6)[:dimensions]
+    origin = torch.randint(-4, 4, (3, dimensions), generator=generator).float()
+    shape = torch.randint(2, 9, (3, dimensions), generator=generator).float()
+    inside = inside_case(origin, shape, size)
+    assert inside.shape == (3, 1, *size)
+    for sample in range(3):
+        for voxel in itertools.product(*map(range, size)):
+            place = [int(origin[sample, axis]) + voxel[axis] for axis in range(dimensions)]
+            expected = all(0 <= p < shape[sample, axis] for axis, p in enumerate(place))
+            assert bool(inside[(sample, 0, *voxel)]) == expected

@@ -259,12 +259,12 @@ def _details(provenance: Mapping[str, Any], weights: Mapping[str, Tensor], paper
         f"- **License:** {provenance['licence']}",
         f"- **SHA-256 of the weights:** `{sha256}` (keys, shapes and values, whatever file they are in)",
     ]
-    origin = provenance.get("continued_from")
-    if origin:
-        lines.append(
-            f"- **Finetuned from model:** {origin.get('method', origin.get('kind', 'not stated'))}, licence "
-            f"{origin.get('licence', 'not stated')}, weights `{origin.get('weights_sha256', 'not stated')}`"
-        )
+    for field, relation in (("continued_from", "Finetuned from model"), ("teacher", "Distilled from model")):
+        if origin := provenance.get(field):
+            lines.append(
+                f"- **{relation}:** {origin.get('method', origin.get('kind', 'not stated'))}, licence "
+                f"{origin.get('licence', 'not stated')}, weights `{origin.get('weights_sha256', 'not stated')}`"
+            )
     shape = [
         f"`{key}` {json.dumps(kwargs[key])}"
         for key in ("features_per_stage", "strides", "kernel_sizes")
@@ -345,14 +345,13 @@ def _cell(value: Any) -> str:
 
 
 def _citations(provenance: Mapping[str, Any]) -> list[str]:
-    """Those of the method, then those of the weights that it started from."""
-    stated = provenance["citations"]
-    found = [stated] if isinstance(stated, str) else [text for text in stated if isinstance(text, str)]
-    origin = provenance.get("continued_from")
-    while origin:
+    """Those of the method, then those of the weights that it learned from or started from."""
+    found, origins = [], [provenance]
+    while origins:
+        origin = origins.pop(0)
         stated = origin.get("citations") or []
         found += [text for text in ([stated] if isinstance(stated, str) else stated) if isinstance(text, str)]
-        origin = origin.get("continued_from")
+        origins += [origin[field] for field in ("teacher", "continued_from") if origin.get(field)]
     return list(dict.fromkeys(found))
 
 

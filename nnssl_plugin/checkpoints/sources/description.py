@@ -79,7 +79,9 @@ PROVENANCE: dict[str, tuple[Test, str]] = {
         (_text, "a text"),
     ),
     **dict.fromkeys(("channels", "normalisation", "trained", "taken"), (_list_of(_text), "a list of texts")),
-    **dict.fromkeys(("settings", "training", "packages", "data", "continued_from"), (_block, "a block of values")),
+    **dict.fromkeys(
+        ("settings", "training", "packages", "data", "continued_from", "teacher"), (_block, "a block of values")
+    ),
     "citations": (lambda value: _text(value) or _list_of(lambda entry: _text(entry) or _block(entry))(value), "texts"),
     "spacing_mm": (_list_of(_millimetres), "a list of millimetres"),
     "patch_size": (_list_of(_size), "a list of voxels per axis"),
@@ -90,6 +92,8 @@ PROVENANCE: dict[str, tuple[Test, str]] = {
     "network": (_network, "a class with its arguments"),
 }
 """Field of a provenance → what it must hold, where it is there and not null; other fields are free."""
+ORIGINS = ("continued_from", "teacher")
+"""Fields of a provenance that hold what is repeated of another one."""
 DATA = {"dataset": (_text, "a text"), "cases": (_count, "a number of cases")}
 NNSSL = {
     **dict.fromkeys(("key_to_encoder", "key_to_stem", "key_to_lpe"), (_text, "a text")),
@@ -131,10 +135,11 @@ def check_provenance(provenance: Mapping[str, Any], path: Path, place: str = "pr
     Raises:
         UserError: naming the field.
     """
-    while provenance:
-        check_fields(provenance, PROVENANCE, path, place)
-        check_fields(provenance.get("data") or {}, DATA, path, f"{place}.data")
-        provenance, place = provenance.get("continued_from") or {}, f"{place}.continued_from"
+    check_fields(provenance, PROVENANCE, path, place)
+    check_fields(provenance.get("data") or {}, DATA, path, f"{place}.data")
+    for field in ORIGINS:
+        if provenance.get(field):
+            check_provenance(provenance[field], path, f"{place}.{field}")
 
 
 def check_fields(block: Mapping[str, Any], fields: Mapping[str, tuple[Test, str]], path: Path, place: str) -> None:

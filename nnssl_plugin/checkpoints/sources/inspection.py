@@ -276,11 +276,12 @@ def _use(source: Source, path: Path, mapping: str | Path | None, *, trust: bool)
             f"nnUNetv2_train TARGET_ID {configuration} 0 -p {plan} -pretrained_weights {path}",
         ]
     flags = (f" --mapping {mapping}" if mapping else "") + (" --trust" if trust else "")
-    flags += " --stem ID" if len(stems_of(source.weights)) > 1 else ""
+    several = len(stems_of(source.weights)) > 1
+    flags += " --stem ID" if several else ""
     commands = [f"nnssl_plugin adapt -d TARGET_ID -w {path} -n {_name(source)}{flags}"]
     if source.network is None and not mapping:
         commands.append(f"{commands[0]} --mapping TABLE   (where its keys are not those of the plan's network)")
-    if source.kind == NNUNET:
+    if source.kind == NNUNET and not several:
         commands.append(
             f"nnUNetv2_train TARGET_ID {source.configuration} 0 -pretrained_weights {path}"
             "   (where the plans describe the same network)"

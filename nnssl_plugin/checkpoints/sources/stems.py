@@ -17,7 +17,7 @@ from nnssl_plugin.checkpoints.sources.source import Source
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.text import some
 
-ONE_OF_SEVERAL = re.compile(r"^(?:.*\.)?\w*stems?\.([^.]+)\.(convs\..+)$")
+ONE_OF_SEVERAL = re.compile(r"^(?:.*\.)?(?:\w+_)?stems?\.([^.]+)\.(convs\..+)$")
 """ID of a stem, and the name of a tensor within it."""
 DEFAULT = "encoder.stem"
 """The stem of a ResidualEncoderUNet."""

@@ -16,7 +16,7 @@ from nnssl_plugin.intake.dicom.table import TAKEN, SeriesRow, read_series
 from nnssl_plugin.intake.labelled import LabelSummary, prepare_class_dataset
 from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, read_rows, source_sha256, source_stamp, write_rows
 from nnssl_plugin.intake.overview import describe_cases
-from nnssl_plugin.intake.raw_dataset import image_path, label_path, open_dataset, write_dataset_json
+from nnssl_plugin.intake.raw_dataset import DatasetKind, image_path, label_path, open_dataset, write_dataset_json
 from nnssl_plugin.intake.unlabelled import THUMBNAILS, PrepareSummary, prepare_dataset
 from nnssl_plugin.io.files import atomic_path, write_json
 from nnssl_plugin.io.scans import load_scan, read_volume
@@ -204,7 +204,8 @@ def _write_labelled(
 ) -> PrepareSummary:
     """The dataset of the scans with structures, whose labels these are."""
     places = converted.places
-    folder = open_dataset(dataset_id, name, modality=converted.modality, source=places.scans)
+    kind = DatasetKind((converted.modality,), labelled=True)
+    folder = open_dataset(dataset_id, name, kind, source=places.scans)
     before = {row.case: row for row in read_rows(folder / PROVENANCE_FILE, Origin)}
     _check_labels(folder, wanted, before)
     origins, added = dict(before), []
@@ -220,7 +221,7 @@ def _write_labelled(
         added.append(case)
     ordered = sorted(origins.values(), key=lambda row: row.case)
     write_rows(folder / PROVENANCE_FILE, Origin, ordered)
-    write_dataset_json(folder, modality=converted.modality, cases=len(ordered))
+    write_dataset_json(folder, kind, cases=len(ordered))
     write_json(folder / "dataset.json", {**read_dataset_file(folder / "dataset.json"), "labels": label_names(wanted)})
     pictures = [(row.case, folder / THUMBNAILS / f"{row.case}.png") for row in ordered]
     write_contact_sheet(folder / SHEET_FILE, pictures)

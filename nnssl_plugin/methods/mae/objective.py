@@ -13,10 +13,10 @@ from torch import Tensor
 from nnssl_plugin.data.batch import Batch
 from nnssl_plugin.methods.mae.heads import TokenDecoder
 from nnssl_plugin.methods.mae.settings import Settings
-from nnssl_plugin.methods.mae.views import block_edge, inside_case, visible_count
+from nnssl_plugin.methods.mae.views import block_edge, visible_count
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms, Views
-from nnssl_plugin.transforms.masks import fill_masked, mask_all_but, random_ids
+from nnssl_plugin.transforms.masks import fill_masked, inside_case, mask_all_but, random_ids
 
 
 class MAE(PretextTask):

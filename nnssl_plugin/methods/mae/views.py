@@ -1,10 +1,7 @@
-"""Which blocks of an image are masked, and which voxels lie in the case."""
+"""Which blocks of an image are masked."""
 
 import math
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
 
 from nnssl_plugin.errors import UserError
 
@@ -43,19 +40,3 @@ def visible_count(size: Sequence[int], edges: Sequence[int], ratio: float) -> tu
             "Take smaller blocks or a larger share: nnssl_plugin plan -d ID -p PLANS -n NAME --set method.block=4",
         )
     return total, total - masked
-
-
-def inside_case(origin: Tensor, case_shape: Tensor, size: Sequence[int]) -> Tensor:
-    """Which voxels of a window lie in its case, (B, 1, *size) bool; the others were padded.
-
-    Args:
-        origin: (B, d), voxel of the case at which the window begins, negative where it begins before the case.
-        case_shape: (B, d), size of the case in voxels.
-        size: of the window in voxels.
-    """
-    inside = torch.ones(len(origin), 1, *size, dtype=torch.bool, device=origin.device)
-    for axis, length in enumerate(size):
-        voxel = origin[:, axis, None] + torch.arange(length, device=origin.device)
-        holds = (voxel >= 0) & (voxel < case_shape[:, axis, None])
-        inside &= holds.reshape(len(origin), *(length if a == axis + 1 else 1 for a in range(len(size) + 1)))
-    return inside

@@ -140,6 +140,13 @@ def test_the_weights_that_it_started_from_are_named_and_cited():
     assert text.endswith("- A. 2020.\n- B. 2019.\n- C. 2018.\n")
 
 
+def test_a_teacher_is_named_with_its_licence_and_cited():
+    teacher = {"method": "mae", "licence": "CC-BY-SA-4.0", "weights_sha256": "ab12", "citations": ["T. 2026."]}
+    text = card(citations=["A. 2020."], teacher=teacher | {"continued_from": {"citations": ["D. 2015."]}})
+    assert "- **Distilled from model:** mae, licence CC-BY-SA-4.0, weights `ab12`" in text
+    assert text.index("A. 2020.") < text.index("T. 2026.") < text.index("D. 2015.")
+
+
 def test_a_known_paper_has_an_entry_of_fields():
     method = next(iter(METHODS))
     text = card(method=method, papers={method: METHODS[method].paper})

@@ -128,6 +128,14 @@ def test_openmind_resenc_l(wrap, tmp_path):
     assert (source.key_to_encoder, source.key_to_stem) == ("encoder.stages", "encoder.stem")
 
 
+@pytest.mark.parametrize("prefix", ["", "encoder."], ids=["nnssl's encoder_only", "names of the whole network"])
+def test_an_encoder_of_resenc_l_alone(prefix, tmp_path):
+    encoder = {k.removeprefix("encoder."): value for k, value in res_enc_l().items() if k.startswith("encoder.")}
+    source = save_and_read(prefixed(prefix, encoder), tmp_path, "openmind-resenc-l")
+    assert fits(built(source.network, deep_supervision=False).encoder, source.weights, "encoder.")
+    assert len(source.weights) == len(encoder) and source.input_channels == 1
+
+
 @pytest.mark.parametrize("prefix", ["", "encoder."], ids=["MAE", "SimCLR and VoCo"])
 def test_openmind_primus_m(prefix, tmp_path):
     weights = prefixed(prefix, eva_mae()) | {"projector.layer1.0.weight": torch.zeros(2)}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,25 @@ def test_a_vit_file_becomes_primus_in_its_own_names(tmp_path):
     assert any("the decoder of its MAE was left out" in line for line in source.provenance["taken"])
 
 
+def test_adapt_names_the_command_that_mends_it_and_that_works(folder, tmp_path, capsys):
+    path = saved(nnfoundation_vit(), tmp_path)
+    assert main(["adapt", "-d", "901", "-w", path, "-n", "theirs"]) == 2
+    said = capsys.readouterr().err
+    assert "Primus in pretraining, PlainConvUNet here" in said
+    plan = shlex.split(next(line for line in said.splitlines() if "nnssl_plugin plan" in line))
+    assert main(plan[1:]) == 0
+    assert main(["adapt", "-d", "901", "-w", path, "-p", plan[plan.index("-n") + 1], "-n", "theirs"]) == 0
+
+
+def test_a_smaller_patch_for_the_vit_is_set_as_the_page_says(folder, tmp_path):
+    path, under, patch = saved(nnfoundation_vit(), tmp_path), "configurations.3d_fullres", "[16,8,8]"
+    sizes = [f"{under}.patch_size={patch}", f"{under}.architecture.arch_kwargs.input_shape={patch}"]
+    assert main(["plan", "-d", "901", "-n", "like", "--like", path, "--set", *sizes]) == 0
+    assert main(["adapt", "-d", "901", "-w", path, "-p", "like", "-n", "theirs"]) == 0
+    report = read_json(folder / "like-theirs_3d_fullres_report.json")
+    assert any("positions 2×2×2 → 2×1×1" in record["reason"] for record in report["tensors"])
+
+
 @torch.no_grad()
 def test_the_adapted_vit_answers_as_the_pretrained_encoder(folder, tmp_path):
     path, theirs = saved(nnfoundation_vit(), tmp_path), eva_mae().eval()
@@ -193,7 +213,7 @@ def test_one_of_several_stems_is_chosen_by_name(container, folder, tmp_path, cap
     assert source.kind == NNUNET and stems_of(source.weights) == {"035": 1, "351_5": 2, "007": 1}
     report = inspect_file(path)
     assert "one of: 035 (1 channel), 351_5 (2 channels), 007 (1 channel)" in screen(report)
-    assert "--stem ID" in report["use"][0]
+    assert len(report["use"]) == 1 and "--stem ID" in report["use"][0]
     adapt = ["adapt", "-d", "901", "-w", path, "-p", "like", "-n", "theirs"]
     assert main(adapt) == 2
     said = capsys.readouterr().err
@@ -208,6 +228,7 @@ def test_one_of_several_stems_is_chosen_by_name(container, folder, tmp_path, cap
 def test_a_network_with_one_stem_has_no_choice(small, tmp_path):
     source = read_source(saved(nnfoundation_cnn(), tmp_path))
     assert stems_of(source.weights) == {} and with_stem(source, None) is source
+    assert stems_of({"system.net.convs.0.conv.weight": torch.zeros(4, 1, 3, 3, 3)}) == {}
     with pytest.raises(UserError, match="has one stem, and none called 035"):
         with_stem(source, "035")
 

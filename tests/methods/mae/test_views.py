@@ -1,13 +1,12 @@
-"""Blocks of a window, the exact share that is masked, and which voxels lie in the case."""
+"""Blocks of a window, and the exact share that is masked."""
 
 import itertools
 import math
 
 import pytest
-import torch
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.methods.mae.views import block_edge, inside_case, visible_count
+from nnssl_plugin.methods.mae.views import block_edge, visible_count
 
 
 @pytest.mark.parametrize(
@@ -41,18 +40,3 @@ def test_the_share_is_floor_of_n_times_the_ratio(ratio):
 def test_a_window_of_too_few_blocks_is_refused():
     with pytest.raises(UserError, match=r"Of 1 blocks of 32x32x32 voxels in a window of 16x32x32, a share of 0.75"):
         visible_count((16, 32, 32), (32, 32, 32), 0.75)
-
-
-@pytest.mark.parametrize("dimensions", [2, 3])
-def test_voxels_of_the_case(dimensions):
-    generator = torch.Generator().manual_seed(0)
-    size = (5, 7, 6)[:dimensions]
-    origin = torch.randint(-4, 4, (3, dimensions), generator=generator).float()
-    shape = torch.randint(2, 9, (3, dimensions), generator=generator).float()
-    inside = inside_case(origin, shape, size)
-    assert inside.shape == (3, 1, *size)
-    for sample in range(3):
-        for voxel in itertools.product(*map(range, size)):
-            place = [int(origin[sample, axis]) + voxel[axis] for axis in range(dimensions)]
-            expected = all(0 <= p < shape[sample, axis] for axis, p in enumerate(place))
-            assert bool(inside[(sample, 0, *voxel)]) == expected

@@ -128,7 +128,7 @@ def alignment(student: Tensor, teacher: Tensor) -> Tensor:
 def summary(backbone: Backbone, image: Tensor) -> Tensor:
     """What a network says of a whole image (B, F): its summary token, or mean and maximum of its coarsest map."""
     if backbone.has_summary:
-        return backbone.summary(image)
+        return backbone.summarised(image)[0]
     coarsest = backbone.features(image)[-1].flatten(2)
     return torch.cat((coarsest.mean(2), coarsest.amax(2)), 1)
 

@@ -17,10 +17,10 @@ from nnssl_plugin.data.batch import Batch, Needs
 from nnssl_plugin.methods.mae.contrast.settings import Settings
 from nnssl_plugin.methods.mae.contrast.views import crop_at, draw_starts, largest_shifts, lattice, row_of, shared_points
 from nnssl_plugin.methods.mae.objective import MAE
-from nnssl_plugin.methods.mae.views import inside_case
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.objectives.contrastive import nt_xent
 from nnssl_plugin.pretraining.pretext import Terms, Views
+from nnssl_plugin.transforms.masks import inside_case
 
 CROPS = ("first", "second")
 """What stands before the names of the views of each crop."""

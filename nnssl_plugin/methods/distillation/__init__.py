@@ -1,0 +1,1 @@
+"""Distillation: what a frozen network of any checkpoint sees in a volume, taught to the planned network."""

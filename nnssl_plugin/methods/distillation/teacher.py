@@ -1,0 +1,98 @@
+"""The teacher: the frozen encoder of any checkpoint that says its network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nnssl_plugin.checkpoints.format.provenance import as_architecture
+from nnssl_plugin.checkpoints.format.tensors import check_finite
+from nnssl_plugin.checkpoints.sources.source import Source, read_source
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.text import some
+from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.networks.family import reader_of
+from nnssl_plugin.nnunet.plan_edits import patch_divisors
+from nnssl_plugin.nnunet.plans import build_described
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen network in test mode, and the file that it came from."""
+
+    backbone: Backbone
+    source: Source
+
+
+def read_teacher(path: Path) -> Teacher:
+    """The encoder of a file, frozen; its decoder and its head stay as they were built, and nothing reads them.
+
+    Raises:
+        UserError: for a file that is missing or unreadable, that does not say its network, or whose weights are not
+            those of the whole encoder, or not finite.
+    """
+    if not path.exists():
+        raise UserError(
+            f"The teacher {path} is not there.",
+            "Name its file: nnssl_plugin plan -d ID -p PLANS -n NAME --set method.teacher=FILE",
+        )
+    source = read_source(path)
+    if source.network is None or source.input_channels is None:
+        raise UserError(
+            f"{path} does not say which network its weights belong to.",
+            f"See what it holds: nnssl_plugin inspect {path}. Fit it to a plan first, and take what that writes: "
+            f"nnssl_plugin adapt -d ID -w {path} --mapping TABLE -n NAME",
+        )
+    network = build_described(as_architecture(source.network), source.input_channels, path.name, device="cpu")
+    _load_encoder(network, source)
+    backbone = Backbone(network, source.input_channels)
+    backbone.train_only(())
+    return Teacher(backbone.eval(), source)
+
+
+def check_fits(teacher: Teacher, patch_size: tuple[int, ...], channels: int) -> None:
+    """Refuse a plan whose windows the teacher cannot read.
+
+    Raises:
+        UserError: for another number of dimensions or channels, and for a patch that its network does not take.
+    """
+    backbone, name = teacher.backbone, teacher.source.path.name
+    if backbone.dimensions != len(patch_size):
+        raise UserError(
+            f"The teacher {name} reads {backbone.dimensions}D images, the plan has {len(patch_size)}D patches.",
+            "Name another configuration, or another teacher.",
+        )
+    if backbone.input_channels not in (1, channels):
+        raise UserError(
+            f"The teacher {name} reads {backbone.input_channels} channels, the dataset has {channels}.",
+            "Take a teacher of one channel, which sees the first one that a case has, or of as many.",
+        )
+    patch = "x".join(map(str, patch_size))
+    divisors = patch_divisors(as_architecture(teacher.source.network or {}), len(patch_size))
+    grid = reader_of(backbone.network).planned_grid
+    planned = None if grid is None else tuple(n * s for n, s in zip(grid, backbone.strides[-1], strict=True))
+    if any(size % divisor for size, divisor in zip(patch_size, divisors, strict=True)) or planned not in (
+        None,
+        tuple(patch_size),
+    ):
+        wanted = f"patches of {'x'.join(map(str, planned))}" if planned else f"multiples of {divisors} voxels"
+        raise UserError(
+            f"The teacher {name} takes {wanted}, the plan's patch is {patch}.",
+            "Change the patch: nnssl_plugin plan -d ID -p PLANS -n NAME --set "
+            f"'configurations.CONFIGURATION.patch_size={list(planned) if planned else '[…]'}'",
+        )
+
+
+def _load_encoder(network: torch.nn.Module, source: Source) -> None:
+    prefixes = reader_of(network).encoder_prefixes
+    expected = {key: value for key, value in network.state_dict().items() if key.startswith(prefixes)}
+    wrong = [key for key, value in expected.items() if getattr(source.weights.get(key), "shape", None) != value.shape]
+    if wrong:
+        raise UserError(
+            f"{source.path} does not hold the whole encoder of the network that it names: {some(wrong)} "
+            "are missing or of another shape.",
+            f"See what it holds: nnssl_plugin inspect {source.path}",
+        )
+    loaded = {key: source.weights[key] for key in expected}
+    check_finite(loaded, str(source.path))
+    network.load_state_dict(loaded, strict=False)

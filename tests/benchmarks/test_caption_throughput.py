@@ -1,0 +1,13 @@
+"""The benchmark of captioning: its rows are whole, and more requests at once take less time."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, not a package
+caption_throughput = __import__("caption_throughput")
+
+
+def test_every_slice_is_described_and_requests_at_once_are_faster():
+    rows = caption_throughput.measure([1, 8], delay=0.1, cases=2, edge=16)
+    assert [(row["concurrency"], row["texts"]) for row in rows] == [(1, 16), (8, 16)]
+    assert rows[0]["seconds"] > 1.6 > rows[1]["seconds"] > 0.2

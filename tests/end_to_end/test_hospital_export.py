@@ -1,0 +1,56 @@
+"""The page that leads from a hospital's export to a pretraining: every command of it, on a small export."""
+
+import shlex
+
+import numpy as np
+import pytest
+from dicom_export import phantom, structure_set, write_series
+from in_process import command
+from pydicom.uid import generate_uid
+from test_documentation import FENCE
+
+PAGE = "docs/how-to/from-a-hospital-export.md"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def export(tmp_path):
+    """Five patients with a T1, a localiser and a contour each."""
+    folder = tmp_path / "export"
+    angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    for number in range(5):
+        study, patient = generate_uid(), {"PatientID": f"P{number}"}
+        size = {"slices": 24, "rows": 40, "columns": 40, "seed": number}
+        images = write_series(
+            folder / f"{number}", phantom(**size), uids=(study, generate_uid()), spacing=(1.0, 1.0), step=(0, 0, 1.5),
+            SeriesDescription="AX T1", SliceThickness=1.5, origin=(-20.0, -20.0, 0.0), **patient,
+        )  # fmt: skip
+        write_series(folder / f"{number}" / "scout", phantom(slices=3), uids=(study, generate_uid()), **patient)
+        contours = [np.stack([6 * np.cos(angles), 6 * np.sin(angles), np.full(60, 1.5 * k)], 1) for k in range(8, 16)]
+        structure_set(folder / f"{number}" / "rs.dcm", images, {"GTV_1": contours})
+    return folder
+
+
+def commands_of(page, **places):
+    """The words of every command in the shell blocks of a page."""
+    for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        for line in block.splitlines() if language == "bash" else ():
+            words = [places.get(word, word) for word in shlex.split(line, comments=True)]
+            if words and words[0] not in ("pip", "export", "eval"):
+                yield words
+
+
+def test_every_command_of_the_page_runs(export, tmp_path, repository):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+    ran = []
+    for words in commands_of(repository / PAGE, EXPORT=str(export)):
+        extra = {"prepare": ["-np", "1"], "nnUNetv2_plan_and_preprocess": ["-npfp", "1", "-np", "1"]}
+        key = words[0] if words[0] != "nnssl_plugin" else words[1]
+        device = ["-device", "cpu"] if key == "nnUNetv2_train" else []
+        command(tmp_path, *words, *extra.get(key, []), *device)
+        ran.append(key)
+    assert ran.count("prepare") == 3 and "nnUNetv2_train" in ran
+    fold = "Dataset501_Export/MAEPretrainer__trial__3d_fullres/fold_all/checkpoint_final.pth"
+    assert (tmp_path / "nnUNet_results" / fold).is_file()
+    assert len(list((tmp_path / "nnUNet_raw" / "Dataset007_Tumours" / "labelsTr").iterdir())) == 5

@@ -1,0 +1,73 @@
+"""Linear assignment against SciPy and every permutation."""
+
+import itertools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nnssl_plugin.objectives.assignment import linear_assignment, shortest_augmenting_paths
+
+
+def value(affinity: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return affinity.gather(-1, columns[..., None]).sum((-2, -1))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("solve", [linear_assignment, shortest_augmenting_paths])
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_is_the_best_of_all_permutations(solve, n):
+    affinity = random(20, n, n, seed=n)
+    columns = torch.tensor(list(itertools.permutations(range(n))))
+    best = affinity[:, torch.arange(n), columns].sum(-1).amax(-1)
+    torch.testing.assert_close(value(affinity, solve(affinity)), best)
+
+
+@pytest.mark.parametrize("n", [7, 16, 33])
+def test_augmenting_paths_find_what_scipy_finds(n):
+    affinity = random(3, 9, n, n, seed=n)
+    assert torch.equal(shortest_augmenting_paths(affinity), linear_assignment(affinity))
+
+
+@pytest.mark.parametrize("solve", [linear_assignment, shortest_augmenting_paths])
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_ties(solve, levels):
+    affinity = random(50, 8, 8).mul(100).long().remainder(levels).double()
+    columns = solve(affinity)
+    assert torch.equal(columns.sort(-1).values, torch.arange(8).expand(50, 8))
+    torch.testing.assert_close(value(affinity, columns), value(affinity, linear_assignment(affinity)))
+
+
+def test_problems_of_one_batch_do_not_see_each_other():
+    affinity = torch.cat((random(5, 6, 6), 1e6 * random(1, 6, 6, seed=1), torch.zeros(1, 6, 6, dtype=torch.float64)))
+    one_by_one = torch.stack([shortest_augmenting_paths(problem) for problem in affinity])
+    assert torch.equal(shortest_augmenting_paths(affinity), one_by_one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_other_precisions(dtype):
+    affinity = random(10, 5, 5).to(dtype)
+    wide = affinity.double()
+    for solve in (linear_assignment, shortest_augmenting_paths):
+        assert (value(wide, solve(affinity)) >= value(wide, linear_assignment(wide)) - 0.05).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4), (3, 1, 1), (2, 0, 4, 4)])
+def test_no_problems_and_one_row(shape):
+    for solve in (linear_assignment, shortest_augmenting_paths):
+        columns = solve(torch.zeros(shape))
+        assert columns.shape == shape[:-1] and columns.dtype == torch.long
+        assert not columns.any()
+
+
+def test_problems_that_are_not_square_are_refused():
+    with pytest.raises(ValueError, match="3 × 4"):
+        linear_assignment(torch.zeros(3, 4))
+
+
+def test_reads_nothing_on_the_host_of_a_gpu():
+    with FakeTensorMode(), torch.device("cuda"):
+        assert linear_assignment(torch.randn(4, 8, 8)).shape == (4, 8)
