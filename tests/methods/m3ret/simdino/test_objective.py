@@ -6,7 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_dataset import fake_plan
-from method_checks import assert_constant_input_is_harmless, assert_equals_naive_loop, assert_views_have_a_row_per_sample
+from method_checks import (
+    assert_constant_input_is_harmless,
+    assert_equals_naive_loop,
+    assert_views_have_a_row_per_sample,
+)
 from small_patch_vit import small_patch_vit
 
 from nnssl_plugin.methods.m3ret.simdino.objective import SimDINO, alignment, summary
