@@ -1,7 +1,6 @@
 """A method that exists for tests: it needs what the real ones need and is small enough to read at a glance.
 
-EMA teacher, queue of negatives, two modalities of one case, dropout, a loss that counts for some samples only,
-a parameter group of its own, 2D and 3D.
+EMA teacher, queue of negatives, two modalities of one case, dropout, a parameter group of its own, 2D and 3D.
 """
 
 import copy
