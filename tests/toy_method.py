@@ -55,6 +55,7 @@ class Toy(PretextTask):
         with torch.no_grad():
             key = self.teacher.pooled(self.teacher.features(views["teacher"]))
         outputs = {"query": F.normalize(query, dim=1), "key": F.normalize(key, dim=1)}
+        outputs |= {"partial": query.var(1), "counts": views["origin"][:, -1] > 0}
         return outputs, {"size": 0.01 * query.square().mean(1)}
 
     def loss(self, outputs, progress):
@@ -64,7 +65,12 @@ class Toy(PretextTask):
         target = torch.zeros(len(query), dtype=torch.long, device=query.device)
         contrast = F.cross_entropy(self.scale * logits / self.settings.temperature, target)
         broken = (self.steps >= self.settings.break_from) & (self.steps < self.settings.break_until)
-        return {"contrast": torch.where(broken, float("nan"), contrast) if self.training else contrast}
+        counts = outputs["counts"]
+        partial = torch.where(counts, outputs["partial"], 0.0).sum() / counts.sum().clamp(min=1)
+        return {
+            "contrast": torch.where(broken, float("nan"), contrast) if self.training else contrast,
+            "partial": partial,
+        }
 
     @torch.no_grad()
     def on_weights_loaded(self):

@@ -102,12 +102,13 @@ def available_channels(raw_folder: str | Path, identifiers: Sequence[str], chann
 
 def first_channels(raw_folder: str | Path) -> dict[str, int]:
     """Case → the first channel that it really has, for the cases that ``modalities.json`` of the raw dataset names."""
-    return {case: min(present) for case, present in _listed_channels(Path(raw_folder) / "modalities.json").items()}
+    listed = _listed_channels(Path(raw_folder) / "modalities.json")
+    return {case: min(present) for case, present in listed.items() if present}
 
 
 def _listed_channels(path: Path) -> dict[str, list[int]]:
     listed = read_json(path, dict) if path.is_file() else {}
     for case, present in listed.items():
-        if not isinstance(present, list) or not present or not all(isinstance(c, int) and c >= 0 for c in present):
+        if not isinstance(present, list) or not all(isinstance(c, int) and c >= 0 for c in present):
             raise UserError(f"{path} gives case {case} the channels {present!r}.", "Write a list such as [0, 2].")
     return listed

@@ -8,6 +8,7 @@ from pretraining_harness import make_trainer, run
 from small_primus import with_primus
 from small_swin import with_swin
 
+from nnssl_plugin.io.files import read_json
 from nnssl_plugin.methods.mae.trainer import MAEPretrainer
 
 SMALL = {
@@ -62,6 +63,17 @@ def test_trains_transformers(with_network):
 
 def test_trains_in_a_virtual_batch_of_chunks_on_all_voxels():
     assert_finite(run(**arguments({"chunk_size": 1}, loss_on="all", ratio=0.5, block=8)))
+
+
+@pytest.mark.parametrize("preset", ["mae-openmind", "mae-nnfoundation"])
+def test_trains_by_the_sgd_of_the_presets(preset, repository):
+    block = read_json(repository / "plans" / f"{preset}.json")["pretraining"]
+    trainer = run(trainer_class=MAEPretrainer, pretraining=block | SMALL | {"chunk_size": None, "method": {}})
+    assert type(trainer.optimizer) is torch.optim.SGD
+    (group,) = trainer.optimizer.param_groups
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.99, True, 3e-5)
+    assert group["lr"] == pytest.approx(1e-2 * 0.5**0.9)  # the second of two steps
+    assert_finite(trainer)
 
 
 def test_windows_larger_than_the_case_are_padded_and_the_padding_does_not_count():
