@@ -119,18 +119,23 @@ class MAEContrast(MAE):
 
     def _projected(self, maps: list[Tensor], points: Tensor) -> Tensor:
         """Features (B, K^d, dim) at the points (B, d, K) of each crop."""
-        read = self.grid.read(maps[self.stage], points.unbind(1)).flatten(2).mT
-        return F.normalize(self.projector(read.to(maps[self.stage].dtype)).to(read.dtype), dim=-1)
+        map_ = maps[self.stage - len(self.backbone.strides)]  # counted from the coarsest, which a transformer has alone
+        read = self.grid.read(map_, points.unbind(1)).flatten(2).mT
+        return F.normalize(self.projector(read.to(map_.dtype)).to(read.dtype), dim=-1)
 
 
 def contrast_stage(backbone: Backbone, size: Sequence[int], cells: int) -> int:
-    """Index of the coarsest stage with at least so many tokens on every axis; the finest where there is none."""
+    """Index of the coarsest stage with at least so many tokens on every axis; the finest where there is none.
+
+    Stages of stride 1 do not count: in some networks they are the image itself, of which nothing was learned.
+    """
+    stages = [stage for stage, stride in enumerate(backbone.strides) if max(stride) > 1] or [0]
     fitting = [
         stage
-        for stage, stride in enumerate(backbone.strides)
-        if all(length // step >= cells for length, step in zip(size, stride, strict=True))
+        for stage in stages
+        if all(length // step >= cells for length, step in zip(size, backbone.strides[stage], strict=True))
     ]
-    return fitting[-1] if fitting else 0
+    return fitting[-1] if fitting else stages[0]
 
 
 def negatives(outputs: Views) -> Tensor:
