@@ -37,6 +37,7 @@ class StepBatches(Dataset):
         structures: values of the segmentation that name structures; with any, and with ``needs.labels``, batches
             bring ``labels``, in which every value but these and 0 (background) becomes -1.
         rank, ranks: this process among all that train together.
+        kind: what the images are called.
     """
 
     def __init__(
@@ -47,12 +48,13 @@ class StepBatches(Dataset):
         patch_size: Sequence[int],
         batch_size: int,
         available: dict[str, np.ndarray],
-        stream: tuple[int, int],
+        stream: tuple[int, ...],
         embeddings: dict[SliceKey, tuple[np.ndarray, np.ndarray]] | None = None,
         triplets: dict[str, list[Triplet]] | None = None,
         structures: Collection[int] = (),
         rank: int = 0,
         ranks: int = 1,
+        kind: str = "images",
     ):
         self.cases = cases
         self.needs = needs
@@ -68,13 +70,14 @@ class StepBatches(Dataset):
         self.stream = stream
         self.rank = rank
         self.ranks = ranks
+        self.kind = kind
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([*self.stream, self.rank, step])
         cases = self.cases_of_step(step)
         slices = self.slices_of_step(step) if self.needs.triplets else [None] * len(cases)
         samples = [self._sample(case, number, rng) for case, number in zip(cases, slices, strict=True)]
-        return {key: _collate([s[key] for s in samples]) for key in samples[0]}
+        return {"kind": self.kind, **{key: _collate([s[key] for s in samples]) for key in samples[0]}}
 
     def cases_of_step(self, step: int) -> list[str]:
         """Names of this rank's cases: passes over random permutations, so that no case comes twice in one step."""
@@ -199,7 +202,7 @@ class BatchStream:
         pin_memory: for faster copies to a CUDA device.
     """
 
-    def __init__(self, batches: StepBatches, steps: Sequence[int], *, workers: int, pin_memory: bool = False):
+    def __init__(self, batches: Dataset, steps: Sequence[int], *, workers: int, pin_memory: bool = False):
         self.waited = 0.0
         self.batches = batches
         self._loader = DataLoader(
