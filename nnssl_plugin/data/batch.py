@@ -60,6 +60,10 @@ class Needs:
     """Channels that a case must really have to be used."""
     dimensions: tuple[int, ...] = (2, 3)
     """Spatial dimensions of the configurations that the method supports."""
+    slices_per_case: int = 1
+    """Consecutive rows of a batch that show one case, with ``crop`` and without triplets: in 2D slices that follow one
+    another, in 3D windows each moved by at most a quarter of its size from the one before. Where the batch size is no
+    multiple, the last case has fewer."""
     unifies: bool = False
     """``views`` bring images of any of ``dimensions``, of any size and number of channels, to what the network reads,
     so that the datasets of one pretraining may differ in all of that."""
