@@ -9,6 +9,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from os.path import join
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_en
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms
 from nnssl_plugin.pretraining.provenance import describe_run
 from nnssl_plugin.pretraining.settings import TrainingSettings, read_settings
+from nnssl_plugin.pretraining.skipped_steps import FILE as SKIPPED
+from nnssl_plugin.pretraining.skipped_steps import describe_skipped, save_skipped, skipped_warning
 from nnssl_plugin.pretraining.validation import ValidationNumbers
 from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks, encode_in_chunks
 from nnssl_plugin.training.distributed import average_gradients, gather_samples
@@ -191,6 +194,8 @@ class Pretrainer(ResumableTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.step == 0 and self.local_rank == 0:
+            Path(self.output_folder, SKIPPED).unlink(missing_ok=True)  # of an earlier run
         if self.step == 0 and self.initial_weights is not None:
             self.continued_from = start_from(self, self.initial_weights)
 
@@ -290,22 +295,19 @@ class Pretrainer(ResumableTrainer):
         self._log_value("skipped_steps", float(self.sums.skipped))
         self._log_value("seconds_waiting", self.dataloader_train.waited)
         self._log_value("seconds_computing", seconds - self.dataloader_train.waited)
-        self._name_skipped_cases()
+        self._tell_of_skipped_steps()
         self._stop_if_broken()
         self.sums.reset()
 
-    def _name_skipped_cases(self) -> None:
-        """Say which cases the first skipped step of the epoch had; reads its batch again."""
+    def _tell_of_skipped_steps(self) -> None:
+        """Name the cases of the first skipped step of the epoch, and keep a description of the run's first."""
         first = int(self.sums.first_skipped)
-        if first < 0:
+        if first < 0 or self.local_rank != 0:
             return
         step = self.current_epoch * self.training_settings.iterations_per_epoch + first
-        batches = self.dataloader_train.batches
-        finite = batches[step]["image"].flatten(1).isfinite().all(1).tolist()
-        broken = [case for case, fine in zip(batches.cases_of_step(step), finite, strict=True) if not fine]
-        cause = f"not finite in the image: {', '.join(broken)}" if broken else "their images are finite"
-        names = ", ".join(batches.cases_of_all_ranks(step))
-        self.print_to_log_file(f"WARNING: step {step} was the first to be skipped. Its cases: {names}; {cause}.")
+        described = describe_skipped(self, step, self._seeds(TRAIN, step))
+        save_skipped(described, self.output_folder)
+        self.print_to_log_file(skipped_warning(described))
 
     def _stop_if_broken(self) -> None:
         streak, limit = int(self.sums.longest_streak), self.training_settings.max_skipped_in_a_row

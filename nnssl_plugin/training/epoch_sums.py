@@ -20,6 +20,7 @@ class EpochSums:
         self.skipped = torch.zeros((), device=device)
         self.streak = torch.zeros((), device=device)
         self.longest_streak = torch.zeros((), device=device)
+        self.first_terms: dict[str, Tensor] = {}  # of that step
         self.first_skipped = torch.full((), -1.0, device=device)  # position in the epoch; -1: none
 
     def add(self, terms: dict[str, Tensor], applied: Tensor, kind: str = "") -> None:
@@ -31,6 +32,10 @@ class EpochSums:
             kind: of the step's images where there are several: the means of its terms (``NAME/KIND``) are over its own
                 steps, beside that of all totals.
         """
+        first = ~applied & (self.first_skipped < 0)
+        for name, value in terms.items():
+            kept = self.first_terms.get(name, torch.zeros((), device=self.device))
+            self.first_terms[name] = torch.where(first, value.detach().float(), kept)
         if kind:
             own = {f"{name}/{kind}": value.detach().float() for name, value in terms.items()}
             self.add_known({name: torch.where(applied, value, torch.nan) for name, value in own.items()})
@@ -38,7 +43,6 @@ class EpochSums:
         for name, value in terms.items():
             value = torch.where(applied, value.detach().float(), 0.0)
             self.sums[name] = self.sums.get(name, 0.0) + value
-        first = ~applied & (self.first_skipped < 0)
         self.first_skipped = torch.where(first, self.applied + self.skipped, self.first_skipped)
         self.applied = self.applied + applied
         self.skipped = self.skipped + ~applied
@@ -71,6 +75,7 @@ class EpochSums:
         return {
             "sums": dict(self.sums),
             "known": dict(self.known),
+            "first_terms": dict(self.first_terms),
             "applied": self.applied,
             "skipped": self.skipped,
             "streak": self.streak,
