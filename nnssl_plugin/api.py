@@ -3,6 +3,7 @@
 ``nnssl_plugin`` itself offers them all: ``import nnssl_plugin as nnssl; nnssl.prepare(…)``.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from nnssl_plugin.intake.dicom.prepare import DicomChoice, prepare_dicom_class_d
 from nnssl_plugin.intake.grouping import Modalities, parse_modalities
 from nnssl_plugin.intake.labelled import prepare_class_dataset
 from nnssl_plugin.intake.unlabelled import PrepareSummary, prepare_dataset
+from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder
+
+log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -165,7 +169,9 @@ def caption(
         UserError: for a dataset, captioner or weights that are not there.
     """
     folder = raw_dataset_folder(dataset)
-    caption_dataset(
+    captions = caption_dataset(
         folder, open_captioner(captioner, options), seed=seed, slices=slices, body_part=body_part, window=window
     )
+    if captions.failed or captions.unknown:
+        log.warning("Without a text: %s.", some([*captions.failed, *captions.unknown]))
     return store_embeddings(folder, model=model, weights=weights)
