@@ -205,6 +205,8 @@ def _enter_all(ledger: CaseLedger, journal: Journal, tasks: Sequence[Task], grou
         remove_temporary_files(ledger.folder / name)
     for refusal in grouped.refusals:
         ledger.refuse(refusal)
+    for task in tasks:
+        ledger.make_way(task.group)
     progress = tqdm(journal.examine(tasks, processes), total=len(tasks), desc="prepare", unit="scan")
     try:
         for task, finding in zip(tasks, progress, strict=True):

@@ -114,6 +114,15 @@ def test_parts_make_the_dataset_of_one_run_once_all_are_complete(raw, scans):
     assert content(prepare(scans, part=Part(None, 3)).folder) == whole
 
 
+def test_a_part_takes_nothing_back(raw, scans, save):
+    folder = prepare(scans).folder
+    before = content(folder)
+    save("0_t1.nii.gz", seed=77)
+    prepare(scans, part=Part(0, 1))
+    assert {name: data for name, data in content(folder).items() if INCOMING not in name} == before
+    assert prepare(scans, part=Part(None, 1)).added == ("0",)
+
+
 @pytest.mark.parametrize("part", [(3, 3), (-1, 3), (0, 0)])
 def test_parts_that_are_none_are_refused(part):
     with pytest.raises(UserError, match="Part"):
