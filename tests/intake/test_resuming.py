@@ -149,7 +149,7 @@ def test_twenty_kills_at_random_moments_change_nothing(raw, tmp_path):
         ending = ".nii.gz" if case % 3 else ".nii"
         nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), scans / f"{case}{ending}")
     (scans / "damaged.nii.gz").write_bytes(b"damaged")
-    whole = prepare_dataset(scans, 502, "Whole", processes=2).folder
+    whole = content(prepare_dataset(scans, 502, "Whole", processes=2).folder)
     command = [sys.executable, "-m", "nnssl_plugin.cli.main", "prepare", "-i", str(scans), "-d", "501", "-n", "Scans"]
     moments, kills, ended = random.Random(1), 0, False
     while kills < 20 and not ended:
@@ -164,5 +164,6 @@ def test_twenty_kills_at_random_moments_change_nothing(raw, tmp_path):
             time.sleep(0.05)
     while subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode not in (0, 1):
         pass
-    print(f"{kills} kills")
-    assert kills >= 5 and content(raw / "Dataset501_Scans") == content(whole)
+    found = content(raw / "Dataset501_Scans")
+    assert found.pop("histograms.png")  # which the run in this process does not draw
+    assert kills >= 5 and found == whole
