@@ -60,9 +60,10 @@ def prepare(
         modalities: channels of a case with several images: name → pattern (or texts ``NAME=PATTERN``, or one path of a
             csv with the columns ``case``, one per modality and perhaps ``label``). What wildcards match names the case.
             Channels that a case lacks are zeros, as ``modalities.json`` says.
-        labels: patterns of the cases' segmentations, with ``modalities``; none: body masks.
+        labels: patterns of the cases' segmentations, with ``modalities``, or ``["labelsTr/*"]`` of a folder as nnU-Net
+            or the Decathlon has it; none: body masks.
         cases_by: ``name`` or ``folder``, with ``modalities``: what files of one case have in common.
-        resample: put images on another grid onto that of the first of the case, with ``modalities``.
+        resample: put images on another grid onto that of the first of the case.
         class_labels: table of class labels for classification; scans without a row are left out.
         targets: columns of the table to predict: ``NAME``, ``NAME:KIND`` or ``NAME:KIND:CLASS,CLASS``.
         include: patterns of scans to take, such as ``siteB/*`` or ``*_T1*``; none: all.
@@ -131,7 +132,7 @@ def _modalities(
     given: Mapping[str, str] | Sequence[str] | None, labels: Sequence[str], cases_by: str, resample: bool
 ) -> Modalities | None:
     if given is None:
-        return None
+        return Modalities(labels=tuple(labels), resample=resample) if labels or resample else None
     specs = [f"{name}={pattern}" for name, pattern in given.items()] if isinstance(given, Mapping) else list(given)
     return parse_modalities(specs, labels=labels, cases_by=cases_by, resample=resample)
 
