@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +148,24 @@ def _instance(file: ExportFile, header: Any) -> Instance:
         study=str(header.get("StudyInstanceUID", "")),
         patient=str(header.get("PatientID", "")),
         frame_of_reference=str(header.get("FrameOfReferenceUID", "")),
-        shown={name: _text(header.get(name)) for name in SHOWN if header.get(name) is not None},
+        shown=_shared_texts(tuple((name, _text(header.get(name))) for name in SHOWN if header.get(name) is not None)),
         colour=int(header.get("SamplesPerPixel") or 1) > 1,
         captured=bool(kind) or sop_class.startswith("1.2.840.10008.5.1.4.1.1.7"),
         ultrasound_regions="SequenceOfUltrasoundRegions" in header,
         frames=tuple(_frame(file, header, number) for number in range(count)),
     )
+
+
+@lru_cache(maxsize=4096)
+def _shared(value: Any) -> Any:
+    """One object for equal values: the planes of a series have most of them in common."""
+    return value
+
+
+@lru_cache(maxsize=4096)
+def _shared_texts(items: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """The same for a dictionary, which nobody changes."""
+    return dict(items)
 
 
 def _correction(header: Any, number: int) -> tuple[float, float]:
@@ -185,10 +198,10 @@ def _frame(file: ExportFile, header: Any, number: int) -> Frame:
         number=number,
         uid=str(header.get("SOPInstanceUID", "")),
         position=_numbers(value["ImagePositionPatient"], 3),
-        orientation=_numbers(value["ImageOrientationPatient"], 6),
-        spacing=_numbers(value["PixelSpacing"], 2),
+        orientation=_shared(_numbers(value["ImageOrientationPatient"], 6)),
+        spacing=_shared(_numbers(value["PixelSpacing"], 2)),
         correction=(1.0, 0.0) if number == 0 else _correction(header, number),
-        apart=tuple(_text(part) for part in apart),
+        apart=_shared(tuple(_text(part) for part in apart)),
         acquisition=_text(value["AcquisitionNumber"] or value["FrameAcquisitionNumber"]),
         moment=tuple(
             _number(part, 0.0)

@@ -192,3 +192,39 @@ def test_a_row_that_names_no_series_is_told(export, raw, tmp_path, capsys):
     (tmp_path / "t.csv").write_text("case,grade\nnobody,low\nSecret-0815,high\n")
     assert prepare("-i", export, "-d", 501, "-n", "X", "--class-labels", tmp_path / "t.csv") == 2
     assert "nobody" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_to_the_same_dataset(two_patients, raw, tmp_path, monkeypatch):
+    places = ("--key-file", tmp_path / "key", "--local")
+    prepare("-i", two_patients, "-d", 502, "-n", "X", *places, tmp_path / "whole")
+    read = []
+
+    def interrupted(*arguments):
+        read.append(arguments)
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        return read_planes(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnssl_plugin.intake.dicom.convert.read_planes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_dicom_dataset(
+                two_patients, 501, "X", DicomChoice(key_file=tmp_path / "key", local=tmp_path / "cut"), processes=1
+            )
+    prepare("-i", two_patients, "-d", 501, "-n", "X", *places, tmp_path / "cut")
+    whole, cut = raw / "Dataset502_X", raw / "Dataset501_X"
+    for kind in ("imagesTr", "labelsTr"):
+        names = sorted(path.name for path in (whole / kind).iterdir())
+        assert names == sorted(path.name for path in (cut / kind).iterdir()) and len(names) == 3
+        assert all((whole / kind / name).read_bytes() == (cut / kind / name).read_bytes() for name in names)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_scans(two_patients, raw, tmp_path):
+    places = ("--key-file", tmp_path / "key", "--local")
+    prepare("-i", two_patients, "-d", 501, "-n", "X", *places, tmp_path / "one")
+    choice = DicomChoice(key_file=tmp_path / "key", local=tmp_path / "two")
+    prepare_dicom_dataset(two_patients, 502, "X", choice, processes=2)
+    one, two = (sorted((raw / f"Dataset{n}_X" / "imagesTr").iterdir()) for n in (501, 502))
+    assert [path.name for path in one] == [path.name for path in two]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
