@@ -63,7 +63,7 @@ class Frame:
     orientation: Numbers | None  # six cosines: along a row, along a column
     spacing: Numbers | None  # mm between rows, between columns
     correction: tuple[float, float]  # factor and offset for values to which GDCM applied the rescale of frame 0
-    apart: tuple[str, ...]  # kind of image, echo, b-value, point in time: frames that differ are of other images
+    apart: tuple[str, ...]  # kind of image, kernel, echo, b-value, time: frames that differ are of other images
     acquisition: str  # number of the acquisition
     moment: tuple[float, ...]  # trigger, acquisition time, content time, instance number: the order within a position
 
@@ -188,7 +188,8 @@ def _frame(file: ExportFile, header: Any, number: int) -> Frame:
     trigger = value["NominalCardiacTriggerDelayTime"] or value["TriggerTime"]
     apart = (
         _kind_of_frame(header, number),
-        echo,
+        header.get("ConvolutionKernel"),
+        None if echo in (None, "") else round(float(echo), 1),  # some scanners state another hundredth per slice
         _b_value(header, value["DiffusionBValue"]),
         moment,
         *(value[name] for name in ("EchoNumbers", "InversionTime", "StackID", "ComplexImageComponent")),
