@@ -39,6 +39,11 @@ class ExportFile:
         return (self.member or self.path.name).rpartition("/")[2]
 
     @property
+    def size(self) -> int:
+        """Bytes, of a member when it is unpacked."""
+        return _archive(self.path).getinfo(self.member).file_size if self.member else self.path.stat().st_size
+
+    @property
     def stamp(self) -> str:
         """Size and time of change, by which an unchanged file is recognised."""
         found = self.path.stat()

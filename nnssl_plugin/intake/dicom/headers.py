@@ -49,6 +49,9 @@ _PRIVATE_B_VALUES = ((0x0019, 0x100C), (0x0043, 0x1039), (0x2001, 0x1003))
 SEGMENTATION, STRUCTURES = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.481.3"
 """SOP classes of segmentations and of radiotherapy's structure sets."""
 
+MOST_RATIO = 4000
+"""Bytes of pixels that one byte of a file may promise; a blank plane in JPEG 2000 comes near to 2000."""
+
 Numbers = tuple[float, ...]
 
 
@@ -139,6 +142,9 @@ def _instance(file: ExportFile, header: Any) -> Instance:
     sop_class = str(header.get("SOPClassUID", ""))
     is_drawn = "Rows" in header and "Columns" in header
     count = int(header.get("NumberOfFrames") or 1) if is_drawn else 0
+    promised = count * int(header.get("Rows") or 0) * int(header.get("Columns") or 0) * 2
+    if promised > MOST_RATIO * file.size:
+        raise ValueError(f"the header promises {promised} bytes of pixels, the file has {file.size}")
     kind = str(header.get("ConversionType", ""))
     return Instance(
         file=file,

@@ -365,6 +365,17 @@ def test_a_damaged_file_is_named_and_the_rest_goes_on(export, convert):
     assert len(converted.with_status(REFUSED)) == 1 and len(converted.unreadable) == 1 and converted.has_failures
 
 
+def test_a_header_that_promises_more_than_a_file_can_hold_is_not_believed(export, convert):
+    planes = phantom()
+    write_series(export / "good", planes)
+    dataset = enhanced(export / "e.dcm", phantom(seed=1))
+    dataset.Rows = dataset.Columns = 60000
+    dataset.save_as(export / "e.dcm", enforce_file_format=True)
+    converted = convert("MR")
+    assert np.array_equal(planes_of(only_scan(converted)), planes)
+    assert "the header promises" in converted.unreadable[0]
+
+
 def test_an_export_without_series_says_so(export, convert):
     for number in range(3):
         (export / f"IM{number}.dcm").write_bytes(bytes(128) + b"DICM" + bytes(200))
