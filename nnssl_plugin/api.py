@@ -3,6 +3,7 @@
 ``nnssl_plugin`` itself offers them all: ``import nnssl_plugin as nnssl; nnssl.prepare(…)``.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from nnssl_plugin.intake.dicom.prepare import DicomChoice, prepare_dicom_class_d
 from nnssl_plugin.intake.grouping import Modalities, parse_modalities
 from nnssl_plugin.intake.labelled import prepare_class_dataset
 from nnssl_plugin.intake.unlabelled import PrepareSummary, prepare_dataset
+from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder
+
+log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -56,9 +60,10 @@ def prepare(
         modalities: channels of a case with several images: name → pattern (or texts ``NAME=PATTERN``, or one path of a
             csv with the columns ``case``, one per modality and perhaps ``label``). What wildcards match names the case.
             Channels that a case lacks are zeros, as ``modalities.json`` says.
-        labels: patterns of the cases' segmentations, with ``modalities``; none: body masks.
+        labels: patterns of the cases' segmentations, with ``modalities``, or ``["labelsTr/*"]`` of a folder as nnU-Net
+            or the Decathlon has it; none: body masks.
         cases_by: ``name`` or ``folder``, with ``modalities``: what files of one case have in common.
-        resample: put images on another grid onto that of the first of the case, with ``modalities``.
+        resample: put images on another grid onto that of the first of the case.
         class_labels: table of class labels for classification; scans without a row are left out.
         targets: columns of the table to predict: ``NAME``, ``NAME:KIND`` or ``NAME:KIND:CLASS,CLASS``.
         include: patterns of scans to take, such as ``siteB/*`` or ``*_T1*``; none: all.
@@ -127,7 +132,7 @@ def _modalities(
     given: Mapping[str, str] | Sequence[str] | None, labels: Sequence[str], cases_by: str, resample: bool
 ) -> Modalities | None:
     if given is None:
-        return None
+        return Modalities(labels=tuple(labels), resample=resample) if labels or resample else None
     specs = [f"{name}={pattern}" for name, pattern in given.items()] if isinstance(given, Mapping) else list(given)
     return parse_modalities(specs, labels=labels, cases_by=cases_by, resample=resample)
 
@@ -165,7 +170,9 @@ def caption(
         UserError: for a dataset, captioner or weights that are not there.
     """
     folder = raw_dataset_folder(dataset)
-    caption_dataset(
+    captions = caption_dataset(
         folder, open_captioner(captioner, options), seed=seed, slices=slices, body_part=body_part, window=window
     )
+    if captions.failed or captions.unknown:
+        log.warning("Without a text: %s.", some([*captions.failed, *captions.unknown]))
     return store_embeddings(folder, model=model, weights=weights)

@@ -10,7 +10,7 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -112,6 +112,8 @@ def converted(value: Any, annotation: Any) -> Any:
         return _require(value, any(type(value) is type(option) and value == option for option in parts))
     if origin is tuple:
         return _converted_list(value, parts)
+    if is_dataclass(annotation):
+        return _converted_block(value, annotation)
     if annotation is float:
         number = _require(value, type(value) in (int, float) and abs(value) < math.inf)
         with suppress(OverflowError):
@@ -129,6 +131,8 @@ def described(annotation: Any) -> str:
         return " or ".join(map(described, parts))
     if origin is Literal:
         return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
+    if is_dataclass(annotation):
+        return f"a block of {', '.join(field.name for field in fields(annotation))}"
     if origin is not tuple:
         return "null" if annotation is NoneType else NAMES.get(origin or annotation, str(annotation))
     if parts[-1] is ...:
@@ -171,6 +175,14 @@ def _converted_list(value: Any, parts: tuple[Any, ...]) -> tuple[Any, ...]:
     entries = parts[:1] * len(value) if parts[-1] is ... else parts
     _require(value, len(entries) == len(value))
     return tuple(map(converted, value, entries))
+
+
+def _converted_block(value: Any, settings: Any) -> Any:
+    _require(value, isinstance(value, Mapping))
+    annotations = get_type_hints(settings, include_extras=True)
+    needed = {field.name for field in fields(settings) if field.default is MISSING}
+    _require(value, needed <= value.keys() <= annotations.keys())
+    return settings(**{name: converted(entry, annotations[name]) for name, entry in value.items()})
 
 
 def _require(value: Any, allowed: bool) -> Any:

@@ -21,16 +21,17 @@ def write_fake_dataset(
     residual: bool = False,
     batch_norm: bool = False,
     shape=(18, 20, 17),
+    name: str = NAME,
 ) -> dict:
     """Write the dataset into nnU-Net's folders of this process and return its plan."""
-    raw = Path(os.environ["nnUNet_raw"]) / NAME
-    preprocessed = Path(os.environ["nnUNet_preprocessed"]) / NAME
+    raw = Path(os.environ["nnUNet_raw"]) / name
+    preprocessed = Path(os.environ["nnUNet_preprocessed"]) / name
     for folder in (raw, preprocessed / "fake_data"):
         folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     names = [f"case_{i:02d}" for i in range(cases)]
-    for name in names if not (preprocessed / "fake_data" / "case_00.b2nd").exists() else ():
-        _write_case(preprocessed / "fake_data" / name, rng, channels, shape)
+    for case in names if not (preprocessed / "fake_data" / "case_00.b2nd").exists() else ():
+        _write_case(preprocessed / "fake_data" / case, rng, channels, shape)
     dataset_json = {
         "channel_names": {str(c): "MR" for c in range(channels)},
         "labels": {"background": 0, "body": 1},
@@ -38,6 +39,7 @@ def write_fake_dataset(
         "file_ending": ".nii.gz",
     }
     plan = fake_plan(dimensions=dimensions, pretraining=pretraining, residual=residual, batch_norm=batch_norm)
+    plan["dataset_name"] = name
     write_json(preprocessed / "dataset.json", dataset_json)
     write_json(preprocessed / "dataset_fingerprint.json", {})
     write_json(preprocessed / "nnUNetPlans.json", plan)

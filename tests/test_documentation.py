@@ -80,7 +80,9 @@ def test_the_options_of_the_captioner_that_asks_a_server_are_in_its_page(reposit
 def test_a_table_of_settings_is_written_from_the_dataclass():
     marked = "a\n<!-- settings: nnssl_plugin.pretraining.settings.TrainingSettings -->\nold\n<!-- end -->\nb"
     written = with_tables(marked)
-    assert "old" not in written and written.startswith("a\n<!-- settings:") and written.endswith("\n<!-- end -->\nb")
+    assert (
+        "\nold\n" not in written and written.startswith("a\n<!-- settings:") and written.endswith("\n<!-- end -->\nb")
+    )
     assert (
         "| `gradient_clip` | a number above 0 | `12.0` | Largest norm of the gradient (12 is nnU-Net's). |" in written
     )

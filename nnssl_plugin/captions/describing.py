@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +20,8 @@ from nnssl_plugin.errors import UserError
 
 FAILURES_IN_A_ROW = 10
 """Slices without a text, one after the other, that end a run: the next ones would hardly fare better."""
+SECONDS_TO_END = 10
+"""What is being asked when no other slice would get a text has this long to be answered."""
 
 Record = Callable[[Triplet, Answer], None]
 """Keeps a triplet that has its text; called from several threads."""
@@ -80,7 +83,7 @@ def _ask_all(captioner: AskedCaptioner, drafts: Iterator[Draft], record: Record)
             raise CaptionerStopped(problem, "What was answered is kept. When the server is well again, run this again.")
 
     pending: dict[Future, Draft] = {}
-    with ThreadPoolExecutor(captioner.concurrency) as pool:  # leaving it waits for what is being asked
+    with closing(captioner), ThreadPoolExecutor(captioner.concurrency) as pool:  # waits for what is being asked
         try:
             for draft in drafts:
                 while len(pending) >= 2 * captioner.concurrency:
@@ -88,14 +91,15 @@ def _ask_all(captioner: AskedCaptioner, drafts: Iterator[Draft], record: Record)
                 pending[pool.submit(ask, draft)] = draft
             while pending:
                 collect(pending)
-        except (KeyboardInterrupt, CaptionerStopped):
+        except (KeyboardInterrupt, CaptionerStopped) as reason:
             pool.shutdown(wait=False, cancel_futures=True)
+            asked = [future for future in pending if not future.cancelled()]
+            wait(asked, timeout=SECONDS_TO_END if isinstance(reason, CaptionerStopped) else 0)
             captioner.close()
             raise
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    captioner.close()
     return failures
 
 

@@ -32,6 +32,8 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before the second attempt, doubled before each further one up to the longest, less a random part."""
 LONGEST_PAUSE = 3600.0
 """Seconds that a server may ask to wait (Retry-After); beyond it the run ends."""
+LONGEST_SILENCE = 600.0
+"""Seconds without a text for any slice, after which a server that asks to wait is believed no more."""
 PASSING = (408, 409, 425, 429)
 """Statuses below 500 that another attempt may mend."""
 SHOWN = 300
@@ -63,7 +65,7 @@ class OpenAIOptions:
     timeout: Positive = field(default=120.0, metadata=TRANSPORT)
     """Seconds for a whole answer."""
     attempts: Count = field(default=6, metadata=TRANSPORT)
-    """Per slice; waiting because the server said how long is none."""
+    """Per slice; a pause that the server asks for is none, unless no slice got a text for ten minutes."""
     allow_remote: bool = field(default=False, metadata=TRANSPORT)
     """Whether pictures may leave this computer."""
     images: str = field(default="", metadata=TRANSPORT)
@@ -107,6 +109,7 @@ class OpenAICaptioner:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._next_start = self._resume_at = 0.0  # of the loop's clock
+        self._last_answer = 0.0  # to any slice; at first the time of the first request
 
     def describe(self, slices: Sequence[np.ndarray], facts: Sequence[SliceFacts]) -> list[str]:
         """See :class:`~nnssl_plugin.captions.captioners.Captioner`; one slice after the other."""
@@ -170,6 +173,8 @@ class OpenAICaptioner:
 
     async def _answer(self, image: bytes, facts: SliceFacts) -> Answer:
         requests = failed = tokens_in = tokens_out = 0
+        clock = asyncio.get_running_loop().time
+        self._last_answer = self._last_answer or clock()
         while True:
             await self._turn()
             requests += 1
@@ -177,17 +182,18 @@ class OpenAICaptioner:
                 reply = read_reply(await self._request(image, facts))
                 tokens_in, tokens_out = tokens_in + reply.tokens_in, tokens_out + reply.tokens_out
                 if reply.text:
+                    self._last_answer = clock()
                     return Answer(reply.text, requests, tokens_in, tokens_out)
                 raise _Again("an empty text")
             except _Again as again:
+                is_patient = again.pause is not None and clock() - self._last_answer < LONGEST_SILENCE
+                failed += not is_patient
+                if failed >= self.options.attempts:
+                    raise SliceFailed(f"{failed} attempts, the last: {again}") from again
                 if again.pause is None:
-                    failed += 1
-                    if failed >= self.options.attempts:
-                        raise SliceFailed(f"{failed} attempts, the last: {again}") from again
-                    wait = min(FIRST_WAIT * 2 ** (failed - 1), LONGEST_WAIT)
-                    await asyncio.sleep(wait * random.uniform(0.5, 1))
+                    await asyncio.sleep(min(FIRST_WAIT * 2 ** (failed - 1), LONGEST_WAIT) * random.uniform(0.5, 1))
                 else:
-                    self._pause(again.pause)
+                    self._pause(max(again.pause, FIRST_WAIT))
 
     async def _turn(self) -> None:
         """Wait until the server's pause is over and the limit per minute allows a request."""

@@ -180,7 +180,7 @@ def caption_dataset(
         run = Run(signature(captioner), seed, body_part)
         todo, kept, unknown = _plan(raw_folder, files, captioner, run, slices, struck)
         _announce(raw_folder, captioner, sum(case.lacking for case in todo))
-        journal = Journal(raw_folder, run, options_of(captioner))
+        journal = Journal(raw_folder, run, {**options_of(captioner), "seed_of_slices": seed, "window": window})
         try:
             drafts = (_drafts(case, captioner, draw, struck) for case in tqdm(todo, desc="caption", unit="case"))
             failed = describe_all(captioner, drafts, journal.add)
@@ -245,7 +245,8 @@ def _plan(
             unknown.append(case)
             continue
         given = captioner.places(case) if isinstance(captioner, PlacedCaptioner) else None
-        lacking = (slices if given is None else len({(case, *place) for place in given} - struck)) - len(stay)
+        wanted = {(case, *place) for place in given or ()} - struck - {line.key for line in stay}
+        lacking = slices - len(stay) if given is None else len(wanted)
         if lacking > 0 and not foreign:
             todo.append(_Case(case, image, label, stay, lacking, given))
     return todo, kept, unknown

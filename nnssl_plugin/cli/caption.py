@@ -91,11 +91,12 @@ def _caption(folder, args):
     )
     print(f"{captions.path}: {captions.added} texts written, {captions.kept} kept.")
     _print_cost(captions.cost, captioner)
+    code = _print_missing(captions)
     _print_contents(folder)
     embeddings = store_embeddings(folder, model=args.model, weights=args.weights)
     print(f"{embeddings.path}: {embeddings.computed} embedded, {embeddings.reused} reused.")
     print(f"Made by {describe_encoders(folder, embeddings.weights)}.")
-    return _print_missing(captions)
+    return code
 
 
 def _options(folder, args):
@@ -116,8 +117,8 @@ def _options(folder, args):
 def _print_cost(cost, captioner):
     if not cost.requests:
         return
-    options = captioner.options
-    price = (cost.tokens_in * options.price_in + cost.tokens_out * options.price_out) / 1e6
+    price_in, price_out = (getattr(captioner.options, name, 0) for name in ("price_in", "price_out"))
+    price = (cost.tokens_in * price_in + cost.tokens_out * price_out) / 1e6
     priced = f", {price:.2f} at your prices" if price else ""
     print(f"{cost.requests} requests, {cost.tokens_in:,} tokens sent, {cost.tokens_out:,} received{priced}.")
 

@@ -161,6 +161,7 @@ def _prepare_scans(args):
             exclude=args.exclude,
             keep=() if args.keep is None else args.keep or ALL,
             part=part,
+            announce=_announce,
         )
         if part is not None and part.number is not None:
             print(f"Part {part.number} of {part.count} is complete. When all are: -num_parts {part.count} --merge")
@@ -312,6 +313,20 @@ def _label(args):
     _report_labels(label_dataset(args.d, table=args.class_labels, targets=args.target))
 
 
+def _announce(ahead):
+    print(
+        f"To look at: {ahead.cases} cases ({ahead.files} files, {_bytes(ahead.read)}, {ahead.voxels / 1e6:.3g} million "
+        f"voxels); {ahead.known} are known."
+    )
+    if ahead.cases:
+        minutes = f"{ahead.seconds / 60:.0f} minutes" if ahead.seconds > 90 else f"{ahead.seconds:.0f} seconds"
+        print(f"  about {minutes}, and {_bytes(ahead.written)} on the disk, which has {_bytes(ahead.free)} left")
+
+
+def _bytes(count):
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
 def _report(summary):
     from nnssl_plugin.intake.unlabelled import made_grey
 
@@ -335,6 +350,8 @@ def _report(summary):
     _print_some(summary.overview, "{}")
     if summary.contact_sheet:
         print(f"One look finds wrong scans and masks: {summary.contact_sheet}")
+    if summary.histograms:
+        print(f"Sizes, spacings, intensities and masks of all cases: {summary.histograms}")
     return 1 if summary.rejected or summary.unread else 0
 
 

@@ -9,6 +9,7 @@ Batch = dict[str, Any]
 
 ``image`` (B, C, *window) float32, the plan's normalised intensities, 0 outside the case;
 ``available`` (B, C) bool, the channels that the case really has;
+``kind``, a text on the host: what the plan calls the images of this dataset;
 ``cases`` list of B names and ``places`` list of B :class:`Place`, both on the host;
 ``origin``, ``extent`` and ``case_shape`` (B, dims) float, the same places on the device;
 with triplets also ``plane`` (B,) int (index into ``planes.PLANES``), ``slice_axis`` (B,) int (spatial axis of ``image``
@@ -65,6 +66,13 @@ class Needs:
     """Channels that a case must really have to be used."""
     dimensions: tuple[int, ...] = (2, 3)
     """Spatial dimensions of the configurations that the method supports."""
+    slices_per_case: int = 1
+    """Consecutive rows of a batch that show one case, with ``crop`` and without triplets: in 2D slices that follow one
+    another, in 3D windows each moved by at most a quarter of its size from the one before. Where the batch size is no
+    multiple, the last case has fewer."""
+    unifies: bool = False
+    """``views`` bring images of any of ``dimensions``, of any size and number of channels, to what the network reads,
+    so that the datasets of one pretraining may differ in all of that."""
     labels: bool = False
     """Validation batches bring ``labels`` for diagnostics, where the dataset labels structures; training batches
     never do."""

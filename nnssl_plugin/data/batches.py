@@ -45,6 +45,7 @@ class StepBatches(Dataset):
         structures: values of the segmentation that name structures; with any, and with ``needs.labels``, batches
             bring ``labels``, in which every value but these and 0 (background) becomes -1.
         rank, ranks: this process among all that train together.
+        kind: what the images are called.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class StepBatches(Dataset):
         patch_size: Sequence[int],
         batch_size: int,
         available: dict[str, np.ndarray],
-        stream: tuple[int, int],
+        stream: tuple[int, ...],
         embeddings: dict[SliceKey, tuple[np.ndarray, np.ndarray]] | None = None,
         triplets: dict[str, list[Triplet]] | None = None,
         structures: Collection[int] = (),
         rank: int = 0,
         ranks: int = 1,
+        kind: str = "images",
     ):
         self.cases = cases
         self.needs = needs
@@ -76,26 +78,37 @@ class StepBatches(Dataset):
         self.stream = stream
         self.rank = rank
         self.ranks = ranks
+        self.kind = kind
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([*self.stream, self.rank, step])
         cases = self.cases_of_step(step)
         slices = self.slices_of_step(step) if self.needs.triplets else [None] * len(cases)
-        samples = [self._sample(case, number, rng) for case, number in zip(cases, slices, strict=True)]
-        return {key: _collate([s[key] for s in samples]) for key in samples[0]}
+        samples: list[dict] = []
+        for row, (case, number) in enumerate(zip(cases, slices, strict=True)):
+            before = samples[-1]["places"] if row % self.needs.slices_per_case else None
+            samples.append(self._sample(case, number, rng, before))
+        return {"kind": self.kind, **{key: _collate([s[key] for s in samples]) for key in samples[0]}}
 
     def cases_of_step(self, step: int) -> list[str]:
-        """Names of this rank's cases: passes over random permutations, so that no case comes twice in one step."""
+        """Names of this rank's cases: passes over random permutations, so that no case comes twice in one step unless
+        the method wants neighbours."""
         first = self.rank * self.batch_size
         return self.cases_of_all_ranks(step)[first : first + self.batch_size]
 
     def cases_of_all_ranks(self, step: int) -> list[str]:
         """Names of the cases of a step, rank after rank."""
-        number, together = len(self.cases), self.batch_size * self.ranks
+        neighbours = self.needs.slices_per_case
+        of_rank = math.ceil(self.batch_size / neighbours)
+        number, together = len(self.cases), of_rank * self.ranks
         steps_per_pass = max(1, number // together)
         order = np.random.default_rng([*self.stream, step // steps_per_pass]).permutation(number)
         first = (step % steps_per_pass) * together
-        return [self.cases.identifiers[order[i % number]] for i in range(first, first + together)]
+        drawn = [self.cases.identifiers[order[i % number]] for i in range(first, first + together)]
+        rows = (
+            [case for case in drawn[i : i + of_rank] for _ in range(neighbours)] for i in range(0, together, of_rank)
+        )
+        return [case for of_one in rows for case in of_one[: self.batch_size]]
 
     def slices_of_step(self, step: int) -> list[int]:
         """Which of its triplets each of this rank's cases shows."""
@@ -121,10 +134,14 @@ class StepBatches(Dataset):
         fitting = [number for number, triplet in enumerate(self.triplets[case]) if triplet.plane in planes]
         return cycle(rng.permutation(fitting).tolist())
 
-    def _sample(self, case: str, number: int | None, rng: np.random.Generator) -> dict:
+    def _sample(self, case: str, number: int | None, rng: np.random.Generator, before: Place | None = None) -> dict:
+        """One row of a batch; ``before`` is the window of the same case that it is a neighbour of."""
         data, segmentation, facts = self.cases.load_labelled(case)
         slice_ = None if number is None else facts.slices[number]
-        origin, extent, position = self._box(data.shape[1:], facts, slice_, rng)
+        if before is None:
+            origin, extent, position = self._box(data.shape[1:], facts, slice_, rng)
+        else:
+            origin, extent, position = self._beside(before, rng), np.array(before.extent), math.nan
         place = Place.of(origin, extent, data.shape[1:])
         image = read_window(data, origin, extent)
         if not self.available[case].all():  # CT normalisation makes another number of the zeros that were stored
@@ -156,6 +173,8 @@ class StepBatches(Dataset):
             extent = fitted_extent(shape, self.window, flat=self.flat) if fit else np.array(self.window)
             anchor = self._anchor(facts, slice_, rng)
             origin = random_origin(shape, extent, rng, anchor, placement=self.needs.placement)
+            if self.flat:  # the slices after it exist, too
+                origin[0] = min(origin[0], max(0, shape[0] - self.needs.slices_per_case))
         if slice_ is None:
             return origin, extent, math.nan
         axis, coordinate = slice_
@@ -167,6 +186,12 @@ class StepBatches(Dataset):
         else:
             position = float(np.clip((coordinate + 0.5 - origin[axis]) / extent[axis], 0, 1))
         return origin, extent, position
+
+    def _beside(self, before: Place, rng: np.random.Generator) -> np.ndarray:
+        """First voxel of a neighbour of a window: the next slice in 2D, else moved by up to a quarter of the window."""
+        origin, window, shape = map(np.array, (before.origin, before.extent, before.case_shape))
+        moved = origin + ([1, 0, 0] if self.flat else rng.integers(-(window // 4), window // 4 + 1))
+        return np.where(shape > window, np.clip(moved, 0, np.maximum(shape - window, 0)), origin)
 
     def _labels(self, segmentation, origin: np.ndarray, extent: np.ndarray) -> np.ndarray:
         """The segmentation (*window) int16 in the window of the image."""
@@ -211,7 +236,7 @@ class BatchStream:
         pin_memory: for faster copies to a CUDA device.
     """
 
-    def __init__(self, batches: StepBatches, steps: Sequence[int], *, workers: int, pin_memory: bool = False):
+    def __init__(self, batches: Dataset, steps: Sequence[int], *, workers: int, pin_memory: bool = False):
         self.waited = 0.0
         self.batches = batches
         self._loader = DataLoader(

@@ -91,11 +91,14 @@ class CaseLedger:
         settled = settled and all(self._is_unchanged(source) for source in taken)
         if settled:
             self.rejected.update({str(s.path): self.rejected_before[str(s.path)] for s in refused})
-            return True
-        for case in cases:
+        return settled
+
+    def make_way(self, group: Group) -> None:
+        """Take back the cases that hold files of a case which is about to be entered anew."""
+        sources = (*group.images, *([group.label] if group.label else []))
+        for case in sorted({self.case_of[str(s.path)] for s in sources if str(s.path) in self.case_of}):
             log.warning("%s has changed since it was taken as case %s; it is taken anew.", printable(group.name), case)
             self._withdraw(case)
-        return False
 
     def absent(self) -> tuple[tuple[str, int], ...]:
         """Of several modalities, each that some case lacks, with the number of such cases."""

@@ -43,6 +43,9 @@ LINKED, REWRITTEN = "linked", "rewritten"
 SET_ASIDE = "set aside: "
 """Begins the reason of a file that can be read and is left out; ``keep`` takes it."""
 THUMBNAIL = "thumbnail.png"
+PERCENTILES = (1, 50, 99)
+LOOKED_AT = 1 << 16
+"""Voxels of which percentiles are taken."""
 _STAGING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Result = TypeVar("Result")
@@ -188,6 +191,7 @@ def _stage_case(task: Task, channels: dict[int, tuple[Source, Scan]]) -> Finding
             status=REWRITTEN if source.path in rewritten else LINKED,
             channel=" ".join(map(str, source.channels)) if len(task.modalities) > 1 else "",
             body_share=share,
+            percentiles=_percentiles(on_grid[source.channels[0]].array, label),
         )
         for source in dict.fromkeys(source for source, _ in channels.values())
     ]
@@ -211,7 +215,9 @@ def _label(task: Task, like: Scan, channels: dict[int, Aligned]) -> np.ndarray:
     return np.maximum.reduce(masks)
 
 
-def _origin(source: Source, scans: Sequence[Scan], *, status: str, channel: str, body_share: str) -> Origin:
+def _origin(
+    source: Source, scans: Sequence[Scan], *, status: str, channel: str, body_share: str, percentiles: str
+) -> Origin:
     hashes = [scan.voxels_sha256() for scan in scans]
     return Origin(
         case="",
@@ -224,6 +230,7 @@ def _origin(source: Source, scans: Sequence[Scan], *, status: str, channel: str,
         voxels_sha256=hashes[0] if len(hashes) == 1 else text_sha256(hashes),
         stamp=source_stamp(source.path),
         body_share=body_share,
+        percentiles=percentiles,
         channel=channel,
     )
 
@@ -266,8 +273,16 @@ def _stage_picture(task: Task, source: Source) -> Finding:
         voxels_sha256=picture.pixels_sha256(),
         stamp=source_stamp(source.path),
         body_share=f"{mask.mean():.4f}",
+        percentiles=_percentiles(picture.array, mask),
     )
     return Finding(origins=(row,))
+
+
+def _percentiles(array: np.ndarray, mask: np.ndarray) -> str:
+    """Of an image (I, J, K) or (H, W[, 3]) within its mask, or of all of it where that is empty."""
+    inside = array[mask > 0] if mask.any() else array.ravel()
+    some = inside.ravel()[:: max(1, inside.size // LOOKED_AT)]
+    return ";".join(f"{value:.6g}" for value in np.percentile(some, PERCENTILES))
 
 
 def _write_thumbnail(task: Task, image: Image.Image) -> None:

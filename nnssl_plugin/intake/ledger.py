@@ -37,6 +37,7 @@ class Origin:
     voxels_sha256: str  # the same for the same voxels in another container
     stamp: str  # size and time of change, by which an unchanged source is recognised
     body_share: str = ""  # share of the image that the body mask takes, 0 to 1; earlier versions did not write it
+    percentiles: str = ""  # 1st, 50th and 99th of the intensities within the mask, "12;80;310"
     channel: str = ""  # which of several channels it is ("0 1 2" for a 4D file), or "label"; empty where there is one
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nnssl_plugin.intake.ledger import Origin, Rejection
+from nnssl_plugin.intake.ledger import LABEL, Origin, Rejection
 from nnssl_plugin.io.text import some
 
 FAR_MADS = 3.5
@@ -20,8 +20,9 @@ def describe_cases(origins: Sequence[Origin]) -> list[str]:
     """Lines with the ranges of size, spacing and share of the body mask, outliers by name; none for no cases."""
     if not origins:
         return []
-    lines = [f"size     {_ranges([row.shape for row in origins])} voxels"]
-    spacings = [row.spacing_mm for row in origins if row.spacing_mm]
+    first = first_images(origins)
+    lines = [f"size     {_ranges([row.shape for row in first])} voxels"]
+    spacings = [row.spacing_mm for row in first if row.spacing_mm]
     lines += [f"spacing  {_ranges(spacings)} mm"] if spacings else []
     shares = body_shares(origins)
     if shares:
@@ -30,6 +31,15 @@ def describe_cases(origins: Sequence[Origin]) -> list[str]:
         far = [f"{case} ({shares[case]:.1%})" for case in far_shares(shares)]
         lines += [f"look at {some(far)}: the mask takes far more or less than in the others"] if far else []
     return lines
+
+
+def first_images(origins: Sequence[Origin]) -> list[Origin]:
+    """The row of each case's first image, on whose grid the others lie."""
+    rows: dict[str, Origin] = {}
+    for row in sorted(origins, key=lambda row: row.channel):
+        if row.channel != LABEL:
+            rows.setdefault(row.case, row)
+    return [rows[case] for case in sorted(rows)]
 
 
 def body_shares(origins: Sequence[Origin]) -> dict[str, float]:
@@ -63,10 +73,14 @@ def _kind(reason: str) -> str:
     return re.sub(r"^\d+ (?!.*image)", "", re.split(r":| \(", text, maxsplit=1)[0])
 
 
+def axes_of(rows: Sequence[str]) -> np.ndarray:
+    """``["10x20", "12x20"]`` → (cases, axes) float64; of rows with other numbers of axes, those they have in common."""
+    return np.array(list(zip(*([float(part) for part in row.split("x")] for row in rows), strict=False))).T
+
+
 def _ranges(rows: Sequence[str]) -> str:
     """``["10x20", "12x20"]`` → ``10-12 x 20``."""
-    axes = zip(*([float(part) for part in row.split("x")] for row in rows), strict=False)
-    pairs = [(_number(min(axis)), _number(max(axis))) for axis in axes]
+    pairs = [(_number(float(axis.min())), _number(float(axis.max()))) for axis in axes_of(rows).T]
     return " x ".join(low if low == high else f"{low}-{high}" for low, high in pairs)
 
 

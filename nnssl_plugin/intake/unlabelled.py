@@ -1,7 +1,7 @@
 """A folder of scans or 2D images becomes an nnU-Net raw dataset, with body masks as its labels or the user's own."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -15,11 +15,13 @@ from nnssl_plugin.intake.contact_sheet import SHEET_FILE, write_contact_sheet
 from nnssl_plugin.intake.examination import MADE_GREY, SET_ASIDE
 from nnssl_plugin.intake.file_search import FoundFiles, find_scans
 from nnssl_plugin.intake.grouping import Grouped, Modalities, group_scans, single_groups
+from nnssl_plugin.intake.histograms import draw_histograms
 from nnssl_plugin.intake.journal import INCOMING, Journal, check_complete
 from nnssl_plugin.intake.layouts import Layout, find_layout, group_layout
 from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, Rejection, read_rows
 from nnssl_plugin.intake.overview import body_shares, describe_cases, far_shares
 from nnssl_plugin.intake.pictures import is_picture
+from nnssl_plugin.intake.preview import Preview, preview
 from nnssl_plugin.intake.raw_dataset import (
     FILE_ENDING,
     MODALITIES,
@@ -52,6 +54,7 @@ class PrepareSummary:
     unread: tuple[str, ...] = ()  # folders that were not searched, and why
     overview: tuple[str, ...] = ()  # lines about all cases of the dataset: ranges, and what is far from the others
     contact_sheet: Path | None = None  # the picture of central slices; None where no case has one
+    histograms: Path | None = None  # the picture of spacings, sizes, intensities and masks; None where there is no case
     absent: tuple[tuple[str, int], ...] = ()  # of several modalities, each with the number of cases that lack it
 
     @property
@@ -93,6 +96,7 @@ def prepare_dataset(
     exclude: Sequence[str] = (),
     keep: Sequence[str] = (),
     part: Part | None = None,
+    announce: Callable[[Preview], None] | None = None,
 ) -> PrepareSummary:
     """Make or extend ``nnUNet_raw/DatasetXXX_NAME`` from the scans below a folder.
 
@@ -118,6 +122,7 @@ def prepare_dataset(
         exclude: patterns of scans to leave out.
         keep: patterns of scans that are never set aside.
         part: which share of the cases to examine (nothing is put in place before the merge); None: all.
+        announce: is told what lies ahead before the first scan is read.
 
     Raises:
         UserError: the folder holds no scans, the target is not ours to write (see ``open_dataset``), another run works
@@ -143,13 +148,16 @@ def prepare_dataset(
         ledger = CaseLedger(folder, source, kind)
         todo = [group for group in grouped.groups if not ledger.is_settled(group, resample=resample)]
         tasks = [_task(group, folder / INCOMING, kind, resample) for group in todo]
+        if announce is not None:
+            known = len(grouped.groups) - len(todo)
+            announce(preview(tasks, known=known, folder=folder, processes=processes))
         if part is not None and part.number is not None:
             _examine_part(journal, tasks, part, processes)
             return _summary(ledger, grouped, todo, found)
         if part is not None:
             check_complete(journal, tasks, part.count)
         _enter_all(ledger, journal, tasks, grouped, processes)
-        return _summary(ledger, grouped, todo, found, sheet=_write_sheet(folder, ledger.origins))
+        return _summary(ledger, grouped, todo, found, pictures=_draw(folder, ledger.origins))
 
 
 def _kind(ending: str, modality: str | None, modalities: Modalities | None, layout: Layout | None) -> DatasetKind:
@@ -197,6 +205,8 @@ def _enter_all(ledger: CaseLedger, journal: Journal, tasks: Sequence[Task], grou
         remove_temporary_files(ledger.folder / name)
     for refusal in grouped.refusals:
         ledger.refuse(refusal)
+    for task in tasks:
+        ledger.make_way(task.group)
     progress = tqdm(journal.examine(tasks, processes), total=len(tasks), desc="prepare", unit="scan")
     try:
         for task, finding in zip(tasks, progress, strict=True):
@@ -209,7 +219,11 @@ def _enter_all(ledger: CaseLedger, journal: Journal, tasks: Sequence[Task], grou
 
 
 def _summary(
-    ledger: CaseLedger, grouped: Grouped, todo: Collection[Group], found: FoundFiles, sheet: Path | None = None
+    ledger: CaseLedger,
+    grouped: Grouped,
+    todo: Collection[Group],
+    found: FoundFiles,
+    pictures: tuple[Path | None, Path | None] = (None, None),
 ) -> PrepareSummary:
     taken = sum(any(str(s.path) in ledger.case_of for s in group.images) for group in grouped.groups)
     fresh = sum(any(str(s.path) in ledger.case_of for s in group.images) for group in todo)
@@ -227,9 +241,15 @@ def _summary(
         unnamed=grouped.left_out,
         unread=(*found.closed, *(f"{link}: it leads to a folder above the scans" for link in found.loops)),
         overview=tuple(describe_cases(ledger.origins)),
-        contact_sheet=sheet,
+        contact_sheet=pictures[0],
+        histograms=pictures[1],
         absent=ledger.absent(),
     )
+
+
+def _draw(folder: Path, origins: Sequence[Origin]) -> tuple[Path | None, Path | None]:
+    """The contact sheet and the histograms."""
+    return _write_sheet(folder, origins), draw_histograms(folder, origins)
 
 
 def _write_sheet(folder: Path, origins: Sequence[Origin]) -> Path | None:

@@ -33,7 +33,7 @@ ITK_UNIT_MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "um": 1e-3, "µm": 1e-3, "micron
 VOXEL_MM = (1e-4, 100.0)
 """Sizes between which a voxel's edge is believed where the header states another unit than mm."""
 
-_READ_ERRORS = (
+READ_ERRORS = (
     OSError,
     EOFError,
     zlib.error,
@@ -47,6 +47,7 @@ _READ_ERRORS = (
     nibabel.filebasedimages.ImageFileError,
     nibabel.spatialimages.HeaderDataError,
 )
+"""What readers raise for files that are not what they claim to be."""
 BYTES_PER_VOXEL = 12
 """Memory that checking a scan and making its mask takes per voxel, beside the voxels as stored."""
 MOST_TRAILING_BYTES = 1 << 24
@@ -146,7 +147,7 @@ def _load(path: Path, frames: int) -> tuple[Scan, ...]:
         if unit != 1:
             _check_converted(image, unit)
         arrays = [volume.get_fdata(dtype=np.float32, caching="unchanged") for volume in images]
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise refusal(error, "truncated, damaged or unreadable") from error
     for array in arrays:
         if not np.isfinite(array).all():
@@ -174,7 +175,7 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if image.ndim != 3:
             raise RejectedScan(f"{image.ndim}D image: a 3D volume is needed")
         return image.get_fdata(dtype=np.float32, caching="unchanged"), affine
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise refusal(error, "unreadable") from error
 
 

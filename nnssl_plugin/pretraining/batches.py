@@ -1,4 +1,4 @@
-"""From a trainer's plan and folders to the batches that its method needs."""
+"""From a preprocessed dataset to the batches that a method needs."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -6,72 +6,106 @@ from itertools import chain
 from operator import attrgetter
 
 import numpy as np
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnssl_plugin.data.batch import Needs
 from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.data.cases import Cases, available_channels
+from nnssl_plugin.data.mixture import MixedBatches
 from nnssl_plugin.data.triplets import by_case, describe_encoders, load_embeddings, read_embeddings, read_triplets
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.labels import structure_labels
 from nnssl_plugin.nnunet.raw_folders import raw_folder
+from nnssl_plugin.pretraining.datasets import PlannedDataset
+from nnssl_plugin.pretraining.sources import sources_of_steps
 
+TRAIN, VALIDATE = PURPOSES = 0, 1
+"""Streams of randomness: the same step draws different numbers for training and for validation."""
 LOOKED_AT = 200
 """Steps whose slices and texts are looked at before training."""
 SMALLEST_FLOOR = 0.005
 """Of a loss, from which on it is worth a line."""
 
 
-def open_batches(
-    trainer: nnUNetTrainer, identifiers: list[str], *, stream: tuple[int, int], labels: bool = False
-) -> StepBatches:
-    """Batches of the trainer's configuration that hold what its task needs.
+def batches_of(trainer, cases: Sequence[list[str]], purpose: int) -> StepBatches | MixedBatches:
+    """Batches of the dataset of a ``Pretrainer``, or of its several: in validation one of each in turn.
 
     Args:
         trainer: the initialised trainer.
-        identifiers: cases to draw from.
-        stream: numbers that choose the stream of randomness: seed and purpose.
+        cases: of each of its datasets.
+        purpose: ``TRAIN`` or ``VALIDATE``.
+    """
+    seed, datasets = trainer.training_settings.seed, trainer.datasets
+    if len(datasets) == 1:
+        return trainer.open_batches(datasets[0], cases[0], (seed, purpose))
+    parts = [trainer.open_batches(each, cases[n], (seed, purpose, n)) for n, each in enumerate(datasets)]
+    if purpose == VALIDATE:
+        return MixedBatches(parts, np.arange(trainer.num_val_iterations_per_epoch) % len(parts))
+    return MixedBatches(parts, sources_of_steps([each.weight for each in datasets], seed, trainer.total_steps))
+
+
+def open_batches(
+    dataset: PlannedDataset,
+    identifiers: list[str],
+    needs: Needs,
+    *,
+    patch_size: Sequence[int],
+    stream: tuple[int, ...],
+    whose: str,
+    rank: int,
+    labels: bool = False,
+) -> StepBatches:
+    """Batches of a dataset's configuration that hold what a task needs.
+
+    Args:
+        dataset: what to draw from.
+        identifiers: its cases to draw from.
+        needs: those of the task.
+        patch_size: of the windows, before the margin.
+        stream: numbers that choose the stream of randomness: seed, purpose, and where there are several datasets the
+            number of this one.
+        whose: name of the trainer, for messages.
+        rank: of this process.
         labels: also the labels that the task needs, where the dataset labels structures.
 
     Raises:
         UserError: the configuration's dimension does not fit, no case has enough channels, or captions are missing.
     """
-    needs, plan = trainer.task.needs, trainer.configuration_manager
-    dimensions = len(plan.patch_size)
+    dimensions = len(dataset.planned.patch_size)
     if dimensions not in needs.dimensions:
         raise UserError(
-            f"{type(trainer).__name__} does not support {dimensions}D; configuration "
-            f"'{trainer.configuration_name}' is.",
+            f"{whose} does not support {dimensions}D; configuration '{dataset.configuration}' is.",
             f"Use a {needs.dimensions[-1]}D configuration.",
         )
-    folder = raw_folder(trainer.plans_manager.dataset_name)
-    available = available_channels(folder, identifiers, trainer.num_input_channels)
+    folder = raw_folder(dataset.name)
+    available = available_channels(folder, identifiers, dataset.channels)
     usable = [case for case in identifiers if available[case].sum() >= needs.modalities]
     if not usable:
-        raise UserError(f"No case of {trainer.plans_manager.dataset_name} has {needs.modalities} channels.")
+        raise UserError(f"No case of {dataset.name} has {needs.modalities} channels.")
     triplets = embeddings = None
     if needs.triplets:
         triplets = by_case(read_triplets(folder))
-        _require_triplets(usable, triplets, trainer.plans_manager.dataset_name)
+        _require_triplets(usable, triplets, dataset.name)
         triplets = {case: triplets[case] for case in usable}
         embeddings = read_embeddings(folder, chain.from_iterable(triplets.values()))
     cases = Cases(
-        trainer.preprocessed_dataset_folder,
+        dataset.case_folder,
         usable,
-        transpose_forward=trainer.plans_manager.transpose_forward,
+        transpose_forward=dataset.plans["transpose_forward"],
         triplets=triplets,
     )
     return StepBatches(
         cases,
         needs,
-        patch_size=plan.patch_size,
-        batch_size=trainer.batch_size,
+        patch_size=patch_size,
+        batch_size=dataset.batch_size,
         available=available,
         stream=stream,
         embeddings=embeddings,
         triplets=triplets,
-        structures=structure_labels(trainer.dataset_json) if labels else (),
-        rank=trainer.local_rank,
+        structures=structure_labels(dataset.dataset_json) if labels else (),
+        rank=rank,
         ranks=_ranks(),
+        kind=dataset.kind,
     )
 
 

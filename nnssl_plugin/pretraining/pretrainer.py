@@ -9,6 +9,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from os.path import join
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,25 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, autocast, nn
 
-from nnssl_plugin.checkpoints.format.provenance import describe_pretraining, nnssl_adaptation_plan, nnssl_citations
+from nnssl_plugin.checkpoints.format.provenance import nnssl_adaptation_plan, nnssl_citations
 from nnssl_plugin.data.batch import Batch
 from nnssl_plugin.data.batches import BatchStream, StepBatches
+from nnssl_plugin.data.mixture import MixedBatches
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.planes import axis_letters
 from nnssl_plugin.pretraining.batch_norm import RunningStatistics, check_batch_norm
-from nnssl_plugin.pretraining.batches import open_batches
+from nnssl_plugin.pretraining.batches import PURPOSES, TRAIN, VALIDATE, batches_of, open_batches
+from nnssl_plugin.pretraining.datasets import PlannedDataset, check_sources, datasets_of, splits_of
 from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_entry
 from nnssl_plugin.pretraining.optimisation import optimisation_of
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms
+from nnssl_plugin.pretraining.provenance import describe_run
 from nnssl_plugin.pretraining.settings import TrainingSettings, read_settings
+from nnssl_plugin.pretraining.skipped_steps import FILE as SKIPPED
+from nnssl_plugin.pretraining.skipped_steps import describe_skipped, save_skipped, skipped_warning
+from nnssl_plugin.pretraining.validation import ValidationNumbers
 from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks, encode_in_chunks
 from nnssl_plugin.training.distributed import average_gradients, gather_samples
 from nnssl_plugin.training.epoch_sums import EpochSums
@@ -39,8 +46,6 @@ from nnssl_plugin.training.pictures import draw_pictures
 from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
 from nnssl_plugin.training.resumable import FINAL, LATEST, ResumableTrainer
 
-TRAIN, VALIDATE = 0, 1
-"""Streams of randomness: the same step draws different numbers for training and for validation."""
 BARE = "backbone.network."
 """Prefix of the bare network's keys in the task's state."""
 
@@ -74,15 +79,18 @@ class Pretrainer(ResumableTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.training_settings.epochs
         self.num_iterations_per_epoch = self.training_settings.iterations_per_epoch
-        self.num_val_iterations_per_epoch = self.training_settings.validation_iterations
+        self.num_val_iterations_per_epoch = self.training_settings.validation_iterations * max(
+            1, len(self.training_settings.sources)
+        )
         self.initial_lr = self.training_settings.lr
         self.weight_decay = self.training_settings.weight_decay
         self.enable_deep_supervision = False
         self.inference_allowed_mirroring_axes = None
         self.task: PretextTask
+        self.datasets: list[PlannedDataset]
         self.generator = torch.Generator(self.device)
         self.sums = EpochSums(self.device)
-        self.validation_sums = EpochSums(self.device)
+        self.validation: ValidationNumbers
 
     def build_task(self, backbone: Backbone) -> PretextTask:
         """The method around the planned network; ``self.method_settings`` holds its settings."""
@@ -93,13 +101,19 @@ class Pretrainer(ResumableTrainer):
         images of that many out of the batch's."""
         return channels
 
+    def window_size(self, dataset: PlannedDataset) -> tuple[int, ...]:
+        """Size of a dataset's windows in voxels, before the margin that the method needs."""
+        return tuple(dataset.planned.patch_size)
+
     # ------------------------------------------------------------------ building
 
     def initialize(self) -> None:
         """Build network and task from the seed; wrap them for this device where there are several ranks."""
         torch.manual_seed(self.training_settings.seed)
+        self.datasets = datasets_of(self)
         super().initialize()
         self.running_statistics = RunningStatistics(self.task)
+        check_sources(self)
         if self.is_ddp:
             self.task.gather = gather_samples
         self._log_settings()
@@ -148,28 +162,43 @@ class Pretrainer(ResumableTrainer):
 
     def _set_batch_size_and_oversample(self) -> None:
         """The batch size counts samples per rank (nnU-Net's plan counts them over all ranks)."""
-        self.batch_size = self.training_settings.batch_size or self.configuration_manager.batch_size
+        self.batch_size = max(dataset.batch_size for dataset in self.datasets)
 
     def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
         """Training batches from the present step on, and the same few validation batches for every epoch."""
-        train_cases, validation_cases = self.do_split()
-        self.training_cases = len(train_cases)
+        splits = splits_of(self)
+        self.cases_of_datasets = [len(training) for training, _ in splits]
+        self.training_cases = sum(self.cases_of_datasets)
         workers = get_allowed_n_proc_DA()
-        steps = range(self.step, self.total_steps)
-        train = self._stream(self._batches(train_cases, TRAIN), steps, workers)
+        train, validation = (batches_of(self, [split[purpose] for split in splits], purpose) for purpose in PURPOSES)
         again = list(range(self.num_val_iterations_per_epoch)) * (self.num_epochs - self.current_epoch)
-        return train, self._stream(self._batches(validation_cases, VALIDATE), again, min(workers, 1))
+        return (
+            self._stream(train, range(self.step, self.total_steps), workers),
+            self._stream(validation, again, min(workers, 1)),
+        )
 
-    def _batches(self, cases: list[str], purpose: int) -> StepBatches:
-        return open_batches(self, cases, stream=(self.training_settings.seed, purpose), labels=purpose == VALIDATE)
+    def open_batches(self, dataset: PlannedDataset, cases: list[str], stream: tuple[int, ...]) -> StepBatches:
+        """Batches of one dataset; ``stream`` begins with seed and purpose."""
+        return open_batches(
+            dataset,
+            cases,
+            self.task.needs,
+            patch_size=self.window_size(dataset),
+            stream=stream,
+            whose=type(self).__name__,
+            rank=self.local_rank,
+            labels=stream[1] == VALIDATE,
+        )
 
-    def _stream(self, batches: StepBatches, steps, workers: int) -> BatchStream:
+    def _stream(self, batches: StepBatches | MixedBatches, steps, workers: int) -> BatchStream:
         return BatchStream(batches, steps, workers=workers, pin_memory=self.device.type == "cuda")
 
     # ------------------------------------------------------------------ training
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.step == 0 and self.local_rank == 0:
+            Path(self.output_folder, SKIPPED).unlink(missing_ok=True)  # of an earlier run
         if self.step == 0 and self.initial_weights is not None:
             self.continued_from = start_from(self, self.initial_weights)
 
@@ -189,9 +218,13 @@ class Pretrainer(ResumableTrainer):
         applied = self._update(terms["total"])
         self.running_statistics.settle(applied)
         self.task.after_step(progress, applied)
-        self.sums.add(terms, applied)
+        self.sums.add(terms, applied, batch["kind"] if self._several_kinds else "")
         self.end_step()
         return {}
+
+    @property
+    def _several_kinds(self) -> bool:
+        return len({dataset.kind for dataset in self.datasets}) > 1
 
     def _views(self, batch: Batch, purpose: int, step: int) -> dict[str, Tensor]:
         """Views of a batch; seeds everything that draws numbers in this step, dropout included."""
@@ -266,22 +299,19 @@ class Pretrainer(ResumableTrainer):
         self._log_value("skipped_steps", float(self.sums.skipped))
         self._log_value("seconds_waiting", self.dataloader_train.waited)
         self._log_value("seconds_computing", seconds - self.dataloader_train.waited)
-        self._name_skipped_cases()
+        self._tell_of_skipped_steps()
         self._stop_if_broken()
         self.sums.reset()
 
-    def _name_skipped_cases(self) -> None:
-        """Say which cases the first skipped step of the epoch had; reads its batch again."""
+    def _tell_of_skipped_steps(self) -> None:
+        """Name the cases of the first skipped step of the epoch, and keep a description of the run's first."""
         first = int(self.sums.first_skipped)
-        if first < 0:
+        if first < 0 or self.local_rank != 0:
             return
         step = self.current_epoch * self.training_settings.iterations_per_epoch + first
-        batches = self.dataloader_train.batches
-        finite = batches[step]["image"].flatten(1).isfinite().all(1).tolist()
-        broken = [case for case, fine in zip(batches.cases_of_step(step), finite, strict=True) if not fine]
-        cause = f"not finite in the image: {', '.join(broken)}" if broken else "their images are finite"
-        names = ", ".join(batches.cases_of_all_ranks(step))
-        self.print_to_log_file(f"WARNING: step {step} was the first to be skipped. Its cases: {names}; {cause}.")
+        described = describe_skipped(self, step, self._seeds(TRAIN, step))
+        save_skipped(described, self.output_folder)
+        self.print_to_log_file(skipped_warning(described))
 
     def _stop_if_broken(self) -> None:
         streak, limit = int(self.sums.longest_streak), self.training_settings.max_skipped_in_a_row
@@ -296,23 +326,17 @@ class Pretrainer(ResumableTrainer):
 
     def on_validation_epoch_start(self) -> None:
         self.network.eval()
-        self.validation_sums.reset()
-        self._features: list[Tensor] = []
+        self.validation = ValidationNumbers(self.device, several=self._several_kinds)
 
     def validation_step(self, batch: Batch) -> dict:
         """Loss terms and diagnostics of one of the fixed validation batches."""
-        index = len(self._features)
-        views = self._views(batch, VALIDATE, index)
+        views = self._views(batch, VALIDATE, self.validation.batches)
         terms = self._forward(views)
         with self._precision():
             diagnostics = self.task.diagnostics(self._first_chunk(views))
-        self._features.append(diagnostics.pop("features", torch.zeros(0, device=self.device)))
-        numbers = {f"diagnostics/{name}": value for name, value in diagnostics.items()}
-        always = torch.ones((), dtype=torch.bool, device=self.device)
-        self.validation_sums.add({f"val/{name}": value for name, value in terms.items()}, always)
-        self.validation_sums.add_known(numbers)
-        if index == 0 and self._figures_are_due():
-            self._draw(views)
+        first_of_kind = self.validation.add(batch["kind"], terms, diagnostics)
+        if first_of_kind and self._figures_are_due():
+            self._draw(views, batch["kind"])
         return {}
 
     def _forward(self, views: dict[str, Tensor]) -> Terms:
@@ -330,23 +354,21 @@ class Pretrainer(ResumableTrainer):
         return {name: value[: self.training_settings.chunk_size] for name, value in views.items()}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        means = self.validation_sums.means()
-        self._log_value("val_losses", means.pop("val/total", float("nan")))
-        for name, value in means.items():
-            self._log_value(name, value)
-        warning = self.log.collapse(self._features, self.current_epoch)
-        if warning:
+        for warning in self.validation.log_to(self.log, self.current_epoch):
             self.print_to_log_file(warning)
 
     def _figures_are_due(self) -> bool:
         done = self.current_epoch + 1
         return self.local_rank == 0 and (done % self.training_settings.figure_every == 0 or done == self.num_epochs)
 
-    def _draw(self, views: dict[str, Tensor]) -> None:
-        letters = axis_letters(self.plans_manager.plans)
+    def _draw(self, views: dict[str, Tensor], kind: str) -> None:
+        dataset = next(each for each in self.datasets if each.kind == kind)
+        letters, of_kind = axis_letters(dataset.plans), f"_{kind}" if self._several_kinds else ""
+        unified = self.task.needs.unifies  # then a view's voxels are the method's own
+        spacing = [1.0] * self.task.backbone.dimensions if unified else dataset.planned.spacing
         for name, images in self.task.pictures(views).items():
-            path = join(self.output_folder, "figures", f"{name}_epoch_{self.current_epoch:04d}.png")
-            draw_pictures(images, path, self.configuration_manager.spacing, letters)
+            path = join(self.output_folder, "figures", f"{name}{of_kind}_epoch_{self.current_epoch:04d}.png")
+            draw_pictures(images, path, spacing, letters)
 
     # ------------------------------------------------------------------ ends
 
@@ -377,7 +399,7 @@ class Pretrainer(ResumableTrainer):
         """The task's state beside the network, and what describes the weights (see docs/reference)."""
         return {
             "ssl_state": {"task": self._task_state(), "step": self.step, "epoch_sums": self.sums.state()},
-            "provenance": self._provenance(),
+            "provenance": self.provenance(),
             "nnssl_adaptation_plan": nnssl_adaptation_plan(
                 self.plans_manager.plans,
                 self.configuration_name,
@@ -407,24 +429,9 @@ class Pretrainer(ResumableTrainer):
         """What the task holds beyond the bare network."""
         return {key: value for key, value in self.task.state_dict().items() if not key.startswith(BARE)}
 
-    def _provenance(self) -> dict:
-        origin, trained = self.continued_from or {}, self.task.backbone.trained_prefixes()
-        described = describe_pretraining(
-            method=self.method,
-            settings=asdict(self.method_settings),
-            training=asdict(self.training_settings),
-            plans=self.plans_manager.plans,
-            configuration=self.configuration_name,
-            dataset_json=self.dataset_json,
-            network_channels=self.task.backbone.input_channels,
-            trained=list(dict.fromkeys([*trained, *origin.get("trained", ())])),
-            steps=self.step,
-            cases=self.training_cases,
-            citations=list(self.citations),
-            licence=self.dataset_json.get("licence", "not stated"),
-            weights=self.task.backbone.network.state_dict(),
-        )
-        return described | ({"continued_from": origin} if origin else {})
+    def provenance(self) -> dict[str, Any]:
+        """What the checkpoint says of the run that wrote it."""
+        return describe_run(self)
 
     # ------------------------------------------------------------------ logging
 
@@ -439,7 +446,7 @@ class Pretrainer(ResumableTrainer):
                 if value != getattr(default, name):
                     self.print_to_log_file(f"Setting {name}: {getattr(default, name)} → {value} (plan)")
         planned = self.configuration_manager.batch_size
-        if self.batch_size != planned:
+        if not self.training_settings.sources and self.batch_size != planned:
             self.print_to_log_file(f"Batch size: {planned} (planned) → {self.batch_size} per rank (pretraining block)")
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.pretraining.sources import DataSource
 from nnssl_plugin.settings import Count, NonNegative, Positive, Range, settings_from
 
 BLOCK = "pretraining"
@@ -63,6 +64,9 @@ class TrainingSettings:
     """Batches, views and dropout of step k depend on (seed, rank, k) alone; also of the initialisation."""
     figure_every: Count = 10
     """Epochs between two pictures of reconstructions and the like."""
+    sources: tuple[DataSource, ...] = ()
+    """Datasets to pretrain on; none is the one that the command names, alone. Its plan gives the network all the
+    same."""
     max_skipped_in_a_row: Count = 50
     """Steps with a non-finite loss or gradient in a row that end the run."""
 

@@ -40,19 +40,28 @@ class EpochLog:
         last = {name: series[-1] for name, series in self._series().items() if series}
         return {name: value if math.isfinite(value) else None for name, value in last.items()}
 
-    def collapse(self, features: list[Tensor], epoch: int) -> str:
-        """Log spread and effective rank of the features (B, F) of an epoch; returns a warning, or ``""``."""
+    def collapse(self, features: list[Tensor], epoch: int, kind: str = "") -> str:
+        """Log spread and effective rank of the features (B, F) of an epoch; returns a warning, or ``""``.
+
+        Args:
+            features: of every validation batch.
+            epoch: the present one.
+            kind: of the images, where there are several.
+        """
         stacked = torch.cat([f.float() for f in features]) if features else torch.zeros(0)
         if stacked.ndim != 2 or len(stacked) < SMALLEST_SAMPLE:
             return ""
         spread = float(feature_std(stacked))
-        self.add("feature_std", spread, epoch)
-        self.add("effective_rank", float(effective_rank(stacked)), epoch)
+        ending = f"/{kind}" if kind else ""
+        self.add(f"feature_std{ending}", spread, epoch)
+        self.add(f"effective_rank{ending}", float(effective_rank(stacked)), epoch)
         if spread > COLLAPSED_STD:
             return ""
+        of_kind = f" of {kind}" if kind else ""
         return (
-            f"WARNING: the features have collapsed (spread {spread:.4f}; 1 is healthy, 0 means that every image gives "
-            "the same features). The loss may fall all the same. Lower lr, raise the batch size, or look at figures/."
+            f"WARNING: the features{of_kind} have collapsed (spread {spread:.4f}; 1 is healthy, 0 means that every "
+            "image gives the same features). The loss may fall all the same. Lower lr, raise the batch size, or look "
+            "at figures/."
         )
 
     def summary(self, epoch: int, epochs: int) -> str:

@@ -20,14 +20,29 @@ class EpochSums:
         self.skipped = torch.zeros((), device=device)
         self.streak = torch.zeros((), device=device)
         self.longest_streak = torch.zeros((), device=device)
+        self.first_terms: dict[str, Tensor] = {}  # of that step
         self.first_skipped = torch.full((), -1.0, device=device)  # position in the epoch; -1: none
 
-    def add(self, terms: dict[str, Tensor], applied: Tensor) -> None:
-        """Add the terms of one step; ``applied`` () bool is False where the step was skipped."""
+    def add(self, terms: dict[str, Tensor], applied: Tensor, kind: str = "") -> None:
+        """Add the terms of one step.
+
+        Args:
+            terms: by name, ``total`` among them.
+            applied: () bool, False where the step was skipped.
+            kind: of the step's images where there are several: the means of its terms (``NAME/KIND``) are over its own
+                steps, beside that of all totals.
+        """
+        first = ~applied & (self.first_skipped < 0)
+        for name, value in terms.items():
+            kept = self.first_terms.get(name, torch.zeros((), device=self.device))
+            self.first_terms[name] = torch.where(first, value.detach().float(), kept)
+        if kind:
+            own = {f"{name}/{kind}": value.detach().float() for name, value in terms.items()}
+            self.add_known({name: torch.where(applied, value, torch.nan) for name, value in own.items()})
+            terms = {"total": terms["total"]}
         for name, value in terms.items():
             value = torch.where(applied, value.detach().float(), 0.0)
             self.sums[name] = self.sums.get(name, 0.0) + value
-        first = ~applied & (self.first_skipped < 0)
         self.first_skipped = torch.where(first, self.applied + self.skipped, self.first_skipped)
         self.applied = self.applied + applied
         self.skipped = self.skipped + ~applied
@@ -59,6 +74,8 @@ class EpochSums:
         """Tensors and names, for the checkpoint."""
         return {
             "sums": dict(self.sums),
+            "known": dict(self.known),
+            "first_terms": dict(self.first_terms),
             "applied": self.applied,
             "skipped": self.skipped,
             "streak": self.streak,
@@ -69,5 +86,5 @@ class EpochSums:
     def load(self, state: dict) -> None:
         """Take back what :meth:`state` gave."""
         for name, value in state.items():
-            moved = {k: v.to(self.device) for k, v in value.items()} if name == "sums" else value.to(self.device)
-            setattr(self, name, moved)
+            named = isinstance(value, dict)
+            setattr(self, name, {k: v.to(self.device) for k, v in value.items()} if named else value.to(self.device))

@@ -30,8 +30,10 @@ PANELS = (
     Panel("Loss (solid: training, dashed: validation)", lambda k: k in ("train_losses", "val_losses")),
     Panel("Terms of the loss", lambda k: k.startswith(("train/", "val/")), "the loss has one term"),
     Panel("Learning rate", lambda k: k == "lrs"),
-    Panel("Spread of the features (0 = collapsed)", lambda k: k in ("feature_std", "diagnostics/token_std"), FEW),
-    Panel("Effective rank of the features", lambda k: k == "effective_rank", FEW),
+    Panel(
+        "Spread of the features (0 = collapsed)", lambda k: k.startswith(("feature_std", "diagnostics/token_std")), FEW
+    ),
+    Panel("Effective rank of the features", lambda k: k.startswith("effective_rank"), FEW),
     Panel("Seconds per epoch", lambda k: k in ("seconds_waiting", "seconds_computing")),
     Panel(
         "Diagnostics",
@@ -81,7 +83,7 @@ def draw_progress(history: dict[str, list], path: str | Path, *, panels: Sequenc
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         colours: dict[str, str] = {}  # a term has one colour in training and validation
         for name in filter(belongs, series):
-            term = name.split("/")[-1]
+            term = name.partition("/")[2] or name
             validation = name.startswith("val")
             (line,) = axis.plot(
                 series[name],

@@ -10,9 +10,9 @@ import time
 import nibabel
 import numpy as np
 import pytest
-from vision_server import PASSING, running
+from vision_server import MISBEHAVIOURS, PASSING, running
 
-from nnssl_plugin.captions import describing, openai_server
+from nnssl_plugin.captions import describing, openai_server, triplets
 from nnssl_plugin.captions.captioners import CaptionerStopped, open_captioner
 from nnssl_plugin.captions.journal import JOURNAL_FILE, RECORD_FILE
 from nnssl_plugin.captions.triplets import caption_dataset
@@ -111,6 +111,31 @@ def test_an_image_that_cannot_be_read_ends_the_run_with_what_was_asked_kept(make
         (folder / "imagesTr" / "c2_0000.nii.gz").write_bytes(good)
         ask(folder, server)
     assert set(server.asked.values()) == {1} and len(server.asked) == 24
+
+
+def test_an_interruption_ends_at_once_and_keeps_what_was_answered(make_dataset, monkeypatch):
+    folder = make_dataset(cases=4)
+    whole, read = triplets.load_volume, []
+    monkeypatch.setitem(MISBEHAVIOURS, "silent", lambda handler: time.sleep(10))
+
+    def interrupted(path):
+        read.append(path)
+        if len(read) == 3:
+            while (folder / JOURNAL_FILE).read_text().count("\n") < 5:  # four texts below the header
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        return whole(path)
+
+    with running(misbehaviour=lambda total, of_picture: "silent" if total > 4 else None) as server:
+        monkeypatch.setattr(triplets, "load_volume", interrupted)
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            ask(folder, server, concurrency=16)
+        assert len(read_triplets(folder)) == 4 and time.monotonic() - started < 8
+        monkeypatch.setattr(triplets, "load_volume", whole)
+        server.misbehaviour = lambda total, of_picture: None
+        assert ask(folder, server).added == 28
+    assert set(server.answered.values()) == {1}
 
 
 @pytest.mark.slow

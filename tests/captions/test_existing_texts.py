@@ -11,7 +11,7 @@ from nnssl_plugin.captions.existing_texts import findings
 from nnssl_plugin.captions.template import TemplateCaptioner
 from nnssl_plugin.captions.triplets import caption_dataset
 from nnssl_plugin.data.struck import strike
-from nnssl_plugin.data.triplets import by_case, read_triplets
+from nnssl_plugin.data.triplets import Triplet, by_case, read_triplets, write_triplets
 from nnssl_plugin.errors import UserError
 
 
@@ -64,6 +64,17 @@ def test_an_edited_table_is_taken_again_and_a_struck_slice_is_not(folder, tmp_pa
     strike(folder, tmp_path / "bad.csv")
     table.write_text("case,plane,slice,text\na_1,axial,3,Drei.\na_1,axial,4,Vier.\n")
     assert texts_of(folder, table)[0]["a_1"] == {("axial", 3): "Drei."}
+
+
+def test_a_line_of_another_does_not_count_as_one_of_the_table(folder, tmp_path):
+    table = tmp_path / "texts.csv"
+    table.write_text("case,plane,slice,text\na_1,axial,3,Three.\na_1,axial,4,Four.\n")
+    texts_of(folder, table)
+    by_hand = Triplet("a_1", "coronal", 2, 18, "By hand.", "me")
+    write_triplets(folder, [*read_triplets(folder), by_hand])
+    table.write_text("case,plane,slice,text\na_1,axial,3,Drei.\na_1,axial,4,Vier.\n")
+    found = {("axial", 3): "Drei.", ("axial", 4): "Vier.", ("coronal", 2): "By hand."}
+    assert texts_of(folder, table)[0]["a_1"] == found
 
 
 def test_reports_are_found_by_the_name_of_their_case_or_folder(folder, tmp_path):

@@ -127,6 +127,39 @@ def test_waiting_as_long_as_the_server_says_is_no_attempt_and_holds_for_all(make
     assert server.times[1] - server.times[0] >= 0.59 and len(server.times) == 3
 
 
+def test_a_server_that_serves_one_at_a_time_serves_all(make, quick, monkeypatch):
+    """Each pause holds for seven who ask at once, and only one of them is served after it: the last waits six times."""
+    monkeypatch.setitem(MISBEHAVIOURS, "busy", lambda handler: handler.reply(429, {}, Retry_After="0.05"))
+    served = [0.0]
+
+    def misbehaviour(total, of_picture):
+        if time.monotonic() - served[0] < 0.04:
+            return "busy"
+        served[0] = time.monotonic()
+        return None
+
+    texts = []
+    with running(misbehaviour=misbehaviour) as server:
+        captioner = make(server, attempts=1)
+        threads = [
+            threading.Thread(target=lambda n=n: texts.append(captioner.ask(picture(n), FACTS).text)) for n in range(7)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(set(texts)) == 7 and server.asked.total() > 14
+
+
+@pytest.mark.parametrize("after", ["0", "0.01"])
+def test_a_server_that_only_ever_asks_to_wait_is_left_alone(after, make, quick, monkeypatch):
+    monkeypatch.setitem(MISBEHAVIOURS, "busy", lambda handler: handler.reply(429, {}, Retry_After=after))
+    monkeypatch.setattr(openai_server, "LONGEST_SILENCE", 0.3)
+    with running(misbehaviour=lambda total, of_picture: "busy") as server, pytest.raises(SliceFailed, match="429"):
+        make(server, attempts=4).ask(picture(), FACTS)
+    assert server.times[-1] - server.times[0] > 0.2 and 4 <= server.asked.total() < 45
+
+
 def test_the_limit_per_minute_holds(make):
     with running() as server:
         captioner = make(server, per_minute=600)

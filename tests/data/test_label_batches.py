@@ -95,7 +95,7 @@ def test_only_validation_batches_bring_labels_and_only_of_structures(nnunet_envi
     from pretraining_harness import make_trainer
     from toy_method import Toy, ToyPretrainer
 
-    from nnssl_plugin.pretraining.pretrainer import TRAIN, VALIDATE
+    from nnssl_plugin.pretraining.batches import TRAIN, VALIDATE
 
     class Labelled(Toy):
         needs = Needs(modalities=2, labels=True)
@@ -107,5 +107,5 @@ def test_only_validation_batches_bring_labels_and_only_of_structures(nnunet_envi
     trainer = make_trainer(trainer_class=LabelledPretrainer, pretraining={"epochs": 1, "iterations_per_epoch": 1})
     trainer.dataset_json["labels"] = {"background": 0} | {name: value for value, name in enumerate(names, 1)}
     trainer.initialize()
-    assert "labels" not in trainer._batches(NAMES, TRAIN)[0]
-    assert ("labels" in trainer._batches(NAMES, VALIDATE)[0]) == in_validation
+    assert "labels" not in trainer.open_batches(trainer.datasets[0], NAMES, (0, TRAIN))[0]
+    assert ("labels" in trainer.open_batches(trainer.datasets[0], NAMES, (0, VALIDATE))[0]) == in_validation

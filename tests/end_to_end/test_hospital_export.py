@@ -9,6 +9,8 @@ from in_process import command
 from pydicom.uid import generate_uid
 from test_documentation import FENCE
 
+from nnssl_plugin.tasks.segmentation.trainer import PretrainedSegmentationTrainer
+
 PAGE = "docs/how-to/from-a-hospital-export.md"
 pytestmark = pytest.mark.slow
 
@@ -54,3 +56,54 @@ def test_every_command_of_the_page_runs(export, tmp_path, repository):
     fold = "Dataset501_Export/MAEPretrainer__trial__3d_fullres/fold_all/checkpoint_final.pth"
     assert (tmp_path / "nnUNet_results" / fold).is_file()
     assert len(list((tmp_path / "nnUNet_raw" / "Dataset007_Tumours" / "labelsTr").iterdir())) == 5
+
+
+@pytest.fixture
+def folders(tmp_path, data_folder):
+    """nnU-Net's folders, empty, and the real exports."""
+    if not (data_folder / "dicom").is_dir():
+        pytest.skip(f"no dicom below {data_folder}")
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+    return tmp_path, data_folder / "dicom"
+
+
+def pretrain(root, source, number):
+    """Prepare, plan and pretrain for two steps; the checkpoint."""
+    command(root, "nnssl_plugin", "prepare", "-i", str(source), "-d", number, "-n", "Real", "-np", "1")
+    plan(root, number)
+    short = ("epochs=1", "warmup_epochs=0", "iterations_per_epoch=2", "validation_iterations=1", "batch_size=1")
+    command(root, "nnssl_plugin", "plan", "-d", number, "-p", "small", "-n", "tiny", "--set", *short)
+    command(root, *f"nnUNetv2_train {number} 3d_fullres all -tr MAEPretrainer -p tiny -device cpu".split())
+    model = root / "nnUNet_results" / f"Dataset{number}_Real" / "MAEPretrainer__tiny__3d_fullres"
+    return model / "fold_all" / "checkpoint_final.pth"
+
+
+def plan(root, number):
+    words = f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -npfp 1 -np 1 -overwrite_plans_name small"
+    command(root, *words.split(), "-gpu_memory_target", "1.2")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["ct_totalseg_20slices", "mr_btp_study3"])
+def test_real_exports_are_pretrained_on(name, folders):
+    root, exports = folders
+    assert pretrain(root, exports / name, "501").is_file()
+
+
+@pytest.mark.nightly
+def test_a_real_export_with_structures_is_fine_tuned_on(folders, monkeypatch):
+    root, exports = folders
+    # predicting the whole case takes minutes on a CPU
+    monkeypatch.setattr(PretrainedSegmentationTrainer, "perform_actual_validation", lambda *a, **k: None)
+    checkpoint = pretrain(root, exports / "sts_002", "501")
+    words = ("prepare", "-i", str(exports / "sts_002"), "-d", "504", "-n", "Gtv", "--modality", "CT", "-np", "1")
+    command(root, "nnssl_plugin", *words, "--structures", "GTV=1")
+    plan(root, "504")
+    command(root, "nnssl_plugin", "adapt", "-d", "504", "-w", str(checkpoint), "-p", "small", "-n", "ft")
+    short = [f"finetuning.{text}" for text in ("epochs=1", "iterations_per_epoch=2", "validation_iterations=1")]
+    command(root, "nnssl_plugin", "plan", "-d", "504", "-p", "small-ft", "-n", "tiny", "--set", *short)
+    trained = "nnUNetv2_train 504 3d_fullres all -tr PretrainedSegmentationTrainer -p tiny -device cpu"
+    command(root, *trained.split())
+    model = root / "nnUNet_results" / "Dataset504_Gtv" / "PretrainedSegmentationTrainer__tiny__3d_fullres"
+    assert (model / "fold_all" / "checkpoint_final.pth").is_file()

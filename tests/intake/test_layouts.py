@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 
+import nnssl_plugin as nnssl
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.grouping import Modalities
@@ -56,6 +57,8 @@ def test_labels_are_taken_over_with_their_names_where_they_are_asked_for(raw, nn
     (nnunet / "labelsTr" / "b.nii.gz").unlink()
     again = prepare(nnunet, "Fewer", 502, modalities=LABELLED)
     assert again.added == ("a",) and "no segmentation" in again.rejected[0].reason
+    by_function = nnssl.prepare(nnunet, 503, "Function", labels=["labelsTr/*"], processes=1)
+    assert by_function.added == ("a",) and content(by_function.folder)["labels"] == {"background": 0, "ball": 1}
 
 
 def test_files_with_four_dimensions_of_the_decathlon_become_channels(raw, source, save, phantom, capsys):

@@ -43,5 +43,5 @@ def test_tables_of_earlier_versions_have_no_shares(tmp_path):
     path = tmp_path / "provenance.csv"
     write_rows(path, Origin, [origin("a", "0.5")])
     lines = path.read_text().splitlines()
-    path.write_text("\n".join(line.rsplit(",", 2)[0] for line in lines))
+    path.write_text("\n".join(line.rsplit(",", 3)[0] for line in lines))
     assert read_rows(path, Origin) == [origin("a", "")]

@@ -114,6 +114,15 @@ def test_parts_make_the_dataset_of_one_run_once_all_are_complete(raw, scans):
     assert content(prepare(scans, part=Part(None, 3)).folder) == whole
 
 
+def test_a_part_takes_nothing_back(raw, scans, save):
+    folder = prepare(scans).folder
+    before = content(folder)
+    save("0_t1.nii.gz", seed=77)
+    prepare(scans, part=Part(0, 1))
+    assert {name: data for name, data in content(folder).items() if INCOMING not in name} == before
+    assert prepare(scans, part=Part(None, 1)).added == ("0",)
+
+
 @pytest.mark.parametrize("part", [(3, 3), (-1, 3), (0, 0)])
 def test_parts_that_are_none_are_refused(part):
     with pytest.raises(UserError, match="Part"):
@@ -140,7 +149,7 @@ def test_twenty_kills_at_random_moments_change_nothing(raw, tmp_path):
         ending = ".nii.gz" if case % 3 else ".nii"
         nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), scans / f"{case}{ending}")
     (scans / "damaged.nii.gz").write_bytes(b"damaged")
-    whole = prepare_dataset(scans, 502, "Whole", processes=2).folder
+    whole = content(prepare_dataset(scans, 502, "Whole", processes=2).folder)
     command = [sys.executable, "-m", "nnssl_plugin.cli.main", "prepare", "-i", str(scans), "-d", "501", "-n", "Scans"]
     moments, kills, ended = random.Random(1), 0, False
     while kills < 20 and not ended:
@@ -155,5 +164,6 @@ def test_twenty_kills_at_random_moments_change_nothing(raw, tmp_path):
             time.sleep(0.05)
     while subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode not in (0, 1):
         pass
-    print(f"{kills} kills")
-    assert kills >= 5 and content(raw / "Dataset501_Scans") == content(whole)
+    found = content(raw / "Dataset501_Scans")
+    assert found.pop("histograms.png")  # which the run in this process does not draw
+    assert kills >= 5 and found == whole

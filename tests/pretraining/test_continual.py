@@ -108,7 +108,7 @@ def test_a_resume_loads_nothing_and_is_exact():
     resumed = make_trainer(pretraining=block, resume="checkpoint_latest.pth")
     resumed.run_training()
     assert_same(state_of(reference), state_of(resumed))
-    assert resumed._provenance()["continued_from"] == reference._provenance()["continued_from"]
+    assert resumed.continued_from == reference.continued_from
 
 
 def test_going_on_where_nothing_was_saved_still_loads():

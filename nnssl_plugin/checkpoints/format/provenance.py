@@ -111,6 +111,18 @@ def describe_pretraining(
     )
 
 
+def datasets_of(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The datasets that a provenance names under ``data``: one block, or a list of them for several."""
+    data = provenance.get("data") or []
+    return [data] if isinstance(data, Mapping) else list(data)
+
+
+def licence_of(provenance: Mapping[str, Any]) -> str | None:
+    """The licence that a provenance states, or the licences of its several datasets in one text."""
+    licence = provenance.get("licence")
+    return ", ".join(map(str, licence)) if isinstance(licence, (list, tuple)) else licence
+
+
 def describe_input(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
     """What a network of this plan sees: channels, normalisation, spacing in mm, and the order of the axes."""
     resolved = resolve_configuration(plans, configuration)

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from nnssl_plugin.checkpoints.format.health import SUM
+from nnssl_plugin.checkpoints.format.provenance import datasets_of, licence_of
 from nnssl_plugin.checkpoints.format.tensors import parameters_in
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
@@ -148,6 +149,7 @@ def model_card(
             "Export the checkpoint that the pretraining wrote.",
         )
     paper = (papers or {}).get(provenance["method"])
+    provenance = {**provenance, "licence": licence_of(provenance)}
     front, bibtex = _front_matter(provenance), _bibtex(provenance, paper)
     provenance = _escaped(provenance)
     method, network = provenance["method"], provenance["network"]["class"].rpartition(".")[2]
@@ -242,8 +244,21 @@ def _front_matter(provenance: Mapping[str, Any]) -> ModelCardData:
     )
 
 
+def _cases(datasets: Sequence[Mapping[str, Any]]) -> int | str:
+    """Cases of all datasets together."""
+    counts = [data.get("cases") for data in datasets]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known and len(known) == len(counts) else "an unstated number of"
+
+
+def _dataset(data: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    channels = data.get("channels") or provenance["channels"]
+    licence = f", licence {data['licence']}" if "licence" in data else ""
+    return f"{data.get('dataset', 'A dataset')}: {_cases([data])} cases, channels {', '.join(channels)}{licence}."
+
+
 def _summary(provenance: Mapping[str, Any]) -> str:
-    cases = provenance["data"].get("cases", "an unstated number of")
+    cases = _cases(datasets_of(provenance))
     return (
         f"Weights for fine-tuning with nnU-Net v2, pretrained without labels on {cases} "
         f"case{'' if cases == 1 else 's'} ({', '.join(provenance['channels'])})."
@@ -263,7 +278,7 @@ def _details(provenance: Mapping[str, Any], weights: Mapping[str, Tensor], paper
         if origin := provenance.get(field):
             lines.append(
                 f"- **{relation}:** {origin.get('method', origin.get('kind', 'not stated'))}, licence "
-                f"{origin.get('licence', 'not stated')}, weights `{origin.get('weights_sha256', 'not stated')}`"
+                f"{licence_of(origin) or 'not stated'}, weights `{origin.get('weights_sha256', 'not stated')}`"
             )
     shape = [
         f"`{key}` {json.dumps(kwargs[key])}"
@@ -301,12 +316,10 @@ def _training(provenance: Mapping[str, Any]) -> str:
     patch = " × ".join(map(str, provenance["patch_size"]))
     settings = {**provenance["training"], **{f"method.{k}": v for k, v in provenance["settings"].items()}}
     rows = "\n".join(f"| `{name}` | {_cell(value)} |" for name, value in settings.items())
-    data = provenance["data"]
-    cases = data.get("cases", "an unstated number of")
+    data = " ".join(_dataset(each, provenance) for each in datasets_of(provenance))
     return (
-        f"## Training Details\n\n### Training Data\n\n{data.get('dataset', 'A dataset')}: {cases} cases, channels "
-        f"{', '.join(provenance['channels'])}. The images, the names of the cases and their labels, if any, are not "
-        "part of these files.\n\n### Training Procedure\n\n#### Preprocessing\n\n"
+        f"## Training Details\n\n### Training Data\n\n{data} The images, the names of the cases and their labels, if "
+        "any, are not part of these files.\n\n### Training Procedure\n\n#### Preprocessing\n\n"
         f"nnU-Net's plan `{provenance['plans_name']}`, configuration `{provenance['configuration']}`: spacing {sizes} "
         f"mm and patches of {patch} voxels in the plan's axes (`transpose_forward` "
         f"{provenance['transpose_forward']}), normalisation {', '.join(provenance['normalisation'])} per channel, "

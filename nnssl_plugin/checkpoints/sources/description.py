@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nnssl_plugin.checkpoints.format.provenance import datasets_of
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.plans import UNBUILDABLE, resolve_configuration
 
@@ -71,7 +72,6 @@ PROVENANCE: dict[str, tuple[Test, str]] = {
             "configuration",
             "reader",
             "orientation",
-            "licence",
             "weights_sha256",
             "checkpoint",
             "kind",
@@ -79,9 +79,9 @@ PROVENANCE: dict[str, tuple[Test, str]] = {
         (_text, "a text"),
     ),
     **dict.fromkeys(("channels", "normalisation", "trained", "taken"), (_list_of(_text), "a list of texts")),
-    **dict.fromkeys(
-        ("settings", "training", "packages", "data", "continued_from", "teacher"), (_block, "a block of values")
-    ),
+    **dict.fromkeys(("settings", "training", "packages", "continued_from", "teacher"), (_block, "a block of values")),
+    "data": (lambda value: _block(value) or _list_of(_block)(value), "a block of values, or a list of them"),
+    "licence": (lambda value: _text(value) or _list_of(_text)(value), "a text, or a list of texts"),
     "citations": (lambda value: _text(value) or _list_of(lambda entry: _text(entry) or _block(entry))(value), "texts"),
     "spacing_mm": (_list_of(_millimetres), "a list of millimetres"),
     "patch_size": (_list_of(_size), "a list of voxels per axis"),
@@ -94,7 +94,11 @@ PROVENANCE: dict[str, tuple[Test, str]] = {
 """Field of a provenance → what it must hold, where it is there and not null; other fields are free."""
 ORIGINS = ("continued_from", "teacher")
 """Fields of a provenance that hold what is repeated of another one."""
-DATA = {"dataset": (_text, "a text"), "cases": (_count, "a number of cases")}
+DATA = {
+    **dict.fromkeys(("dataset", "licence"), (_text, "a text")),
+    "cases": (_count, "a number of cases"),
+    "channels": (_list_of(_text), "a list of texts"),
+}
 NNSSL = {
     **dict.fromkeys(("key_to_encoder", "key_to_stem", "key_to_lpe"), (_text, "a text")),
     **dict.fromkeys(("architecture_plans", "pretrain_plan"), (_block, "a block of values")),
@@ -136,7 +140,8 @@ def check_provenance(provenance: Mapping[str, Any], path: Path, place: str = "pr
         UserError: naming the field.
     """
     check_fields(provenance, PROVENANCE, path, place)
-    check_fields(provenance.get("data") or {}, DATA, path, f"{place}.data")
+    for data in datasets_of(provenance):
+        check_fields(data, DATA, path, f"{place}.data")
     for field in ORIGINS:
         if provenance.get(field):
             check_provenance(provenance[field], path, f"{place}.{field}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_plugin.checkpoints.format.health import health_of
-from nnssl_plugin.checkpoints.format.provenance import as_architecture, weights_hash
+from nnssl_plugin.checkpoints.format.provenance import as_architecture, datasets_of, weights_hash
 from nnssl_plugin.checkpoints.format.tensors import not_finite, parameters_in
 from nnssl_plugin.checkpoints.sources.source import NNSSL, NNUNET, OWN, Source, read_source
 from nnssl_plugin.checkpoints.sources.stems import said, stems_of
@@ -137,7 +137,6 @@ def screen(report: Mapping[str, Any]) -> str:
 
 
 def _entries(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    data = report["data"] or {}
     return [
         ("method", _text(report["method"])),
         ("written", _text(report["date"])),
@@ -149,7 +148,7 @@ def _entries(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("normalisation", _text(report["normalisation"])),
         ("geometry", _geometry(report)),
         ("orientation", _stated(report, "{}", "orientation", "transposed by {}", "transpose_forward")),
-        ("trained on", _stated(data, "{}", "dataset", "{} cases", "cases")),
+        ("trained on", _trained_on(report)),
         ("trained for", _stated(report, "{} steps", "steps", "{} epochs", "epochs")),
         ("plan", _stated(report, "{}", "plans_name", "{}", "configuration")),
         ("health", _healthy(report["health"], report["not_finite"])),
@@ -172,6 +171,11 @@ def _stated(values: Mapping[str, Any], first: str, one: str, second: str, other:
         for sentence, name in ((first, one), (second, other))
     ]
     return ", ".join(said)
+
+
+def _trained_on(report: Mapping[str, Any]) -> str:
+    said = [_stated(data, "{}", "dataset", "{} cases", "cases") for data in datasets_of(report)]
+    return "; ".join(said) or UNSTATED
 
 
 def _meaning(report: Mapping[str, Any]) -> str:

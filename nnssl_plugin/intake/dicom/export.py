@@ -149,30 +149,36 @@ def convert_export(
     Raises:
         UserError: pydicom is not installed, no series can be taken, or they are of several modalities.
     """
+    if not source.exists():
+        raise UserError(f"{printable(str(source))} is not there.", "Give the folder or zip file of the export: -i DIR")
     places.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     names = read_or_make_key(places.key)
     instances, unreadable = _read_all(_files(source, include, exclude))
-    drawings = _drawings(instances)
+    drawings, undrawn = _drawings(instances)
+    unreadable += undrawn
     jobs, rows = [], [_other_row(instance) for instance in _not_images(instances)]
     chosen = []
     for stack in build_stacks(instances):
         drawn = [drawing for drawing in drawings if _is_drawn_on(drawing, stack.first)]
         row = _row(stack, names, drawn)
         row["reason"] = why_left_out(stack, rules, modality) or _why_unlabelled(wanted, drawn)
-        row["status"] = LEFT_OUT if row["reason"] else TAKEN
         rows.append(row)
-        if not row["reason"]:
+        if row["reason"]:
+            row.update(status=LEFT_OUT, scan="")
+        else:
+            row["status"] = TAKEN
             chosen.append(row)
             jobs.append(_job(stack, row, places, drawn if wanted else (), wanted))
+    if modality is None:
+        _refuse_several_modalities(chosen)
+    earlier = read_series(places.table) if extend else []
     try:
-        _check_chosen(chosen, rows, unreadable, source, places, modality)
         _enter(tqdm(_convert_all(jobs, processes), total=len(jobs), desc="convert", unit="series"), chosen)
     finally:
-        all_rows = merged(read_series(places.table) if extend else [], rows)
-        write_series(places.table, all_rows)
-        _remove_others(places, all_rows)
+        write_series(places.table, merged(earlier, rows))
     if not any(row["status"] == TAKEN for row in rows):
         raise _nothing_taken(source, rows, unreadable, places)
+    _remove_others(places, merged(earlier, rows))
     return ConvertedExport(places, modality or _modality_of(chosen), tuple(rows), names, tuple(unreadable))
 
 
@@ -225,18 +231,25 @@ def _remove_others(places: LocalPlaces, rows: Sequence[SeriesRow]) -> None:
                 path.unlink()
 
 
-def _drawings(instances: Sequence[Instance]) -> list[Drawing]:
-    """Every structure set and segmentation, the oldest first."""
-    found = []
+def _drawings(instances: Sequence[Instance]) -> tuple[list[Drawing], list[str]]:
+    """Every structure set and segmentation, the oldest first, and those that cannot be read."""
+    found, unreadable = [], []
     for instance in instances:
         if instance.sop_class not in (SEGMENTATION, STRUCTURES):
             continue
-        with on_disk([instance.file]) as (path,):
-            dataset = read_whole(path)
-        dates = (dataset.get(name) for name in ("StructureSetDate", "StructureSetTime", "ContentDate", "ContentTime"))
-        made = " ".join(str(date or "") for date in dates)
-        found.append(Drawing(instance, frozenset(referenced_series(dataset)), tuple(names_in(dataset)), made))
-    return sorted(found, key=lambda drawing: (drawing.made, drawing.instance.uid))
+        try:
+            found.append(_drawing(instance))
+        except Exception as error:  # whatever pydicom raises for one file, the others go on
+            unreadable.append(f"{instance.file}: damaged: {type(error).__name__}: {str(error)[:120]}")
+    return sorted(found, key=lambda drawing: (drawing.made, drawing.instance.uid)), unreadable
+
+
+def _drawing(instance: Instance) -> Drawing:
+    with on_disk([instance.file]) as (path,):
+        dataset = read_whole(path)
+    dates = (dataset.get(name) for name in ("StructureSetDate", "StructureSetTime", "ContentDate", "ContentTime"))
+    made = " ".join(str(date or "") for date in dates)
+    return Drawing(instance, frozenset(referenced_series(dataset)), tuple(names_in(dataset)), made)
 
 
 def _is_drawn_on(drawing: Drawing, image: Instance) -> bool:
@@ -316,18 +329,9 @@ def _modality_of(rows: Sequence[SeriesRow]) -> str:
     return next((ours for ours, dicom in DICOM_MODALITY.items() if {dicom} == found), "MR")
 
 
-def _check_chosen(
-    chosen: Sequence[SeriesRow],
-    rows: Sequence[SeriesRow],
-    unreadable: Sequence[str],
-    source: Path,
-    places: LocalPlaces,
-    modality: str | None,
-) -> None:
-    if not chosen:
-        raise _nothing_taken(source, rows, unreadable, places)
+def _refuse_several_modalities(chosen: Sequence[SeriesRow]) -> None:
     found = sorted({row["Modality"] for row in chosen})
-    if modality is None and len(found) > 1:
+    if len(found) > 1:
         known = [ours for ours, dicom in DICOM_MODALITY.items() if dicom in found]
         raise UserError(
             f"The export holds series of {', '.join(found)}, and a dataset has one modality.",

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import BinaryIO
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.intake.pictures import is_picture
 from nnssl_plugin.io.memory import available_memory
 from nnssl_plugin.io.scans import ending_of
 
@@ -36,6 +37,11 @@ class ExportFile:
     def name(self) -> str:
         """The last part of its name."""
         return (self.member or self.path.name).rpartition("/")[2]
+
+    @property
+    def size(self) -> int:
+        """Bytes, of a member when it is unpacked."""
+        return _archive(self.path).getinfo(self.member).file_size if self.member else self.path.stat().st_size
 
     @property
     def stamp(self) -> str:
@@ -79,7 +85,7 @@ def is_export(source: Path) -> bool:
     for file in find_files(source):
         if not file.member and ending_of(file.path) is not None:
             return False
-        found = found or starts_as_dicom(file)
+        found = found or (not is_picture(file.path) and starts_as_dicom(file))
     return found
 
 
@@ -157,12 +163,7 @@ def _archive(path: Path) -> zipfile.ZipFile:
 
 
 def _is_zip(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            starts_so = stream.read(4) == b"PK\x03\x04"
-    except OSError:
-        return False
-    return starts_so and zipfile.is_zipfile(path)
+    return path.name.lower().endswith(".zip") and zipfile.is_zipfile(path)
 
 
 def _is_regular(path: Path) -> bool:

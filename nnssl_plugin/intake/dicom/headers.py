@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ _PRIVATE_B_VALUES = ((0x0019, 0x100C), (0x0043, 0x1039), (0x2001, 0x1003))
 SEGMENTATION, STRUCTURES = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.481.3"
 """SOP classes of segmentations and of radiotherapy's structure sets."""
 
+MOST_RATIO = 4000
+"""Bytes of pixels that one byte of a file may promise; a blank plane in JPEG 2000 comes near to 2000."""
+
 Numbers = tuple[float, ...]
 
 
@@ -62,7 +66,7 @@ class Frame:
     orientation: Numbers | None  # six cosines: along a row, along a column
     spacing: Numbers | None  # mm between rows, between columns
     correction: tuple[float, float]  # factor and offset for values to which GDCM applied the rescale of frame 0
-    apart: tuple[str, ...]  # kind of image, echo, b-value, point in time: frames that differ are of other images
+    apart: tuple[str, ...]  # kind of image, kernel, echo, b-value, time: frames that differ are of other images
     acquisition: str  # number of the acquisition
     moment: tuple[float, ...]  # trigger, acquisition time, content time, instance number: the order within a position
 
@@ -138,6 +142,9 @@ def _instance(file: ExportFile, header: Any) -> Instance:
     sop_class = str(header.get("SOPClassUID", ""))
     is_drawn = "Rows" in header and "Columns" in header
     count = int(header.get("NumberOfFrames") or 1) if is_drawn else 0
+    promised = count * int(header.get("Rows") or 0) * int(header.get("Columns") or 0) * 2
+    if promised > MOST_RATIO * file.size:
+        raise ValueError(f"the header promises {promised} bytes of pixels, the file has {file.size}")
     kind = str(header.get("ConversionType", ""))
     return Instance(
         file=file,
@@ -147,12 +154,24 @@ def _instance(file: ExportFile, header: Any) -> Instance:
         study=str(header.get("StudyInstanceUID", "")),
         patient=str(header.get("PatientID", "")),
         frame_of_reference=str(header.get("FrameOfReferenceUID", "")),
-        shown={name: _text(header.get(name)) for name in SHOWN if header.get(name) is not None},
+        shown=_shared_texts(tuple((name, _text(header.get(name))) for name in SHOWN if header.get(name) is not None)),
         colour=int(header.get("SamplesPerPixel") or 1) > 1,
         captured=bool(kind) or sop_class.startswith("1.2.840.10008.5.1.4.1.1.7"),
         ultrasound_regions="SequenceOfUltrasoundRegions" in header,
         frames=tuple(_frame(file, header, number) for number in range(count)),
     )
+
+
+@lru_cache(maxsize=4096)
+def _shared(value: Any) -> Any:
+    """One object for equal values: the planes of a series have most of them in common."""
+    return value
+
+
+@lru_cache(maxsize=4096)
+def _shared_texts(items: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """The same for a dictionary, which nobody changes."""
+    return dict(items)
 
 
 def _correction(header: Any, number: int) -> tuple[float, float]:
@@ -175,7 +194,8 @@ def _frame(file: ExportFile, header: Any, number: int) -> Frame:
     trigger = value["NominalCardiacTriggerDelayTime"] or value["TriggerTime"]
     apart = (
         _kind_of_frame(header, number),
-        echo,
+        header.get("ConvolutionKernel"),
+        None if echo in (None, "") else round(float(echo), 1),  # some scanners state another hundredth per slice
         _b_value(header, value["DiffusionBValue"]),
         moment,
         *(value[name] for name in ("EchoNumbers", "InversionTime", "StackID", "ComplexImageComponent")),
@@ -185,10 +205,10 @@ def _frame(file: ExportFile, header: Any, number: int) -> Frame:
         number=number,
         uid=str(header.get("SOPInstanceUID", "")),
         position=_numbers(value["ImagePositionPatient"], 3),
-        orientation=_numbers(value["ImageOrientationPatient"], 6),
-        spacing=_numbers(value["PixelSpacing"], 2),
+        orientation=_shared(_numbers(value["ImageOrientationPatient"], 6)),
+        spacing=_shared(_numbers(value["PixelSpacing"], 2)),
         correction=(1.0, 0.0) if number == 0 else _correction(header, number),
-        apart=tuple(_text(part) for part in apart),
+        apart=_shared(tuple(_text(part) for part in apart)),
         acquisition=_text(value["AcquisitionNumber"] or value["FrameAcquisitionNumber"]),
         moment=tuple(
             _number(part, 0.0)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,15 @@ from nnssl_plugin.intake.dicom.table import TAKEN, SeriesRow, read_series
 from nnssl_plugin.intake.labelled import LabelSummary, prepare_class_dataset
 from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, read_rows, source_sha256, source_stamp, write_rows
 from nnssl_plugin.intake.overview import describe_cases
-from nnssl_plugin.intake.raw_dataset import DatasetKind, image_path, label_path, open_dataset, write_dataset_json
+from nnssl_plugin.intake.raw_dataset import (
+    FILE_ENDING,
+    MODALITIES,
+    DatasetKind,
+    image_path,
+    label_path,
+    open_dataset,
+    write_dataset_json,
+)
 from nnssl_plugin.intake.unlabelled import THUMBNAILS, PrepareSummary, prepare_dataset
 from nnssl_plugin.io.files import atomic_path, write_json
 from nnssl_plugin.io.scans import load_scan, read_volume
@@ -121,8 +130,7 @@ def _convert(
     processes: int,
 ) -> ConvertedExport:
     rules = parse_rules(choice.series)
-    if not 1 <= dataset_id <= 999:
-        raise UserError(f"Dataset ID {dataset_id}.", "Give a number from 1 to 999: -d 501")
+    _check_target(dataset_id, name, choice.modality)
     dataset = f"Dataset{dataset_id:03d}_{name}"
     return convert_export(
         Path(source).absolute(),
@@ -135,6 +143,17 @@ def _convert(
         extend=Path(os.environ.get("nnUNet_raw", ""), dataset).is_dir(),
         processes=processes,
     )
+
+
+def _check_target(dataset_id: int, name: str, modality: str | None) -> None:
+    """Before hours of conversion, what would be refused after them."""
+    if not 1 <= dataset_id <= 999 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise UserError(
+            f"Dataset ID {dataset_id} with the name {name!r}.",
+            "Give 1 to 999, and letters, digits, - and _: -d 501 -n X",
+        )
+    if modality is not None and modality not in MODALITIES[FILE_ENDING]:
+        raise UserError(f"Modality {modality!r} for volumes.", f"Use one of {', '.join(MODALITIES[FILE_ENDING])}.")
 
 
 def _own_table(rows: Sequence[dict[str, str]], converted: ConvertedExport, source: Path, where: Path) -> Path:

@@ -94,7 +94,7 @@ def _named_apart(frames: Sequence[Frame]) -> list[tuple[str, list[Frame]]]:
     groups: dict[tuple[str, ...], list[Frame]] = defaultdict(list)
     for frame in frames:
         groups[frame.apart].append(frame)
-    titles = ("", "echo", "b", "time", "echo", "inversion", "stack", "")
+    titles = ("", "kernel ", "echo", "b", "time", "echo", "inversion", "stack", "")
     differ = [len(set(column)) > 1 for column in zip(*groups, strict=True)]
     return [
         (" ".join(f"{t}{v}" for t, v, is_told in zip(titles, key, differ, strict=True) if is_told and v), group)

@@ -106,7 +106,7 @@ class Distillation(PretextTask):
         grid = self.teacher.stage_grid(self.teacher_stage, counts)
         cosine = F.cosine_similarity(predicted, target, dim=2)[0].reshape(tuple(counts))
         agreement = Overlay(image, values=grid.over(cosine, size).float())
-        return {"agreement": [("volume", image), ("cosine with the teacher", agreement)]}
+        return {"agreement": [("volume", image), ("cosine", agreement)]}
 
 
 def nearest_stage(backbone: Backbone, stride: Sequence[float]) -> int:

@@ -1,5 +1,6 @@
 """The teacher: the frozen encoder of any checkpoint that says its network."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.text import some
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.family import reader_of
-from nnssl_plugin.nnunet.plan_edits import patch_divisors
+from nnssl_plugin.nnunet.plan_edits import fitting_patch, patch_divisors
 from nnssl_plugin.nnunet.plans import build_described
 
 
@@ -67,20 +68,21 @@ def check_fits(teacher: Teacher, patch_size: tuple[int, ...], channels: int) -> 
             f"The teacher {name} reads {backbone.input_channels} channels, the dataset has {channels}.",
             "Take a teacher of one channel, which sees the first one that a case has, or of as many.",
         )
-    patch = "x".join(map(str, patch_size))
     divisors = patch_divisors(as_architecture(teacher.source.network or {}), len(patch_size))
-    grid = reader_of(backbone.network).planned_grid
-    planned = None if grid is None else tuple(n * s for n, s in zip(grid, backbone.strides[-1], strict=True))
-    if any(size % divisor for size, divisor in zip(patch_size, divisors, strict=True)) or planned not in (
-        None,
-        tuple(patch_size),
-    ):
-        wanted = f"patches of {'x'.join(map(str, planned))}" if planned else f"multiples of {divisors} voxels"
+    made_for = _patch_of(backbone) or patch_size
+    if made_for != patch_size or any(size % divisor for size, divisor in zip(patch_size, divisors, strict=True)):
+        fitting = list(made_for) if made_for != patch_size else fitting_patch(list(patch_size), divisors)
         raise UserError(
-            f"The teacher {name} takes {wanted}, the plan's patch is {patch}.",
+            f"The teacher {name} does not take the plan's patch of {list(patch_size)} voxels, but {fitting}.",
             "Change the patch: nnssl_plugin plan -d ID -p PLANS -n NAME --set "
-            f"'configurations.CONFIGURATION.patch_size={list(planned) if planned else '[…]'}'",
+            f"'configurations.CONFIGURATION.patch_size={json.dumps(fitting, separators=(',', ':'))}'",
         )
+
+
+def _patch_of(backbone: Backbone) -> tuple[int, ...] | None:
+    """The only patch in voxels that a network takes whose positions were made for one; ``None`` for any other."""
+    grid = reader_of(backbone.network).planned_grid
+    return None if grid is None else tuple(n * step for n, step in zip(grid, backbone.strides[-1], strict=True))
 
 
 def _load_encoder(network: torch.nn.Module, source: Source) -> None:

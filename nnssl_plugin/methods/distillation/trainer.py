@@ -54,8 +54,8 @@ class DistillationPretrainer(Pretrainer):
             )
         super().load_own_state(checkpoint)
 
-    def _provenance(self) -> dict[str, Any]:
-        return super()._provenance() | {"teacher": self.teacher}
+    def provenance(self) -> dict[str, Any]:
+        return super().provenance() | {"teacher": self.teacher}
 
     def _describe(self, task: Distillation, differences: list[str]) -> None:
         teacher = task.teacher

@@ -4,8 +4,9 @@ from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.methods.med3dinsight.objective import Med3DInsight
 from nnssl_plugin.methods.med3dinsight.settings import TRAINING, Settings
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.pretraining.batches import embedding_size, matching_notes
-from nnssl_plugin.pretraining.pretrainer import TRAIN, Pretrainer
+from nnssl_plugin.pretraining.batches import TRAIN, embedding_size, matching_notes
+from nnssl_plugin.pretraining.datasets import PlannedDataset
+from nnssl_plugin.pretraining.pretrainer import Pretrainer
 
 
 class Med3DInsightPretrainer(Pretrainer):
@@ -19,11 +20,11 @@ class Med3DInsightPretrainer(Pretrainer):
         "Multimodal Large Language Models (Med3DInsight).",
     )
 
-    def _batches(self, cases: list[str], purpose: int) -> StepBatches:
-        batches = super()._batches(cases, purpose)
-        if purpose == TRAIN:
+    def open_batches(self, dataset: PlannedDataset, cases: list[str], stream: tuple[int, ...]) -> StepBatches:
+        batches = super().open_batches(dataset, cases, stream)
+        if stream[1] == TRAIN:
             together = batches.batch_size * batches.ranks
-            for note in matching_notes(batches, self.plans_manager.dataset_name, batch_size=together):
+            for note in matching_notes(batches, dataset.name, batch_size=together):
                 self.print_to_log_file(note)
         return batches
 

@@ -192,3 +192,69 @@ def test_a_row_that_names_no_series_is_told(export, raw, tmp_path, capsys):
     (tmp_path / "t.csv").write_text("case,grade\nnobody,low\nSecret-0815,high\n")
     assert prepare("-i", export, "-d", 501, "-n", "X", "--class-labels", tmp_path / "t.csv") == 2
     assert "nobody" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_to_the_same_dataset(two_patients, raw, tmp_path, monkeypatch):
+    places = ("--key-file", tmp_path / "key", "--local")
+    prepare("-i", two_patients, "-d", 502, "-n", "X", *places, tmp_path / "whole")
+    read = []
+
+    def interrupted(*arguments):
+        read.append(arguments)
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        return read_planes(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnssl_plugin.intake.dicom.convert.read_planes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_dicom_dataset(
+                two_patients, 501, "X", DicomChoice(key_file=tmp_path / "key", local=tmp_path / "cut"), processes=1
+            )
+    prepare("-i", two_patients, "-d", 501, "-n", "X", *places, tmp_path / "cut")
+    whole, cut = raw / "Dataset502_X", raw / "Dataset501_X"
+    for kind in ("imagesTr", "labelsTr"):
+        names = sorted(path.name for path in (whole / kind).iterdir())
+        assert names == sorted(path.name for path in (cut / kind).iterdir()) and len(names) == 3
+        assert all((whole / kind / name).read_bytes() == (cut / kind / name).read_bytes() for name in names)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_scans(two_patients, raw, tmp_path):
+    places = ("--key-file", tmp_path / "key", "--local")
+    prepare("-i", two_patients, "-d", 501, "-n", "X", *places, tmp_path / "one")
+    choice = DicomChoice(key_file=tmp_path / "key", local=tmp_path / "two")
+    prepare_dicom_dataset(two_patients, 502, "X", choice, processes=2)
+    one, two = (sorted((raw / f"Dataset{n}_X" / "imagesTr").iterdir()) for n in (501, 502))
+    assert [path.name for path in one] == [path.name for path in two]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-d", 501, "-n", "../x"), "name"),
+        (("-d", 1000, "-n", "X"), "1000"),
+        (("-d", 501, "-n", "X", "--modality", "grey"), "grey"),
+        (("-d", 501, "-n", "X", "--series", "Modelity=MR"), "Did you mean Modality"),
+        (("-d", 501, "-n", "X", "--series", "MR"), "no condition"),
+        (("-d", 501, "-n", "X", "--structures", "A=1", "--class-labels", "t.csv"), "two kinds"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_converted(words, message, export, raw, capsys):
+    write_series(export, phantom())
+    assert prepare("-i", export, *words) == 2
+    assert message in capsys.readouterr().err and not any(raw.rglob("*.nii.gz"))
+
+
+def test_a_wrong_choice_leaves_the_dataset_as_it_is(two_patients, raw):
+    prepare("-i", two_patients, "-d", 501, "-n", "X")
+    before = sorted(path.name for path in raw.rglob("*.nii.gz"))
+    assert prepare("-i", two_patients, "-d", 501, "-n", "X", "--series", "SeriesDescription=typo") == 2
+    assert sorted(path.name for path in raw.rglob("*.nii.gz")) == before
+    assert prepare("-i", two_patients, "-d", 501, "-n", "X") == 0
+
+
+def test_an_export_that_is_not_there_says_so(tmp_path, raw, capsys):
+    assert prepare("-i", tmp_path / "none", "-d", 501, "-n", "X", "--series", "Modality=MR") == 2
+    assert "is not there" in capsys.readouterr().err

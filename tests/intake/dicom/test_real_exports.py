@@ -8,6 +8,8 @@ import SimpleITK
 
 from nnssl_plugin.intake.dicom.table import LEFT_OUT, TAKEN
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def real(data_folder):

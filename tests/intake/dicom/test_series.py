@@ -181,6 +181,7 @@ def test_b_values_of_an_enhanced_object_are_kept_apart(export, convert):
         ({"ImageType": (["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"])},
          {"ORIGINAL\\PRIMARY\\M", "ORIGINAL\\PRIMARY\\P"}),
         ({"DiffusionBValue": (0.0, 800.0)}, {"b0", "b800"}),
+        ({"ConvolutionKernel": ("B30f", "B70f")}, {"kernel B30f", "kernel B70f"}),
     ],
 )  # fmt: skip
 def test_images_at_the_same_places_are_kept_apart(differ, parts, export, convert):
@@ -194,12 +195,27 @@ def test_images_at_the_same_places_are_kept_apart(differ, parts, export, convert
     assert any(np.array_equal(found[0], phantom(seed=s)) for s in (0, 1)) and not np.array_equal(*found)
 
 
+@pytest.mark.parametrize("tag", [(0x0019, "SIEMENS MR HEADER", 0x0C, "IS"), (0x0043, "GEMS_PARM_01", 0x39, "IS")])
+def test_private_b_values_are_kept_apart(tag, export, convert):
+    group, creator, element, kind = tag
+    uids = (generate_uid(), generate_uid())
+    for number, value in enumerate((0, 800)):
+
+        def private(dataset, index, value=value):
+            stated = value if group == 0x0019 else [10**9 + value, 8, 0, 0]
+            dataset.private_block(group, creator, create=True).add_new(element, kind, stated)
+
+        write_series(export, phantom(seed=number), uids=uids, first=1 + 8 * number, change=private)
+    assert {row["part"] for row in convert("MR").with_status(TAKEN)} == {"b0", "b800"}
+
+
 def test_acquisitions_that_change_along_the_body_stay_one_volume(export, convert):
     planes = phantom()
 
     def number(dataset, index):
         dataset.AcquisitionNumber = index // 2
         dataset.TriggerTime = float(37 * (index % 3))
+        dataset.EchoTime = 4.6 + 0.01 * (index % 3)
 
     write_series(export, planes, change=number)
     assert np.array_equal(planes_of(only_scan(convert("MR"))), planes)
@@ -347,6 +363,17 @@ def test_a_damaged_file_is_named_and_the_rest_goes_on(export, convert):
     converted = convert("MR")
     assert np.array_equal(planes_of(only_scan(converted)), planes)
     assert len(converted.with_status(REFUSED)) == 1 and len(converted.unreadable) == 1 and converted.has_failures
+
+
+def test_a_header_that_promises_more_than_a_file_can_hold_is_not_believed(export, convert):
+    planes = phantom()
+    write_series(export / "good", planes)
+    dataset = enhanced(export / "e.dcm", phantom(seed=1))
+    dataset.Rows = dataset.Columns = 60000
+    dataset.save_as(export / "e.dcm", enforce_file_format=True)
+    converted = convert("MR")
+    assert np.array_equal(planes_of(only_scan(converted)), planes)
+    assert "the header promises" in converted.unreadable[0]
 
 
 def test_an_export_without_series_says_so(export, convert):

@@ -130,6 +130,20 @@ def test_what_is_missing_or_beside_the_slices_is_told(export, convert):
     assert "1 contours lie outside" in told and "drawn on 2 of 3 slices" in told and "without B" in told
 
 
+def test_a_damaged_structure_set_is_named_and_the_rest_goes_on(export, convert):
+    images = write_series(export, phantom())
+    structure_set(export / "rs.dcm", images, {"A": [circle(3, (-16, -6), 5)]})
+    broken = structure_set(export / "broken.dcm", images, {"A": [circle(3, (-16, -6), 5)]})
+    del (
+        broken.ReferencedFrameOfReferenceSequence[0]
+        .RTReferencedStudySequence[0]
+        .RTReferencedSeriesSequence[0]["SeriesInstanceUID"]
+    )
+    broken.save_as(export / "broken.dcm", enforce_file_format=True)
+    converted = convert("MR", structures=["A=1"])
+    assert labels_of(converted)[3].any() and len(converted.unreadable) == 1 and "broken" in converted.unreadable[0]
+
+
 def test_a_series_without_the_wanted_structure_is_refused(export, convert):
     images = write_series(export, phantom())
     structure_set(export / "rs.dcm", images, {"A": [circle(3, (-16, -6), 5)]})

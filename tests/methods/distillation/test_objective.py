@@ -204,7 +204,7 @@ def test_pictures_show_where_the_student_agrees(kind):
     task = make(kind)
     pictures = dict(task.pictures(views_of(task, make_batch(SIZES[kind])))["agreement"])
     assert pictures["volume"].shape == SIZES[kind]
-    values = pictures["cosine with the teacher"].values
+    values = pictures["cosine"].values
     assert values.shape == SIZES[kind] and values.abs().max() <= 1 and values.std() > 0
 
 
