@@ -31,7 +31,7 @@ class M3RetMAE(PretextTask):
         UserError: for a network that needs the whole image.
     """
 
-    needs = Needs(window="fit")
+    needs = Needs(window="fit", unifies=True)
     trained_parts = ("encoder",)
 
     def __init__(self, backbone: Backbone, settings: Settings, *, channels: int | None = None):

@@ -29,7 +29,7 @@ class SimDINO(PretextTask):
         channels: that every image gets; ``None`` for those of the one dataset.
     """
 
-    needs = Needs(window="fit")
+    needs = Needs(window="fit", unifies=True)
     trained_parts = ("encoder",)
 
     def __init__(self, backbone: Backbone, settings: Settings, *, channels: int | None = None):
