@@ -94,11 +94,11 @@ class SimDINO(PretextTask):
 
     @torch.no_grad()
     def pictures(self, views: Views) -> dict[str, list[tuple[str, Tensor]]]:
-        """The views of the first sample."""
-        shown = [(f"global view {n + 1}", view[0]) for n, view in enumerate(views["global"][0])]
-        if "local" in views:
-            shown += [(f"local view {n + 1}", view[0]) for n, view in enumerate(views["local"][0])]
-        return {"views": [(title, view.float()) for title, view in shown]}
+        """The views of the first sample, global and local ones apart, as their sizes differ."""
+        return {
+            f"{name}_views": [(f"{name} view {n + 1}", view[0].float()) for n, view in enumerate(of_kind[0])]
+            for name, of_kind in views.items()
+        }
 
     def _rate(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Mean over the global views of the coding rate R of all samples."""

@@ -180,4 +180,7 @@ def test_numbers_and_pictures():
     alone = task.diagnostics({name: view[:1] for name, view in views.items()})
     torch.testing.assert_close(alone["coding_rate"], torch.tensor(1.0), atol=1e-4, rtol=0)
     assert alone["other_images"].isnan() and math.isfinite(alone["same_image"])
-    assert len(task.pictures(views)["views"]) == 4
+    assert {name: len(pictures) for name, pictures in task.pictures(views).items()} == {
+        "global_views": 2,
+        "local_views": 2,
+    }
