@@ -1,5 +1,7 @@
 """Changes of intensity on the device, drawn anew for each sample, in 2D and 3D: shift, blur, contrast, unit range."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -49,7 +51,7 @@ def random_contrast(image: Tensor, gamma: tuple[float, float], *, generator: tor
         generator: source of the random numbers, on the device of the image.
     """
     low, high = _range(image)
-    exponent = _uniform(image, *torch.tensor(gamma).log().tolist(), generator).exp()
+    exponent = _uniform(image, math.log(gamma[0]), math.log(gamma[1]), generator).exp()
     return to_unit_range(image).pow(exponent) * (high - low) + low
 
 
