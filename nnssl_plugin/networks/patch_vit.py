@@ -8,6 +8,7 @@ convolutions whose one skip connection is the image (UNETR, Hatamizadeh et al. 2
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from timm.models.vision_transformer import Block
@@ -21,6 +22,8 @@ CONVOLUTIONS = {
     2: (nn.Conv2d, nn.ConvTranspose2d, nn.InstanceNorm2d),
     3: (nn.Conv3d, nn.ConvTranspose3d, nn.InstanceNorm3d),
 }
+NORM = partial(nn.LayerNorm, eps=1e-6)
+"""As in timm's, MAE's and DINO's vision transformers."""
 LOWEST_FREQUENCY = 10000.0
 """Base of the wavelengths of the positions (Vaswani et al. 2017, section 3.5)."""
 DEFAULT_PATCH = (4, 16, 16)
@@ -115,9 +118,9 @@ class PatchEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if summary_token else None
         rates = [drop_path_rate * block / max(depth - 1, 1) for block in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate) for rate in rates
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=NORM) for rate in rates
         )
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = NORM(embed_dim)
         _initialise(self.blocks)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         nn.init.zeros_(self.patch_embed.proj.bias)
@@ -175,8 +178,10 @@ class TokenBlocks(nn.Module):
 
     def __init__(self, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, qkv_bias=True) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, mlp_ratio, qkv_bias=True, norm_layer=NORM) for _ in range(depth)
+        )
+        self.norm = NORM(width)
         _initialise(self.blocks)
 
     def forward(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:

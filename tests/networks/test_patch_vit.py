@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from timm.models.vision_transformer import VisionTransformer
 
 from nnssl_plugin.checkpoints.adaptation import rules
+from nnssl_plugin.checkpoints.adaptation.adapt import adapt_weights
+from nnssl_plugin.checkpoints.adaptation.options import AdaptationOptions
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.family import family_of_class, family_of_keys
@@ -119,6 +122,20 @@ def test_a_flat_network_gives_a_slice_the_tokens_of_the_image_that_repeats_it():
     torch.testing.assert_close(flat(x)[1], volume(x[:, :, None].expand(-1, -1, 4, -1, -1))[1])
 
 
+def test_it_is_timms_network_but_for_the_positions():
+    theirs = VisionTransformer(
+        img_size=(16, 24), patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=0, global_pool=""
+    )
+    ours = build(3, patch_size=(4, 4)).eval().network.encoder
+    weights = {key: value for key, value in theirs.state_dict().items() if key != "pos_embed"}
+    ours.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        theirs.pos_embed.copy_(torch.cat((torch.zeros(1, 1, 24), positions((4, 6), 24)), 1))
+        x = torch.randn(2, 3, 16, 24)
+        summary, tokens = ours(x)
+        torch.testing.assert_close(torch.cat((summary[:, None], tokens), 1), theirs.eval()(x))
+
+
 @pytest.mark.parametrize(("patch", "steps"), [
     ((4, 16, 16), [(1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)]),
     ((8, 8), [(2, 2)] * 3),
@@ -172,3 +189,13 @@ def test_a_patch_that_cannot_be_halved_is_refused(patch):
 def test_deep_supervision_is_refused():
     with pytest.raises(UserError, match="no deep supervision"):
         build(deep_supervision=True)
+
+
+def test_a_flat_network_of_three_colours_becomes_one_of_grey_volumes_that_gives_the_same_tokens():
+    flat, volume = build(3, patch_size=(4, 4)).network, build(1, patch_size=(2, 4, 4)).network
+    encoder = {key: value for key, value in flat.state_dict().items() if key.startswith("encoder.")}
+    state, _ = adapt_weights(encoder, volume, trained=None, options=AdaptationOptions(inflate=True))
+    volume.load_state_dict(state)
+    x = torch.randn(1, 1, 8, 12)
+    repeated = volume.eval().encoder(x[:, :, None].expand(-1, -1, 2, -1, -1))[1]
+    torch.testing.assert_close(repeated, flat.eval().encoder(x.expand(-1, 3, -1, -1))[1])

@@ -7,6 +7,7 @@ import re
 from unittest import mock
 
 import pytest
+import timm
 import torch
 from dynamic_network_architectures.building_blocks.eva import Eva
 from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd, PatchDecode, PatchEmbed
@@ -20,6 +21,7 @@ from nnssl_plugin.checkpoints.sources.mappings import FORMAT, Mapping, read_mapp
 from nnssl_plugin.checkpoints.sources.source import read_source
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
+from nnssl_plugin.networks.patch_vit import PatchViT
 
 IMPORTED = ["conv_op", "norm_op", "dropout_op", "nonlin"]
 VALID = {"format": FORMAT, "name": "mine", "rename": [["^enc\\.", "encoder."]], "drop": ["^head\\."]}
@@ -187,6 +189,18 @@ def test_swinunetr_self_supervised(prefix, tmp_path):
     source = save_and_read({"state_dict": prefixed("module.", weights | heads)}, tmp_path, "swinunetr-ssl")
     assert fits(network.swinViT, source.weights, "swinViT.")
     assert all(key.startswith("swinViT.") for key in source.weights) and source.input_channels == 1
+
+
+@pytest.mark.parametrize("size", ["base", "small", "tiny"])
+@pytest.mark.parametrize("prefix", ["", "teacher.backbone."], ids=["timm, MAE", "DINO's teacher"])
+def test_a_vision_transformer_in_timms_names(size, prefix, tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "LARGEST_REPEATED", 2**34)  # the tensors of this test store one number each
+    weights = layout_of(without_memory(timm.create_model, f"vit_{size}_patch16_224", num_classes=10))
+    beside = {"teacher.head.mlp.0.weight": torch.zeros(2)} if prefix else {}
+    source = save_and_read(prefixed(prefix, weights) | beside, tmp_path, f"timm-vit-{size[0]}")
+    network = without_memory(PatchViT, 3, 2, **source.network["kwargs"])
+    assert fits(network.encoder, source.weights, "encoder.")
+    assert all(key.startswith("encoder.") for key in source.weights) and source.input_channels == 3
 
 
 @functools.cache
