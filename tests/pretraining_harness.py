@@ -10,11 +10,14 @@ from toy_method import ToyPretrainer
 from nnssl_plugin.io.files import read_json
 
 
-def make_trainer(*, trainer_class=ToyPretrainer, resume: str | None = None, fold="all", **dataset):
-    """A trainer on the fake dataset of two channels; ``resume`` names a checkpoint of its folder."""
+def make_trainer(*, trainer_class=ToyPretrainer, resume: str | None = None, fold="all", network=None, **dataset):
+    """A trainer on the fake dataset of two channels; ``resume`` names a checkpoint of its folder, ``network`` puts
+    another one into a configuration of the plan."""
     plan = write_fake_dataset(**{"channels": 2} | dataset)
     dataset_json = read_json(Path(os.environ["nnUNet_preprocessed"]) / NAME / "dataset.json")
     configuration = next(iter(plan["configurations"]))
+    if network is not None:
+        plan = network(plan, configuration)
     plan["continue_training"] = resume is not None
     trainer = trainer_class(plan, configuration, fold, dataset_json, torch.device("cpu"))
     if resume:

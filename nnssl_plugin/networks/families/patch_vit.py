@@ -28,6 +28,16 @@ class PatchViTReader:
         """The image, then the tokens as one map (B, embed_dim, *spatial / patch)."""
         return [x, self.network.encoder.map(x)]
 
+    @property
+    def has_summary(self) -> bool:
+        """Whether the network was planned with a summary token."""
+        return self.network.encoder.cls_token is not None
+
+    def summarised(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The summary token (B, embed_dim), and what :meth:`features` gives."""
+        summary, tokens = self.network.encoder(x)
+        return summary, [x, self.network.encoder.as_map(tokens, x)]
+
     def kept_tokens(self, x: Tensor, keep: Tensor) -> Tensor:
         """The tokens (B, K, embed_dim) of some patches, which attend to one another and to the summary alone."""
         return self.network.encoder(x, keep)[1]
