@@ -92,6 +92,10 @@ def _presets(name: str, methods: Mapping[str, Method], root: Path) -> list[str]:
         settings_from(given, settings, where=preset), settings_from(block, training, where=preset)
         if number == 0 and given != as_in_json(dataclasses.asdict(settings)):
             problems.append(f"plans/{preset}.json does not write out every default of the method")
+        everything = as_in_json(dataclasses.asdict(training))
+        del everything["sources"]  # of one user's datasets
+        if number == 0 and block != everything:
+            problems.append(f"plans/{preset}.json does not write out every default of the training")
     return problems
 
 

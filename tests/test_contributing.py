@@ -13,6 +13,7 @@ from pretraining_harness import run
 from registry_checks import generator, missing_pieces
 
 import nnssl_plugin.methods
+from nnssl_plugin.pretraining.settings import TrainingSettings
 from nnssl_plugin.registry import METHODS, Method, Paper
 
 NAME = "toy"
@@ -87,7 +88,9 @@ def add_the_toy(root: Path, *, without: str = "") -> dict[str, Method]:
     """Do by hand what a contributor does, but for one file; returns the registry."""
     from toy_method import Settings
 
-    preset = {"pretraining": {"method_name": NAME, "method": dataclasses.asdict(Settings())}}
+    block = dataclasses.asdict(TrainingSettings())
+    del block["sources"]
+    preset = {"pretraining": block | {"method_name": NAME, "method": dataclasses.asdict(Settings())}}
     for path, content in (WRITTEN | {"plans/toy.json": json.dumps(preset)}).items():
         if not path.startswith(without or "-"):
             (root / path).parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the batches of a method must hold."""
+    """What the batches of a method must hold.
+
+    Raises:
+        ValueError: for numbers out of range, or neighbours where there are none.
+    """
 
     window: Literal["crop", "whole", "fit", "slice"] = "crop"
     """``crop``: a random window; ``whole``: the whole case resized to the window, its proportions lost; ``fit``: the
@@ -76,6 +80,14 @@ class Needs:
     labels: bool = False
     """Validation batches bring ``labels`` for diagnostics, where the dataset labels structures; training batches
     never do."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.foreground_share <= 1:
+            raise ValueError(f"foreground_share must lie in [0, 1], not be {self.foreground_share}")
+        if self.slices_per_case < 1:
+            raise ValueError(f"slices_per_case must be at least 1, not {self.slices_per_case}")
+        if self.slices_per_case > 1 and (self.window != "crop" or self.triplets):
+            raise ValueError("slices_per_case is for windows of 'crop' without triplets: others have no neighbours")
 
 
 def _three(values: Sequence[int]) -> tuple[int, int, int]:

@@ -7,44 +7,41 @@ anywhere and go on with the same weights, bit for bit on a CPU.
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from os.path import join
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, autocast, nn
 
-from nnssl_plugin.checkpoints.format.provenance import nnssl_adaptation_plan, nnssl_citations
 from nnssl_plugin.data.batch import Batch
 from nnssl_plugin.data.batches import BatchStream, StepBatches
-from nnssl_plugin.data.mixture import MixedBatches
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.planes import axis_letters
 from nnssl_plugin.pretraining.batch_norm import RunningStatistics, check_batch_norm
-from nnssl_plugin.pretraining.batches import PURPOSES, TRAIN, VALIDATE, batches_of, open_batches
+from nnssl_plugin.pretraining.batches import TRAIN, VALIDATE, open_batches, streams_of
 from nnssl_plugin.pretraining.datasets import PlannedDataset, check_sources, datasets_of, splits_of
 from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_entry
 from nnssl_plugin.pretraining.optimisation import optimisation_of
-from nnssl_plugin.pretraining.pretext import PretextTask, Terms
-from nnssl_plugin.pretraining.provenance import describe_run
-from nnssl_plugin.pretraining.settings import TrainingSettings, read_settings
+from nnssl_plugin.pretraining.passes import backward, first_chunk, forward
+from nnssl_plugin.pretraining.pretext import PretextTask
+from nnssl_plugin.pretraining.provenance import describe_run, describe_weights
+from nnssl_plugin.pretraining.settings import TrainingSettings, changed_settings, read_settings
 from nnssl_plugin.pretraining.skipped_steps import FILE as SKIPPED
-from nnssl_plugin.pretraining.skipped_steps import describe_skipped, save_skipped, skipped_warning
+from nnssl_plugin.pretraining.skipped_steps import stop_if_broken, tell_of_skipped
+from nnssl_plugin.pretraining.update import update
 from nnssl_plugin.pretraining.validation import ValidationNumbers
-from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks, encode_in_chunks
-from nnssl_plugin.training.distributed import average_gradients, gather_samples
+from nnssl_plugin.training.distributed import gather_samples
 from nnssl_plugin.training.epoch_sums import EpochSums
 from nnssl_plugin.training.figures import draw_progress
 from nnssl_plugin.training.pictures import draw_pictures
 from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
-from nnssl_plugin.training.resumable import FINAL, LATEST, ResumableTrainer
+from nnssl_plugin.training.resumable import FINAL, ResumableTrainer
+from nnssl_plugin.training.user_errors import end_in_words
 
 BARE = "backbone.network."
 """Prefix of the bare network's keys in the task's state."""
@@ -118,19 +115,28 @@ class Pretrainer(ResumableTrainer):
             self.task.gather = gather_samples
         self._log_settings()
 
-    def build_network_architecture(  # type: ignore[override]  # nnU-Net calls it on the trainer
+    def build_network_architecture(  # type: ignore[override]  # nnU-Net's training calls it on the trainer
         self,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
         num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
+        *others,
+        **options,
     ) -> nn.Module:
-        """The planned network, with the method's number of input channels in place of the dataset's."""
+        """The planned network, with the method's number of input channels in place of the dataset's.
+
+        Raises:
+            UserError: where nnU-Net's prediction calls it on the class, the plan in the trainer's place.
+        """
+        if not isinstance(self, Pretrainer):
+            end_in_words()
+            raise UserError(
+                "These are pretrained weights: they have learned to describe images, not to segment them.",
+                "Fine-tune them first, then predict with the fine-tuned ones: nnssl_plugin adapt -d TARGET_ID -w "
+                "CHECKPOINT -n NAME",
+            )
         channels = self.network_channels(num_input_channels)
-        return super().build_network_architecture(
-            plans_manager, configuration_manager, channels, num_output_channels, enable_deep_supervision
-        )
+        return super().build_network_architecture(plans_manager, configuration_manager, channels, *others, **options)
 
     def configure_optimizers(self):
         """Put the task in the network's place, the one moment between building and wrapping."""
@@ -169,13 +175,7 @@ class Pretrainer(ResumableTrainer):
         splits = splits_of(self)
         self.cases_of_datasets = [len(training) for training, _ in splits]
         self.training_cases = sum(self.cases_of_datasets)
-        workers = get_allowed_n_proc_DA()
-        train, validation = (batches_of(self, [split[purpose] for split in splits], purpose) for purpose in PURPOSES)
-        again = list(range(self.num_val_iterations_per_epoch)) * (self.num_epochs - self.current_epoch)
-        return (
-            self._stream(train, range(self.step, self.total_steps), workers),
-            self._stream(validation, again, min(workers, 1)),
-        )
+        return streams_of(self, splits)
 
     def open_batches(self, dataset: PlannedDataset, cases: list[str], stream: tuple[int, ...]) -> StepBatches:
         """Batches of one dataset; ``stream`` begins with seed and purpose."""
@@ -189,9 +189,6 @@ class Pretrainer(ResumableTrainer):
             rank=self.local_rank,
             labels=stream[1] == VALIDATE,
         )
-
-    def _stream(self, batches: StepBatches | MixedBatches, steps, workers: int) -> BatchStream:
-        return BatchStream(batches, steps, workers=workers, pin_memory=self.device.type == "cuda")
 
     # ------------------------------------------------------------------ training
 
@@ -214,7 +211,7 @@ class Pretrainer(ResumableTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         self.running_statistics.remember()
         views = self._views(batch, TRAIN, self.step)
-        terms = self._backward(views, progress)
+        terms = backward(self, views, progress)
         applied = self._update(terms["total"])
         self.running_statistics.settle(applied)
         self.task.after_step(progress, applied)
@@ -228,66 +225,26 @@ class Pretrainer(ResumableTrainer):
 
     def _views(self, batch: Batch, purpose: int, step: int) -> dict[str, Tensor]:
         """Views of a batch; seeds everything that draws numbers in this step, dropout included."""
-        seed, dropout_seed = self._seeds(purpose, step)
+        seed, dropout_seed = self.seeds(purpose, step)
         torch.manual_seed(dropout_seed)
         self.generator.manual_seed(seed)
         moved = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         with torch.no_grad():
             return self.task.views(moved, self.generator)
 
-    def _seeds(self, purpose: int, step: int) -> tuple[int, int]:
+    def seeds(self, purpose: int, step: int) -> tuple[int, int]:
         """Seeds of the views and of dropout."""
         entropy = [self.training_settings.seed, purpose, self.local_rank, step]
         seed, dropout_seed = np.random.SeedSequence(entropy).generate_state(2, np.uint64) >> np.uint64(1)
         return int(seed), int(dropout_seed)
 
-    def _in_chunks(self, views: dict[str, Tensor]) -> dict[str, Any] | None:
-        """How the samples are encoded in chunks, or ``None`` where they are encoded at once."""
-        size = self.training_settings.chunk_size
-        if size is None or size >= len(next(iter(views.values()))):
-            return None
-        return {"chunk_size": size, "seed": self._seeds(TRAIN, self.step)[1], "precision": self._precision}
-
-    def _backward(self, views: dict[str, Tensor], progress: float) -> Terms:
-        """Forward and backward of the batch; the terms of the loss."""
-        scale = _unscaled if self.grad_scaler is None else self.grad_scaler.scale
-        chunks = self._in_chunks(views)
-        if chunks is None:
-            with self._precision():
-                terms = self.network(views, progress)
-            scale(terms["total"]).backward()
-            return terms
-        terms = backward_in_chunks(self.task, views, progress, scale=scale, **chunks)
-        if self.is_ddp:  # the chunks went around its wrapper
-            average_gradients(self.task.parameters())
-        return terms
-
-    def _precision(self):
+    def precision(self):
         """nnU-Net's rule: mixed precision on CUDA only."""
         return autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
     def _update(self, total: Tensor) -> Tensor:
         """Clipping and the optimiser's step; () bool on the device: False if a value was not finite."""
-        if self.grad_scaler is not None:
-            self.grad_scaler.unscale_(self.optimizer)
-        clipped = [p for g in self.optimizer.param_groups if g.get("clip", True) for p in g["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(clipped, self.training_settings.gradient_clip)
-        broken = (~torch.isfinite(norm + total.detach())).float()
-        for group in self.optimizer.param_groups:
-            if not group.get("clip", True):
-                broken += sum((~torch.isfinite(p.grad)).any().float() for p in group["params"] if p.grad is not None)
-        if self.is_ddp:
-            dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-        broken = broken.clamp(max=1)
-        self._step_optimizer(broken)
-        return broken == 0
-
-    def _step_optimizer(self, broken: Tensor) -> None:
-        """Step unless ``broken`` is 1, which only the device reads: fused optimisers honour ``found_inf``."""
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, broken
-        self.optimizer.step()
-        if self.grad_scaler is not None:
-            self.grad_scaler.update()
+        return update(self.optimizer, total, scaler=self.grad_scaler, clip=self.training_settings.gradient_clip)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         seconds = time.perf_counter() - self._epoch_started
@@ -299,28 +256,10 @@ class Pretrainer(ResumableTrainer):
         self._log_value("skipped_steps", float(self.sums.skipped))
         self._log_value("seconds_waiting", self.dataloader_train.waited)
         self._log_value("seconds_computing", seconds - self.dataloader_train.waited)
-        self._tell_of_skipped_steps()
-        self._stop_if_broken()
+        if self.local_rank == 0:
+            tell_of_skipped(self)
+        stop_if_broken(self)
         self.sums.reset()
-
-    def _tell_of_skipped_steps(self) -> None:
-        """Name the cases of the first skipped step of the epoch, and keep a description of the run's first."""
-        first = int(self.sums.first_skipped)
-        if first < 0 or self.local_rank != 0:
-            return
-        step = self.current_epoch * self.training_settings.iterations_per_epoch + first
-        described = describe_skipped(self, step, self._seeds(TRAIN, step))
-        save_skipped(described, self.output_folder)
-        self.print_to_log_file(skipped_warning(described))
-
-    def _stop_if_broken(self) -> None:
-        streak, limit = int(self.sums.longest_streak), self.training_settings.max_skipped_in_a_row
-        if streak >= limit:
-            raise UserError(
-                f"{streak} steps in a row had a non-finite loss or gradient (epoch {self.current_epoch}): stopped.",
-                f"The last good checkpoint is {join(self.output_folder, LATEST)}. Look for NaN in the "
-                "images, then try a lower lr: nnssl_plugin plan -d ID -n NAME --set lr=1e-5",
-            )
 
     # ------------------------------------------------------------------ validation
 
@@ -331,27 +270,13 @@ class Pretrainer(ResumableTrainer):
     def validation_step(self, batch: Batch) -> dict:
         """Loss terms and diagnostics of one of the fixed validation batches."""
         views = self._views(batch, VALIDATE, self.validation.batches)
-        terms = self._forward(views)
-        with self._precision():
-            diagnostics = self.task.diagnostics(self._first_chunk(views))
+        terms = forward(self, views, self.step / self.total_steps)
+        with self.precision():
+            diagnostics = self.task.diagnostics(first_chunk(views, self.training_settings.chunk_size))
         first_of_kind = self.validation.add(batch["kind"], terms, diagnostics)
         if first_of_kind and self._figures_are_due():
             self._draw(views, batch["kind"])
         return {}
-
-    def _forward(self, views: dict[str, Tensor]) -> Terms:
-        """The terms of a validation batch."""
-        progress, chunks = self.step / self.total_steps, self._in_chunks(views)
-        if chunks is None:
-            with self._precision():
-                return self.network(views, progress)
-        encoded = encode_in_chunks(self.task, views, **chunks)
-        with self._precision():
-            return self.task.terms(*encoded, progress)
-
-    def _first_chunk(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As many samples as are ever encoded at once."""
-        return {name: value[: self.training_settings.chunk_size] for name, value in views.items()}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         for warning in self.validation.log_to(self.log, self.current_epoch):
@@ -400,13 +325,7 @@ class Pretrainer(ResumableTrainer):
         return {
             "ssl_state": {"task": self._task_state(), "step": self.step, "epoch_sums": self.sums.state()},
             "provenance": self.provenance(),
-            "nnssl_adaptation_plan": nnssl_adaptation_plan(
-                self.plans_manager.plans,
-                self.configuration_name,
-                network=self.task.backbone.network,
-                input_channels=self.task.backbone.input_channels,
-            ),
-            "citations": nnssl_citations(self.method, self.citations),
+            **describe_weights(self),
         }
 
     def check_is_resumable(self, checkpoint: dict[str, Any]) -> None:
@@ -440,15 +359,10 @@ class Pretrainer(ResumableTrainer):
 
     def _log_settings(self) -> None:
         """Print every setting that differs from the method's default, old → new."""
-        pairs = ((self.training_settings, self.training_defaults), (self.method_settings, self.method_defaults))
-        for chosen, default in pairs:
-            for name, value in asdict(chosen).items():
-                if value != getattr(default, name):
-                    self.print_to_log_file(f"Setting {name}: {getattr(default, name)} → {value} (plan)")
+        changed = changed_settings(self.training_settings, self.training_defaults)
+        changed += changed_settings(self.method_settings, self.method_defaults)
+        for line in changed:
+            self.print_to_log_file(f"Setting {line} (plan)")
         planned = self.configuration_manager.batch_size
         if not self.training_settings.sources and self.batch_size != planned:
             self.print_to_log_file(f"Batch size: {planned} (planned) → {self.batch_size} per rank (pretraining block)")
-
-
-def _unscaled(total: Tensor) -> Tensor:
-    return total

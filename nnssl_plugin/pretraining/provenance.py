@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from nnssl_plugin.checkpoints.format.provenance import describe_pretraining
+from nnssl_plugin.checkpoints.format.provenance import describe_pretraining, nnssl_adaptation_plan, nnssl_citations
 
 
 def describe_run(trainer) -> dict[str, Any]:
@@ -28,3 +28,17 @@ def describe_run(trainer) -> dict[str, Any]:
     if trainer.training_settings.sources:
         described |= {"data": datasets, "licence": list(dict.fromkeys(each["licence"] for each in datasets))}
     return described | ({"continued_from": origin} if origin else {})
+
+
+def describe_weights(trainer) -> dict[str, Any]:
+    """What nnssl's readers look for in the checkpoint of a ``Pretrainer``."""
+    backbone = trainer.task.backbone
+    return {
+        "nnssl_adaptation_plan": nnssl_adaptation_plan(
+            trainer.plans_manager.plans,
+            trainer.configuration_name,
+            network=backbone.network,
+            input_channels=backbone.input_channels,
+        ),
+        "citations": nnssl_citations(trainer.method, trainer.citations),
+    }

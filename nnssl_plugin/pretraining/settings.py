@@ -1,7 +1,7 @@
 """How long and how fast a method is trained, and for which method: the ``pretraining`` block of a plan."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from nnssl_plugin.errors import UserError
@@ -117,3 +117,9 @@ def read_training_settings(
     return settings_from(
         block, defaults, f"the pretraining block of plan {plans.get('plans_name')}", elsewhere=elsewhere
     )
+
+
+def changed_settings(chosen: Any, default: Any) -> list[str]:
+    """A line ``NAME: DEFAULT → CHOSEN`` for each field of two instances of a dataclass in which they differ."""
+    values = asdict(chosen)
+    return [f"{name}: {value} → {values[name]}" for name, value in asdict(default).items() if values[name] != value]

@@ -17,20 +17,51 @@ from nnssl_plugin.data.windows import read_window
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.nnunet.plans import dataset_folder, read_plan, resolve_configuration
+from nnssl_plugin.pretraining.batches import TRAIN
+from nnssl_plugin.training.resumable import LATEST
 
 FILE = "skipped_step.json"
 KEY = "skipped_step"
 """Entry that tells such a file from others; its value is the number of the step."""
 
 
-def describe_skipped(trainer, step: int, seeds: tuple[int, int]) -> dict[str, Any]:
+def tell_of_skipped(trainer) -> None:
+    """Name the cases of the first skipped step of a ``Pretrainer``'s epoch, and keep a description of the run's first.
+
+    ``trainer`` is at the end of the epoch, and its sums still hold it.
+    """
+    first = int(trainer.sums.first_skipped)
+    if first < 0:
+        return
+    step = trainer.current_epoch * trainer.training_settings.iterations_per_epoch + first
+    described = describe_skipped(trainer, step)
+    save_skipped(described, trainer.output_folder)
+    trainer.print_to_log_file(skipped_warning(described))
+
+
+def stop_if_broken(trainer) -> None:
+    """End a run whose steps are skipped one after another.
+
+    Raises:
+        UserError: when as many were skipped in a row as the settings allow.
+    """
+    streak = int(trainer.sums.longest_streak)
+    if streak >= trainer.training_settings.max_skipped_in_a_row:
+        raise UserError(
+            f"{streak} steps in a row had a non-finite loss or gradient (epoch {trainer.current_epoch}): stopped.",
+            f"The last good checkpoint is {Path(trainer.output_folder, LATEST)}. Look for NaN in the images, then try "
+            "a lower lr: nnssl_plugin plan -d ID -n NAME --set lr=1e-5",
+        )
+
+
+def describe_skipped(trainer, step: int) -> dict[str, Any]:
     """What the file says of a step: names, places and finiteness of this rank's samples, seeds, and terms.
 
     Args:
         trainer: a ``Pretrainer``.
         step: the number of the step, from 0.
-        seeds: of its views and of dropout.
     """
+    seeds = trainer.seeds(TRAIN, step)
     batches = trainer.dataloader_train.batches
     batch = batches[step]
     number = int(batches.order[step]) if isinstance(batches, MixedBatches) else 0

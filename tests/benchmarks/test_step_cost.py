@@ -121,7 +121,7 @@ def test_the_parts_of_a_real_step_add_up(nnunet_environment, monkeypatch):
     assert times["step"] > times["backbone"] > 0 and times["floor"] > 0
     inner = sum(summary["shares"][name] for name in ("backbone", "heads", "objective"))
     assert inner == pytest.approx(times["whole"] / times["step"])
-    assert isinstance(trainer._precision(), nullcontext)
+    assert isinstance(trainer.precision(), nullcontext)
 
 
 def test_the_correspondence_has_a_share_of_the_step():

@@ -6,23 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_dataset import NAME, write_fake_dataset
-from method_checks import assert_resumes_exactly
-from toy_method import Toy, ToyPretrainer
 
 from nnssl_plugin.data.batch import Needs
 from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.data.cases import Cases, available_channels
 
 NAMES = [f"case_{i:02d}" for i in range(6)]
-
-
-class NeighbourToy(Toy):
-    needs = Needs(modalities=2, slices_per_case=2)
-
-
-class NeighbourPretrainer(ToyPretrainer):
-    def build_task(self, backbone):
-        return NeighbourToy(backbone, self.method_settings)
 
 
 @pytest.fixture
@@ -90,9 +79,18 @@ def test_a_pass_uses_every_case_once_and_ranks_have_cases_of_their_own(batches):
     assert sorted({case for step in range(3) for case in alone.cases_of_step(step)}) == NAMES
 
 
-def test_the_toy_resumes_exactly_with_neighbours(nnunet_environment, monkeypatch):
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    for name in ("draw_progress", "draw_pictures"):
-        monkeypatch.setattr(f"nnssl_plugin.pretraining.pretrainer.{name}", lambda *arguments, **named: None)
-    assert_resumes_exactly(NeighbourPretrainer, pretraining={"batch_size": 3})
-    assert_resumes_exactly(NeighbourPretrainer, dimensions=2, pretraining={"batch_size": 4})
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"slices_per_case": 2, "triplets": True},
+        {"slices_per_case": 2, "window": "whole"},
+        {"slices_per_case": 2, "window": "fit"},
+        {"slices_per_case": 0},
+        {"foreground_share": 1.1},
+        {"foreground_share": -0.1},
+        {"foreground_share": float("nan")},
+    ],
+)
+def test_what_cannot_be_brought_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Needs(**wrong)

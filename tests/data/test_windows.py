@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from fake_dataset import NAME, write_fake_dataset
-from method_checks import assert_resumes_exactly
-from toy_method import Toy, ToyPretrainer
 
 from nnssl_plugin.data.batch import Needs
 from nnssl_plugin.data.batches import StepBatches
@@ -130,20 +128,3 @@ def test_a_case_without_foreground_is_shown_anywhere(open_batches):
 
     batches.cases.load_labelled = empty
     assert len({tuple(batches[step]["origin"][0].tolist()) for step in range(8)}) > 4
-
-
-class FittedToy(Toy):
-    needs = Needs(window="fit", foreground_share=1.0, modalities=2)
-
-
-class FittedToyPretrainer(ToyPretrainer):
-    def build_task(self, backbone):
-        return FittedToy(backbone, self.method_settings)
-
-
-@pytest.mark.parametrize("dimensions", [2, 3])
-def test_a_method_that_needs_it_resumes_exactly(nnunet_environment, monkeypatch, dimensions):
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    for name in ("draw_progress", "draw_pictures"):
-        monkeypatch.setattr(f"nnssl_plugin.pretraining.pretrainer.{name}", lambda *arguments: None)
-    assert_resumes_exactly(FittedToyPretrainer, dimensions=dimensions)

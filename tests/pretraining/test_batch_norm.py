@@ -44,7 +44,7 @@ def watch(trainer):
     return seen
 
 
-@pytest.mark.parametrize(("residual", "dimensions"), [(False, 3), (True, 3), (False, 2)])
+@pytest.mark.parametrize(("residual", "dimensions"), [(True, 3), (False, 2)])
 def test_it_resumes_exactly(residual, dimensions):
     assert_resumes_exactly(ToyPretrainer, batch_norm=True, residual=residual, dimensions=dimensions)
 

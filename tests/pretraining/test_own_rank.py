@@ -3,11 +3,11 @@
 import pytest
 import torch
 from fake_dataset import fake_plan, write_fake_dataset
-from method_checks import assert_resumes_exactly
 from pretraining_harness import assert_same, make_trainer
 from ranks import RANKS, on_two_ranks
 from torch.nn.parallel import DistributedDataParallel
-from toy_method import Settings, Toy, ToyPretrainer
+from toy_method import Settings
+from toy_variants import OwnRankPretrainer
 
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.plans import build_network
@@ -31,21 +31,6 @@ class Spread(PretextTask):
     def loss(self, outputs, progress):
         self.rows = len(outputs["pooled"])
         return {"spread": outputs["pooled"].var(0).sum()}
-
-
-class OwnRank(Toy):
-    gathers = False
-
-    def loss(self, outputs, progress):
-        terms = super().loss(outputs, progress)
-        self.rows = len(outputs["key"])
-        self.latest = self.gather({"key": outputs["key"].detach()})["key"]
-        return terms
-
-
-class OwnRankPretrainer(ToyPretrainer):
-    def build_task(self, backbone):
-        return OwnRank(backbone, self.method_settings)
 
 
 def spread_task():
@@ -96,7 +81,3 @@ def test_two_ranks_solve_a_problem_each_and_learn_from_the_mean_of_both(tmp_path
     for name, rows in (("whole", 2), ("chunks", 3)):
         assert ranks[0][name]["rows"] == rows
         assert_same(ranks[0][name]["state"], ranks[1][name]["state"])  # the queue, too
-
-
-def test_one_rank_resumes_exactly():
-    assert_resumes_exactly(OwnRankPretrainer)

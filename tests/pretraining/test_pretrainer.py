@@ -339,3 +339,12 @@ def one_epoch(trainer) -> None:
             trainer.validation_step(next(trainer.dataloader_val))
         trainer.on_validation_epoch_end([])
     trainer.on_epoch_end()
+
+
+def test_prediction_with_pretrained_weights_is_refused_in_words():
+    """``nnUNetv2_predict`` asks the class for the network, with the plan in the trainer's place."""
+    trainer = make_trainer()
+    planned = (trainer.plans_manager, trainer.configuration_manager, 2, 2)
+    with pytest.raises(UserError, match="not to segment") as error:
+        ToyPretrainer.build_network_architecture(*planned, enable_deep_supervision=False)
+    assert "nnssl_plugin adapt" in error.value.remedy

@@ -32,7 +32,7 @@ def test_it_names_the_samples_their_places_seeds_and_terms():
     assert [each["case"] for each in said["samples"]] == batch["cases"]
     assert all(tuple(e["origin"]) == p.origin for e, p in zip(said["samples"], batch["places"], strict=True))
     assert said["terms"]["contrast"] == "nan" and said["terms"]["total"] == "nan" and said["terms"]["size"] > 0
-    assert said["seeds"]["views"] == trainer._seeds(0, 6)[0]
+    assert said["seeds"]["views"] == trainer.seeds(0, 6)[0]
     np.testing.assert_array_equal(np.stack(windows_of(path)), batch["image"].numpy())
 
 

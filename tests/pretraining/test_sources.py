@@ -6,48 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.nn.functional as F
 from fake_dataset import NAME, write_fake_dataset
-from method_checks import assert_resumes_exactly
 from pretraining_harness import assert_same, make_trainer, run, state_of
 from ranks import on_two_ranks
-from toy_method import Toy, ToyPretrainer
+from toy_method import ToyPretrainer
+from toy_variants import SLICES, SOURCES, MixedPretrainer, write_slices
 
 from nnssl_plugin.checkpoints.format.files import read_checkpoint
 from nnssl_plugin.checkpoints.sharing.export import export_checkpoint
 from nnssl_plugin.checkpoints.sources.inspection import inspect_file, screen
 from nnssl_plugin.cli.main import main
-from nnssl_plugin.data.batch import Needs
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.pretraining.sources import sources_of_steps
 
-SLICES, VOLUMES = "Dataset902_Slices", NAME
-SOURCES = [
-    {"dataset": "901", "kind": "volume", "batch_size": 2},
-    {"dataset": SLICES, "configuration": "2d", "kind": "slice", "batch_size": 3, "weight": 2},
-]
+VOLUMES = NAME
 BLOCK = {"epochs": 2, "iterations_per_epoch": 6, "validation_iterations": 1, "sources": SOURCES}
-
-
-class MixedToy(Toy):
-    """Brings images of one or two channels, flat or not, to two channels of 16 x 16 x 16."""
-
-    needs = Needs(unifies=True)
-    seen = ()
-
-    def views(self, batch, generator):
-        image = batch["image"]
-        if image.ndim == 4:
-            image = image[:, :, None].expand(-1, -1, 16, -1, -1)
-        image = F.interpolate(image, size=(16, 16, 16)).expand(-1, 2, -1, -1, -1)
-        self.seen = (*self.seen, (batch["kind"], tuple(batch["image"].shape)))
-        return super().views(batch | {"image": image}, generator)
-
-
-class MixedPretrainer(ToyPretrainer):
-    def build_task(self, backbone):
-        return MixedToy(backbone, self.method_settings)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +31,7 @@ def datasets(nnunet_environment, monkeypatch, request):
     for name in ("draw_progress", "draw_pictures") if "draws" not in request.node.name else ():
         monkeypatch.setattr(f"nnssl_plugin.pretraining.pretrainer.{name}", lambda *arguments, **named: None)
     write_fake_dataset(channels=2)
-    plan = write_fake_dataset(name=SLICES, cases=4, channels=1, dimensions=2, shape=(15, 24, 28))
+    plan = write_slices()
     plan["configurations"]["2d"] |= {"patch_size": [20, 24], "spacing": [0.5, 0.5]}
     write_json(folder_of(SLICES) / "nnUNetPlans.json", plan)
     described = read_json(folder_of(SLICES) / "dataset.json") | {"licence": "CC-BY-4.0"}
@@ -94,10 +68,6 @@ def test_batches_differ_in_shape_and_a_short_source_cycles():
         assert len(set(names)) == cases
         assert max(map(names.count, names)) - min(map(names.count, names)) <= len(names) // cases  # in passes
     assert [next(validation)["kind"] for _ in range(4)] == ["volume", "slice"] * 2
-
-
-def test_it_resumes_exactly_in_the_middle_of_an_epoch():
-    assert_resumes_exactly(MixedPretrainer, pretraining=BLOCK, stop_after=4)
 
 
 def test_the_means_of_the_half_epoch_before_a_stop_are_kept_for_each_kind():
