@@ -4,7 +4,8 @@
     python benchmarks/prepare_speed.py --files 10000 --edge 16 --processes 2
 
 Random scans are written to a temporary folder, then the command runs on them, once to take them all and once more to
-find nothing new. The constants of ``nnssl_plugin/intake/preview.py`` come from here.
+find nothing new. Noise is no scan: the estimates of ``nnssl_plugin/intake/preview.py`` are rounded
+from real ones.
 """
 
 import argparse

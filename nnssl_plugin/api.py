@@ -11,13 +11,9 @@ from typing import Any
 from nnssl_plugin.captions.captioners import open_captioner
 from nnssl_plugin.captions.embeddings import EmbeddingSummary, store_embeddings
 from nnssl_plugin.captions.triplets import SLICES, caption_dataset
-from nnssl_plugin.errors import UserError
-from nnssl_plugin.intake.bids import bids_patterns, is_bids, write_bids_subjects
-from nnssl_plugin.intake.dicom.files import is_export
-from nnssl_plugin.intake.dicom.prepare import DicomChoice, prepare_dicom_class_dataset, prepare_dicom_dataset
-from nnssl_plugin.intake.grouping import Modalities, parse_modalities
-from nnssl_plugin.intake.labelled import prepare_class_dataset
-from nnssl_plugin.intake.unlabelled import PrepareSummary, prepare_dataset
+from nnssl_plugin.intake import prepare as intake
+from nnssl_plugin.intake.prepare import PrepareOptions, modality_texts
+from nnssl_plugin.intake.unlabelled import PrepareSummary
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.raw_folders import raw_dataset_folder
 
@@ -31,7 +27,7 @@ def prepare(
     *,
     modality: str | None = None,
     modalities: Mapping[str, str] | Sequence[str] | None = None,
-    labels: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
     cases_by: str = "name",
     resample: bool = False,
     class_labels: str | Path | None = None,
@@ -59,9 +55,10 @@ def prepare(
             None: ``MR``, and ``grey`` for 2D images.
         modalities: channels of a case with several images: name → pattern (or texts ``NAME=PATTERN``, or one path of a
             csv with the columns ``case``, one per modality and perhaps ``label``). What wildcards match names the case.
-            Channels that a case lacks are zeros, as ``modalities.json`` says.
-        labels: patterns of the cases' segmentations, with ``modalities``, or ``["labelsTr/*"]`` of a folder as nnU-Net
-            or the Decathlon has it; none: body masks.
+            Channels that a case lacks are zeros, as ``modalities.json`` says. Of DICOM: name → rule as in ``series``,
+            and the case is the study.
+        labels: patterns of the cases' segmentations, with ``modalities``; an empty list takes ``labelsTr`` of a folder
+            as nnU-Net or the Decathlon has it. None: body masks.
         cases_by: ``name`` or ``folder``, with ``modalities``: what files of one case have in common.
         resample: put images on another grid onto that of the first of the case.
         class_labels: table of class labels for classification; scans without a row are left out.
@@ -83,58 +80,25 @@ def prepare(
     Raises:
         UserError: no scan can be used, or the table does not fit.
     """
-    if class_labels is not None and modalities is not None:
-        raise UserError("Classes go with neither modalities nor segmentations.", "Prepare first, then add the classes.")
-    if class_labels is None and targets:
-        raise UserError("Targets describe columns of a table.", "Give the table too: class_labels=FILE.csv")
-    source = Path(images)
-    if series or structures or (source.exists() and is_export(source)):
-        choice = DicomChoice(modality, series, structures, include, exclude, key_file, local)
-        if class_labels is None:
-            return prepare_dicom_dataset(source, dataset_id, name, choice, keep=keep, processes=processes)[0]
-        return prepare_dicom_class_dataset(
-            source, dataset_id, name, choice, table=class_labels, targets=targets, processes=processes
-        )[0]
-    of_bids = bool(suffixes) or is_bids(source)
-    if of_bids:
-        of_suffixes, others = bids_patterns(source, suffixes)
-        include, exclude = include or of_suffixes, [*exclude, *others]
-    if class_labels is None:
-        summary = prepare_dataset(
-            source,
-            dataset_id,
-            name,
-            modality=modality,
-            modalities=_modalities(modalities, labels, cases_by, resample),
-            processes=processes,
-            include=include,
-            exclude=exclude,
-            keep=keep,
-        )
-    else:
-        summary, _ = prepare_class_dataset(
-            source,
-            dataset_id,
-            name,
-            table=class_labels,
-            targets=targets,
-            modality=modality,
-            processes=processes,
-            include=include,
-            exclude=exclude,
-        )
-    if of_bids:
-        write_bids_subjects(summary.folder)
-    return summary
-
-
-def _modalities(
-    given: Mapping[str, str] | Sequence[str] | None, labels: Sequence[str], cases_by: str, resample: bool
-) -> Modalities | None:
-    if given is None:
-        return Modalities(labels=tuple(labels), resample=resample) if labels or resample else None
-    specs = [f"{name}={pattern}" for name, pattern in given.items()] if isinstance(given, Mapping) else list(given)
-    return parse_modalities(specs, labels=labels, cases_by=cases_by, resample=resample)
+    options = PrepareOptions(
+        modality=modality,
+        modalities=modality_texts(modalities),
+        labels=labels,
+        cases_by=cases_by,
+        resample=resample,
+        include=include,
+        exclude=exclude,
+        keep=keep,
+        suffixes=suffixes,
+        series=series,
+        structures=structures,
+        key_file=key_file,
+        local=local,
+        class_labels=class_labels,
+        targets=targets,
+        processes=processes,
+    )
+    return intake.prepare(images, dataset_id, name, options).summary
 
 
 def caption(

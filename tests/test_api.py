@@ -80,7 +80,7 @@ def test_prepare_takes_a_table_of_classes(raw, scans, tmp_path):
     arguments = ["-n", "Same", "--class-labels", str(table), "--target", "grade:ordinal:low,high", "-np", "1"]
     assert main(["prepare", "-i", str(scans), "-d", "502", *arguments]) == 0
     same_files(made.folder, raw / "Dataset502_Same", ["classification.csv", "dataset.json"])
-    with pytest.raises(UserError, match="class_labels"):
+    with pytest.raises(UserError, match="class-labels"):
         nnssl.prepare(scans, 503, "Same", targets=["grade"])
 
 

@@ -1,11 +1,7 @@
 """Every case is looked at in a worker process, and none of them, whatever its files are, ends the run."""
 
 import errno
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -19,13 +15,13 @@ from nnssl_plugin.intake.ledger import LABEL, Origin, source_sha256, source_stam
 from nnssl_plugin.intake.pictures import load_picture, picture_mask, png_bytes
 from nnssl_plugin.intake.plausibility import (
     contradiction,
+    doubt_by_name,
     is_label_like,
-    named_as_another_modality,
-    named_as_labels,
 )
 from nnssl_plugin.intake.raw_dataset import FILE_ENDING, NORMALISATIONS, PICTURE_ENDING, RGB
 from nnssl_plugin.intake.same_grid import Aligned, aligned, header_like, read_labels
 from nnssl_plugin.intake.tasks import Finding, Refusal, Source, Task, staged
+from nnssl_plugin.intake.workers import in_processes
 from nnssl_plugin.io.files import atomic_path
 from nnssl_plugin.io.scans import (
     RejectedScan,
@@ -52,21 +48,8 @@ Result = TypeVar("Result")
 
 
 def examine_all(tasks: Sequence[Task], processes: int) -> Iterator[Finding]:
-    """Findings in the order of the tasks; where a worker is killed, those it may have worked on get one each."""
-    tasks, examine_last = list(tasks), examine
-    while min(processes, len(tasks)) > 1:
-        done = 0
-        try:
-            with _pool(min(processes, len(tasks))) as pool:
-                for finding in pool.map(examine, tasks):
-                    yield finding
-                    done += 1
-            return
-        except BrokenProcessPool:
-            yield from map(_examine_apart, tasks[done : done + processes])
-            tasks, examine_last = tasks[done + processes :], _examine_apart
-    for task in tasks:
-        yield examine_last(task)
+    """Findings in the order of the tasks; a file that ends the process that reads it is refused."""
+    return in_processes(examine, tasks, processes, killed=_refuse_killed)
 
 
 def examine(task: Task) -> Finding:
@@ -74,22 +57,8 @@ def examine(task: Task) -> Finding:
     return _examine_picture(task) if task.ending == PICTURE_ENDING else _examine_volumes(task)
 
 
-@contextmanager
-def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _examine_apart(task: Task) -> Finding:
-    """Examine one case in a process of its own, so that a file that ends its process ends nothing else."""
-    try:
-        with _pool(1) as pool:
-            return pool.submit(examine, task).result()
-    except BrokenProcessPool:
-        return _refuse_all(task, "the process that read it was killed, likely for want of memory", try_again=True)
+def _refuse_killed(task: Task) -> Finding:
+    return _refuse_all(task, "the process that read it was killed, likely for want of memory", try_again=True)
 
 
 def _refuse_all(task: Task, reason: str, *, try_again: bool = False) -> Finding:
@@ -148,7 +117,7 @@ def _read_volumes(task: Task, source: Source) -> tuple[Scan, ...]:
 
 
 def _check_name(source: Source, modality: str) -> None:
-    reason = named_as_labels(source.relative) or named_as_another_modality(source.relative, modality)
+    reason = doubt_by_name(source.relative, modality)
     if reason and not source.keep:
         raise RejectedScan(SET_ASIDE + reason)
 

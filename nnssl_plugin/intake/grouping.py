@@ -35,6 +35,7 @@ class Modalities:
     cases_by: str = BY_NAME
     rows: tuple[Mapping[str, str], ...] = ()  # of a table instead of patterns: case, one column per modality, label
     resample: bool = False  # onto the grid of the first image of the case
+    label_names: tuple[str, ...] = ()  # of the labels 1, 2, …, where they are known
 
     @property
     def names(self) -> tuple[str, ...]:

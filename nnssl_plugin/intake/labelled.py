@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from nnssl_plugin.intake.bids import PARTICIPANTS, read_participants
 from nnssl_plugin.intake.file_search import find_scans
 from nnssl_plugin.intake.label_tables import Row, infer_targets, match_cases, match_scans
 from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, read_rows
+from nnssl_plugin.intake.preview import Preview
 from nnssl_plugin.intake.unlabelled import PrepareSummary, prepare_dataset
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.case_labels import BINARY, ClassLabels, Target, parse_labels, read_table, write_class_labels
@@ -43,6 +44,7 @@ def prepare_class_dataset(
     processes: int = 2,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    announce: Callable[[Preview], None] | None = None,
 ) -> tuple[PrepareSummary, LabelSummary]:
     """Make or extend a raw dataset from the scans that a table names, with their class labels.
 
@@ -60,6 +62,7 @@ def prepare_class_dataset(
         processes: worker processes.
         include: patterns of scans to take, see :func:`~nnssl_plugin.intake.file_search.matches`; none: all.
         exclude: patterns of scans to leave out, masks in a folder that a row names for example.
+        announce: is told what lies ahead before the first scan is read.
 
     Raises:
         UserError: the table cannot be used, or the dataset not be made.
@@ -75,7 +78,15 @@ def prepare_class_dataset(
         scans = find_scans(source, include=include, exclude=exclude).scans
     by_scan = match_scans(rows, scans, source=source, where=table)
     summary = prepare_dataset(
-        source, dataset_id, name, modality=modality, processes=processes, only=by_scan, include=include, exclude=exclude
+        source,
+        dataset_id,
+        name,
+        modality=modality,
+        processes=processes,
+        only=by_scan,
+        include=include,
+        exclude=exclude,
+        announce=announce,
     )
     cases = {row.source: row.case for row in read_rows(summary.folder / PROVENANCE_FILE, Origin)}
     taken = {scan: row for scan, row in by_scan.items() if str(scan) in cases}

@@ -21,9 +21,9 @@ def describe_cases(origins: Sequence[Origin]) -> list[str]:
     if not origins:
         return []
     first = first_images(origins)
-    lines = [f"size     {_ranges([row.shape for row in first])} voxels"]
+    lines = [f"size     {ranges([row.shape for row in first])} voxels"]
     spacings = [row.spacing_mm for row in first if row.spacing_mm]
-    lines += [f"spacing  {_ranges(spacings)} mm"] if spacings else []
+    lines += [f"spacing  {ranges(spacings)} mm"] if spacings else []
     shares = body_shares(origins)
     if shares:
         values = np.array(list(shares.values()))
@@ -61,13 +61,13 @@ def count_reasons(rejected: Sequence[Rejection]) -> list[tuple[int, str, Rejecti
     """How many files were left out for which reason, the most frequent first, with the first file of each."""
     groups: dict[str, list[Rejection]] = {}
     for row in rejected:
-        groups.setdefault(_kind(row.reason), []).append(row)
+        groups.setdefault(reason_kind(row.reason), []).append(row)
     return sorted(
         ((len(rows), kind, rows[0]) for kind, rows in groups.items()), key=lambda group: (-group[0], group[1])
     )
 
 
-def _kind(reason: str) -> str:
+def reason_kind(reason: str) -> str:
     """A reason without what is particular to one file: numbers at its start, and all after a colon or bracket."""
     text = re.sub(r"^set aside: ", "", reason)
     return re.sub(r"^\d+ (?!.*image)", "", re.split(r":| \(", text, maxsplit=1)[0])
@@ -78,8 +78,8 @@ def axes_of(rows: Sequence[str]) -> np.ndarray:
     return np.array(list(zip(*([float(part) for part in row.split("x")] for row in rows), strict=False))).T
 
 
-def _ranges(rows: Sequence[str]) -> str:
-    """``["10x20", "12x20"]`` → ``10-12 x 20``."""
+def ranges(rows: Sequence[str]) -> str:
+    """``["10x20", "12x20"]`` → ``10-12 x 20``, on the axes that all rows have."""
     pairs = [(_number(float(axis.min())), _number(float(axis.max()))) for axis in axes_of(rows).T]
     return " x ".join(low if low == high else f"{low}-{high}" for low, high in pairs)
 

@@ -29,6 +29,11 @@ NO_MODALITY = {"t1", "t2"}
 _LOOKED_AT = 1 << 16  # voxels by which most images are told from segmentations
 
 
+def doubt_by_name(relative: PurePath, modality: str) -> str | None:
+    """Why a name speaks against an image of a modality; None where it does not."""
+    return named_as_labels(relative) or named_as_another_modality(relative, modality)
+
+
 def named_as_labels(relative: PurePath) -> str | None:
     """Why the name of a file, or of a folder on the way to it, speaks for a segmentation; None where it does not.
 

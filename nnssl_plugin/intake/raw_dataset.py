@@ -52,12 +52,12 @@ class DatasetKind:
         return DatasetKind(tuple(RGB) if modality == RGB else (modality,), ending)
 
 
-def open_dataset(dataset_id: int, name: str, kind: DatasetKind, *, source: Path) -> Path:
-    """The folder ``nnUNet_raw/DatasetXXX_NAME`` for scans that lie in ``source``, made where it does not exist.
+def dataset_folder(dataset_id: int, name: str) -> Path:
+    """The folder ``nnUNet_raw/DatasetXXX_NAME``, which need not exist.
 
     Raises:
         UserError: nnUNet_raw is not set, the ID or name is not one, the ID belongs to another dataset, or the folder
-            was made by something else or holds something else, or lies inside ``source``.
+            was made by something else.
     """
     raw = os.environ.get(RAW)
     if not raw:
@@ -68,13 +68,24 @@ def open_dataset(dataset_id: int, name: str, kind: DatasetKind, *, source: Path)
         raise UserError(f"Dataset name {name!r}.", "Use letters, digits, - and _ only: -n Unlabelled")
     folder = Path(raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
     _check_id_is_free(dataset_id, folder.name)
-    if folder.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"The dataset {folder} lies inside the input folder.", "Give the folder of the scans alone.")
     if folder.exists():
         _check_is_ours(folder)
-        if read_rows(folder / PROVENANCE_FILE, Origin):
-            _check_is_alike(folder, kind)
-            return folder
+    return folder
+
+
+def open_dataset(dataset_id: int, name: str, kind: DatasetKind, *, source: Path) -> Path:
+    """The folder of :func:`dataset_folder` for scans that lie in ``source``, made where it does not exist.
+
+    Raises:
+        UserError: as there, or the folder holds something else, or lies inside ``source``.
+    """
+    folder = dataset_folder(dataset_id, name)
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"The dataset {folder} lies inside the input folder.", "Give the folder of the scans alone.")
+    if read_rows(folder / PROVENANCE_FILE, Origin):
+        _check_is_alike(folder, kind)
+        return folder
+    if folder.exists():
         (folder / "dataset.json").unlink(missing_ok=True)  # nothing was taken yet: it may become another dataset
     write_rows(folder / PROVENANCE_FILE, Origin, [])
     write_dataset_json(folder, kind, cases=0)
@@ -93,7 +104,8 @@ def write_dataset_json(folder: Path, kind: DatasetKind, *, cases: int, highest_l
         "overwrite_image_reader_writer": READERS[kind.ending],
     }
     content = {**defaults, **content, "numTraining": cases}
-    values = range(len(content["labels"]), highest_label + 1) if kind.labelled else ()
+    highest = max(highest_label, len(kind.label_names))
+    values = range(len(content["labels"]), highest + 1) if kind.labelled else ()
     names = dict(enumerate(kind.label_names, 1))
     content["labels"] |= {names.get(value, f"label_{value}"): value for value in values}
     write_json(path, content)

@@ -168,7 +168,7 @@ def _kind(ending: str, modality: str | None, modalities: Modalities | None, layo
             )
         if ending == PICTURE_ENDING:
             raise UserError("--modalities takes volumes; the folder holds 2D images.", "Leave the option out.")
-        return DatasetKind(modalities.names, ending, labelled=modalities.has_labels)
+        return DatasetKind(modalities.names, ending, modalities.has_labels, modalities.label_names)
     if layout is not None:
         return layout.kind(modality, labelled=modalities is not None and modalities.has_labels)
     if modalities is not None:

@@ -2,33 +2,25 @@
 
 import csv
 import os
-import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.intake.contact_sheet import SHEET_FILE, volume_thumbnail, write_contact_sheet
-from nnssl_plugin.intake.dicom.export import ConvertedExport, convert_export, local_places
-from nnssl_plugin.intake.dicom.rules import parse_rules
+from nnssl_plugin.intake.dicom.choosing import SeriesChoice
+from nnssl_plugin.intake.dicom.export import LABELS, SCANS, ConvertedExport, convert_export, local_places
+from nnssl_plugin.intake.dicom.rules import Channel, parse_channels, parse_rules
 from nnssl_plugin.intake.dicom.structures import WantedStructure, label_names, parse_structures
 from nnssl_plugin.intake.dicom.table import TAKEN, SeriesRow, read_series
+from nnssl_plugin.intake.grouping import Modalities
 from nnssl_plugin.intake.labelled import LabelSummary, prepare_class_dataset
-from nnssl_plugin.intake.ledger import PROVENANCE_FILE, Origin, read_rows, source_sha256, source_stamp, write_rows
-from nnssl_plugin.intake.overview import describe_cases
-from nnssl_plugin.intake.raw_dataset import (
-    FILE_ENDING,
-    MODALITIES,
-    DatasetKind,
-    image_path,
-    label_path,
-    open_dataset,
-    write_dataset_json,
-)
-from nnssl_plugin.intake.unlabelled import THUMBNAILS, PrepareSummary, prepare_dataset
-from nnssl_plugin.io.files import atomic_path, write_json
-from nnssl_plugin.io.scans import load_scan, read_volume
+from nnssl_plugin.intake.ledger import LABEL, PROVENANCE_FILE, Origin, read_rows
+from nnssl_plugin.intake.preview import Preview
+from nnssl_plugin.intake.raw_dataset import FILE_ENDING, MODALITIES, dataset_folder
+from nnssl_plugin.intake.unlabelled import PrepareSummary, prepare_dataset
+from nnssl_plugin.io.files import atomic_path
 from nnssl_plugin.io.text import some
 from nnssl_plugin.nnunet.case_labels import read_table
 from nnssl_plugin.nnunet.dataset_json import read_dataset_file
@@ -40,8 +32,10 @@ class DicomChoice:
     """What of an export is taken, and where the files lie that are not for others."""
 
     modality: str | None = None  # MR, CT or PET (in SUV): series of this modality alone; None: that which all have
+    modalities: Sequence[str] = ()  # instead NAME=RULE each: a study is a case, its series are channels
     series: Sequence[str] = ()  # rules, see parse_rules; none: every series that is a volume
     structures: Sequence[str] = ()  # NAME=LABEL each: structures become labels; none: body masks are the labels
+    resample: bool = False  # with modalities: series on another grid onto that of the first of the study
     include: Sequence[str] = ()  # patterns of files to look at; none: all
     exclude: Sequence[str] = ()  # patterns of files to leave alone
     key_file: str | Path | None = None  # of the hashes that name cases; None: the one in the local folder
@@ -56,11 +50,14 @@ def prepare_dicom_dataset(
     *,
     keep: Sequence[str] = (),
     processes: int = 2,
+    ahead: Callable[[Sequence[SeriesRow]], None] | None = None,
+    announce: Callable[[Preview], None] | None = None,
 ) -> tuple[PrepareSummary, ConvertedExport]:
     """Make or extend ``nnUNet_raw/DatasetXXX_NAME`` from an export of DICOM series.
 
-    Cases are named by keyed hashes of study and series (:mod:`nnssl_plugin.intake.dicom.names`). The table of all
-    series (``series.csv``), the converted scans and the key stay in a local folder beside the datasets.
+    Cases are named by keyed hashes of study and series (:mod:`nnssl_plugin.intake.dicom.names`), or with ``modalities``
+    of the study. The table of all series (``series.csv``), the converted scans and the key stay in a local folder
+    beside the datasets.
 
     Args:
         source: folder, searched with its subfolders and zip files, or one zip file.
@@ -69,7 +66,10 @@ def prepare_dicom_dataset(
         choice: which series, and whether structures (RTSTRUCT, SEG) become the labels; series without any are then
             left out.
         keep: patterns of scans that are never set aside for their values; they are named as in ``series.csv``.
+            Channels of a study, and images with structures, never are.
         processes: worker processes.
+        ahead: is told what will become of each series before the first is converted.
+        announce: is told what lies ahead before the first converted scan is read.
 
     Returns:
         what was prepared, and what became of every series.
@@ -78,16 +78,24 @@ def prepare_dicom_dataset(
         UserError: pydicom is not installed, no series can be taken, they are of several modalities, or the dataset
             cannot be made.
     """
-    wanted = parse_structures(choice.structures)
-    converted = _convert(source, dataset_id, name, choice, wanted, processes)
-    if wanted:
-        summary = _write_labelled(converted, dataset_id, name, wanted)
-    else:
-        summary = prepare_dataset(
-            converted.places.scans, dataset_id, name, modality=converted.modality, keep=keep, processes=processes
-        )
+    wanted, channels = parse_structures(choice.structures), parse_channels(choice.modalities)
+    _check_labels(dataset_folder(dataset_id, name), wanted)
+    converted = _convert(source, dataset_id, name, choice, SeriesChoice(channels=channels, wanted=wanted), processes,
+                         ahead)  # fmt: skip
+    places = converted.places
+    cases = _cases(converted, channels, wanted, resample=choice.resample)
+    summary = prepare_dataset(
+        places.scans if cases is None else places.folder,
+        dataset_id,
+        name,
+        modality=converted.modality if cases is None else None,
+        modalities=cases,
+        keep=keep,
+        processes=processes,
+        announce=announce,
+    )
     _finish(summary.folder, converted)
-    return summary, converted
+    return replace(summary, ignored=0), converted
 
 
 def prepare_dicom_class_dataset(
@@ -99,6 +107,8 @@ def prepare_dicom_class_dataset(
     table: str | Path,
     targets: Sequence[str] = (),
     processes: int = 2,
+    ahead: Callable[[Sequence[SeriesRow]], None] | None = None,
+    announce: Callable[[Preview], None] | None = None,
 ) -> tuple[PrepareSummary, LabelSummary, ConvertedExport]:
     """The same with class labels: ``case`` of the table is a PatientID, a study's or series' UID, or a folder.
 
@@ -106,7 +116,7 @@ def prepare_dicom_class_dataset(
         UserError: also where a row names no series that is taken, or the table cannot be used.
     """
     rows = read_table(Path(table))
-    converted = _convert(source, dataset_id, name, choice, (), processes)
+    converted = _convert(source, dataset_id, name, choice, SeriesChoice(), processes, ahead)
     own = _own_table(rows, converted, Path(source).absolute(), Path(table))
     summary, labelled = prepare_class_dataset(
         converted.places.scans,
@@ -116,6 +126,7 @@ def prepare_dicom_class_dataset(
         targets=targets,
         modality=converted.modality,
         processes=processes,
+        announce=announce,
     )
     _finish(summary.folder, converted)
     return summary, labelled, converted
@@ -126,34 +137,60 @@ def _convert(
     dataset_id: int,
     name: str,
     choice: DicomChoice,
-    wanted: Sequence[WantedStructure],
+    series: SeriesChoice,
     processes: int,
+    ahead: Callable[[Sequence[SeriesRow]], None] | None,
 ) -> ConvertedExport:
-    rules = parse_rules(choice.series)
-    _check_target(dataset_id, name, choice.modality)
-    dataset = f"Dataset{dataset_id:03d}_{name}"
+    """What would be refused after hours of conversion is refused before them."""
+    folder = dataset_folder(dataset_id, name)
+    if choice.modality is not None and choice.modality not in MODALITIES[FILE_ENDING]:
+        raise UserError(
+            f"Modality {choice.modality!r} for volumes.", f"Use one of {', '.join(MODALITIES[FILE_ENDING])}."
+        )
+    if series.channels and (choice.modality or choice.series):
+        raise UserError(
+            "--modalities says which series are taken, and what they are.", "Leave out --modality and --series."
+        )
     return convert_export(
         Path(source).absolute(),
-        local_places(dataset, local=choice.local, key_file=choice.key_file),
-        modality=choice.modality,
-        rules=rules,
-        wanted=wanted,
+        local_places(folder.name, local=choice.local, key_file=choice.key_file),
+        replace(series, modality=choice.modality, rules=parse_rules(choice.series)),
         include=choice.include,
         exclude=choice.exclude,
-        extend=Path(os.environ.get("nnUNet_raw", ""), dataset).is_dir(),
+        extend=folder.is_dir(),
         processes=processes,
+        ahead=ahead,
     )
 
 
-def _check_target(dataset_id: int, name: str, modality: str | None) -> None:
-    """Before hours of conversion, what would be refused after them."""
-    if not 1 <= dataset_id <= 999 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+def _cases(
+    converted: ConvertedExport, channels: Sequence[Channel], wanted: Sequence[WantedStructure], *, resample: bool
+) -> Modalities | None:
+    """The table of cases; None where every scan is one, with a body mask."""
+    if not channels and not wanted:
+        return None
+    names = [channel.name for channel in channels] or [converted.modality]
+    images: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in _converted_rows(converted):
+        images[_case(row)][row["channel"] or names[0]] = row["scan"]
+    rows = []
+    for case, scans in images.items():
+        cells = {name: f"{SCANS}/{scans[name]}" if name in scans else "" for name in names}
+        drawn = [scans[name] for name in names if name in scans and (converted.places.labels / scans[name]).is_file()]
+        if drawn or not wanted:
+            rows.append({"case": case, **cells, **({LABEL: f"{LABELS}/{drawn[0]}"} if wanted else {})})
+    if not rows:
         raise UserError(
-            f"Dataset ID {dataset_id} with the name {name!r}.",
-            "Give 1 to 999, and letters, digits, - and _: -d 501 -n X",
+            "None of the series that were converted has one of the structures.",
+            f"The column structures of {converted.places.table} names those that there are.",
         )
-    if modality is not None and modality not in MODALITIES[FILE_ENDING]:
-        raise UserError(f"Modality {modality!r} for volumes.", f"Use one of {', '.join(MODALITIES[FILE_ENDING])}.")
+    return Modalities(rows=tuple(rows), resample=resample, label_names=tuple(label_names(wanted))[1:])
+
+
+def _converted_rows(converted: ConvertedExport) -> list[SeriesRow]:
+    """The series, of earlier exports too, whose scan is there."""
+    rows = (row for row in read_series(converted.places.table) if row["status"] == TAKEN)
+    return [row for row in rows if (converted.places.scans / row["scan"]).is_file()]
 
 
 def _own_table(rows: Sequence[dict[str, str]], converted: ConvertedExport, source: Path, where: Path) -> Path:
@@ -209,7 +246,9 @@ def _place(source: Path, target: Path) -> None:
 
 
 def _case(row: SeriesRow) -> str:
-    return row["scan"].removesuffix(".nii.gz").replace("/", "_")
+    """The study where its series are channels, and otherwise the series."""
+    study, _, series = row["scan"].removesuffix(FILE_ENDING).partition("/")
+    return study if row["channel"] else f"{study}_{series}"
 
 
 def _write_subjects(folder: Path, rows: Sequence[SeriesRow]) -> None:
@@ -218,65 +257,11 @@ def _write_subjects(folder: Path, rows: Sequence[SeriesRow]) -> None:
     write_subjects(folder, subjects)
 
 
-def _write_labelled(
-    converted: ConvertedExport, dataset_id: int, name: str, wanted: Sequence[WantedStructure]
-) -> PrepareSummary:
-    """The dataset of the scans with structures, whose labels these are."""
-    places = converted.places
-    kind = DatasetKind((converted.modality,), labelled=True)
-    folder = open_dataset(dataset_id, name, kind, source=places.scans)
-    before = {row.case: row for row in read_rows(folder / PROVENANCE_FILE, Origin)}
-    _check_labels(folder, wanted, before)
-    origins, added = dict(before), []
-    for row in (row for row in read_series(places.table) if row["status"] == TAKEN):
-        case, image, labels = _case(row), places.scans / row["scan"], places.labels / row["scan"]
-        stamp = f"{source_stamp(image)};{source_stamp(labels)}"
-        files = [image_path(folder, case), label_path(folder, case)]
-        if case in before and before[case].stamp == stamp and all(file.is_file() for file in files):
-            continue
-        for made, target in zip((image, labels), files, strict=True):
-            _place(made, target)
-        origins[case] = _origin(folder, case, image, labels, stamp)
-        added.append(case)
-    ordered = sorted(origins.values(), key=lambda row: row.case)
-    write_rows(folder / PROVENANCE_FILE, Origin, ordered)
-    write_dataset_json(folder, kind, cases=len(ordered))
-    write_json(folder / "dataset.json", {**read_dataset_file(folder / "dataset.json"), "labels": label_names(wanted)})
-    pictures = [(row.case, folder / THUMBNAILS / f"{row.case}.png") for row in ordered]
-    write_contact_sheet(folder / SHEET_FILE, pictures)
-    return PrepareSummary(
-        folder=folder,
-        added=tuple(added),
-        known=len(ordered) - len(added),
-        rejected=(),
-        ignored=0,
-        missing=(),
-        overview=tuple(describe_cases(ordered)),
-        contact_sheet=folder / SHEET_FILE,
-    )
-
-
-def _origin(folder: Path, case: str, image: Path, labels: Path, stamp: str) -> Origin:
-    """The row of a case, whose thumbnail is drawn on the way."""
-    scan, (mask, _) = load_scan(image), read_volume(labels)
-    with atomic_path(folder / THUMBNAILS / f"{case}.png") as temporary:
-        volume_thumbnail(scan.array, mask > 0, scan.image.affine).save(temporary, format="PNG")
-    return Origin(
-        case=case,
-        source=str(image),
-        sha256=source_sha256(image),
-        shape="x".join(str(size) for size in scan.array.shape),
-        spacing_mm="x".join(f"{size:.6g}" for size in scan.spacing),
-        orientation=scan.orientation,
-        status="linked",
-        voxels_sha256=scan.voxels_sha256(),
-        stamp=stamp,
-    )
-
-
-def _check_labels(folder: Path, wanted: Sequence[WantedStructure], before: dict[str, Origin]) -> None:
+def _check_labels(folder: Path, wanted: Sequence[WantedStructure]) -> None:
+    if not wanted or not read_rows(folder / PROVENANCE_FILE, Origin):
+        return
     present = read_dataset_file(folder / "dataset.json").get("labels")
-    if before and present != label_names(wanted):
+    if present != label_names(wanted):
         raise UserError(
             f"{folder.name} has the labels {present}, not {label_names(wanted)}.",
             "Give the same --structures as before, or a dataset of another ID with -d.",

@@ -1,13 +1,14 @@
 """Which series become scans: rules that a user gives, and what is left out without being asked for."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.dicom.headers import SHOWN
 from nnssl_plugin.intake.dicom.stacks import Stack
+from nnssl_plugin.intake.ledger import LABEL
 
 FEWEST_SLICES = 5
 """Fewer planes are a localiser or a few pictures, and nnU-Net's 3D networks cannot use them."""
@@ -53,6 +54,40 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
     return tuple(tuple(_parse_test(part, text) for part in re.split(r",(?=\s*\w+\s*[!=~<>])", text)) for text in texts)
 
 
+@dataclass(frozen=True)
+class Channel:
+    """A channel of a dataset whose cases are studies, and which of a study's series shows it."""
+
+    name: str
+    rule: Rule
+
+
+def parse_channels(texts: Sequence[str]) -> tuple[Channel, ...]:
+    """``NAME=RULE`` each, such as ``T1=SeriesDescription~T1``.
+
+    Raises:
+        UserError: a text is none, or a name comes twice or is that of a column of tables.
+    """
+    channels = []
+    for text in texts:
+        name, _, rule = text.partition("=")
+        if not name.strip() or not _TEST.match(rule):
+            raise UserError(
+                f"--modalities {text!r} for DICOM.",
+                "Write NAME=RULE: --modalities 'T1=SeriesDescription~T1' 'PET=Modality=PT'",
+            )
+        channels.append(Channel(name.strip(), parse_rules([rule])[0]))
+    names = [channel.name for channel in channels]
+    if len(set(names)) < len(names) or set(names) & {"case", "subject", LABEL}:
+        raise UserError(f"--modalities: the names are {', '.join(names)}.", "Give each modality a name of its own.")
+    return tuple(channels)
+
+
+def fulfils(rule: Rule, known: Mapping[str, str]) -> bool:
+    """Whether all conditions of a rule hold for the attributes of a stack."""
+    return all(test.holds(known[test.attribute]) for test in rule)
+
+
 def attributes(stack: Stack) -> dict[str, str]:
     """What rules and the table know of a stack."""
     return {**dict.fromkeys(SHOWN, ""), **stack.first.shown, "Slices": str(len(stack.frames)), "Part": stack.part}
@@ -65,7 +100,7 @@ def why_left_out(stack: Stack, rules: Sequence[Rule], modality: str | None) -> s
     ``BurnedInAnnotation`` for images with burnt-in texts.
     """
     known = attributes(stack)
-    taking = [rule for rule in rules if all(test.holds(known[test.attribute]) for test in rule)]
+    taking = [rule for rule in rules if fulfils(rule, known)]
     if rules and not taking:
         return "no rule of --series takes it"
     wanted = DICOM_MODALITY.get(modality or "", "")

@@ -11,7 +11,7 @@ SERIES_FILE = "series.csv"
 TAKEN, LEFT_OUT, REFUSED = "taken", "left out", "refused"
 """A series is left out by a rule; it is refused where it cannot be used."""
 COLUMNS = (
-    *("status", "reason", "notes", "scan", "subject", "slices", "part", *SHOWN, "burnt_in", "structures"),
+    *("status", "reason", "notes", "scan", "channel", "subject", "slices", "part", *SHOWN, "burnt_in", "structures"),
     *("files", "folder", "StudyInstanceUID", "SeriesInstanceUID"),
 )
 _KEY = ("StudyInstanceUID", "SeriesInstanceUID", "part")

@@ -2,8 +2,9 @@
 
 import pytest
 
+from nnssl_plugin.intake.dicom.choosing import SeriesChoice
 from nnssl_plugin.intake.dicom.export import convert_export, local_places
-from nnssl_plugin.intake.dicom.rules import parse_rules
+from nnssl_plugin.intake.dicom.rules import parse_channels, parse_rules
 from nnssl_plugin.intake.dicom.structures import parse_structures
 
 
@@ -18,13 +19,11 @@ def export(tmp_path):
 def convert(export, tmp_path):
     """A function (modality, rules …) that converts the export: the ConvertedExport."""
 
-    def run(modality=None, *rules, structures=(), source=None, **others):
+    def run(modality=None, *rules, structures=(), channels=(), source=None, **others):
         return convert_export(
             source or export,
             local_places("Dataset501_X", local=tmp_path / "local"),
-            modality=modality,
-            rules=parse_rules(rules),
-            wanted=parse_structures(structures),
+            SeriesChoice(modality, parse_rules(rules), parse_channels(channels), parse_structures(structures)),
             processes=1,
             **others,
         )
