@@ -40,6 +40,7 @@ def prepare(
     key_file: str | Path | None = None,
     local: str | Path | None = None,
     suffixes: Sequence[str] = (),
+    video: int | None = None,
     processes: int = 2,
 ) -> PrepareSummary:
     """Make or extend an nnU-Net raw dataset from a folder of scans, DICOM files or 2D images, as ``nnssl_plugin
@@ -72,6 +73,7 @@ def prepare(
         key_file: of DICOM: key of the hashes that name cases; None: one in ``local``.
         local: of DICOM: folder for what is not for others; None: ``nnUNet_raw/.nnssl_plugin``.
         suffixes: of BIDS: what the names of the scans end in, such as ``T1w``; none: every anatomical scan.
+        video: take videos as volumes of so many evenly spaced frames in three colours.
         processes: worker processes; 1 works in this one.
 
     Returns:
@@ -90,6 +92,7 @@ def prepare(
         exclude=exclude,
         keep=keep,
         suffixes=suffixes,
+        video=video,
         series=series,
         structures=structures,
         key_file=key_file,

@@ -91,6 +91,13 @@ def add_arguments(parser):
     parser.add_argument("--merge", action="store_true", help="with -num_parts: put together what all parts did")
     parser.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
     parser.add_argument(
+        "--video",
+        type=int,
+        metavar="N",
+        help="take videos (mp4, avi, gif and others; folders of images) as volumes of N evenly spaced frames in three "
+        "colours",
+    )
+    parser.add_argument(
         "--suffix",
         nargs="+",
         default=[],
@@ -141,6 +148,7 @@ def run(args):
         print_series,
         print_series_ahead,
         print_summary,
+        print_videos,
     )
 
     _check(args)
@@ -159,6 +167,8 @@ def run(args):
         return 0
     if prepared.export is not None:
         print_series(prepared.export)
+    if prepared.videos is not None:
+        print_videos(prepared.videos)
     print_summary(prepared.summary)
     if prepared.classes is not None:
         print_classes(prepared.classes)
@@ -194,6 +204,7 @@ def _options(args):
         local=args.local,
         class_labels=args.class_labels,
         targets=args.target,
+        video=args.video,
         part=_part(args),
         processes=args.np,
     )

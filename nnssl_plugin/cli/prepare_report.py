@@ -40,6 +40,12 @@ def print_series(converted):
     _print_some(converted.unreadable, "unreadable: {}")
 
 
+def print_videos(converted):
+    """What became of the videos of a folder."""
+    print(f"Videos: {len(converted.converted)} read, {len(converted.refused)} refused; frames: {converted.folder}")
+    _print_some(converted.refused, "refused: {}")
+
+
 def print_summary(summary):
     """The cases of a dataset, and the files that are not in it."""
     from nnssl_plugin.intake.unlabelled import made_grey

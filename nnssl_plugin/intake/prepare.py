@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.bids import bids_patterns, is_bids, write_bids_subjects
-from nnssl_plugin.intake.dicom.export import ConvertedExport
+from nnssl_plugin.intake.dicom.export import ConvertedExport, local_places
 from nnssl_plugin.intake.dicom.files import is_export
 from nnssl_plugin.intake.dicom.prepare import DicomChoice, prepare_dicom_class_dataset, prepare_dicom_dataset
 from nnssl_plugin.intake.dicom.table import SeriesRow
@@ -17,6 +17,7 @@ from nnssl_plugin.intake.grouping import BY_NAME, Modalities, parse_modalities
 from nnssl_plugin.intake.labelled import LabelSummary, prepare_class_dataset
 from nnssl_plugin.intake.preview import Preview
 from nnssl_plugin.intake.unlabelled import ALL, Part, PrepareSummary, prepare_dataset
+from nnssl_plugin.intake.videos import COLOURS, ConvertedVideos, convert_videos
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class PrepareOptions:
     local: str | Path | None = None
     class_labels: str | Path | None = None
     targets: Sequence[str] = ()
+    video: int | None = None  # frames of each video that is taken
     part: Part | None = None
     processes: int = 2
 
@@ -57,12 +59,14 @@ class Prepared:
     summary: PrepareSummary
     classes: LabelSummary | None = None  # with a table of classes
     export: ConvertedExport | None = None  # of DICOM
+    videos: ConvertedVideos | None = None
 
     @property
     def has_failures(self) -> bool:
         """Whether a file that was looked at could not be used, was set aside, or a folder not searched."""
         of_export = self.export is not None and self.export.has_failures
-        return bool(self.summary.rejected or self.summary.unread or of_export)
+        of_videos = self.videos is not None and bool(self.videos.refused)
+        return bool(self.summary.rejected or self.summary.unread or of_export or of_videos)
 
 
 def prepare(
@@ -82,6 +86,8 @@ def prepare(
     """
     source, listener = Path(source), listener or Listener()
     _check(options)
+    if options.video is not None:
+        return _from_videos(source, dataset_id, name, options, listener)
     if options.series or options.structures or (source.exists() and is_export(source)):
         return _from_export(source, dataset_id, name, options, listener)
     if options.suffixes or is_bids(source):
@@ -108,6 +114,8 @@ def _check(options: PrepareOptions) -> None:
             "--class-labels goes with neither --modalities nor -num_parts.",
             "Prepare the images first, then add the classes: nnssl_plugin prepare -d ID --class-labels FILE.csv",
         )
+    if options.video is not None and (options.modalities or options.class_labels is not None or options.series):
+        raise UserError("--video N makes volumes of videos; the other options are for scans.", "Give --video alone.")
     if options.structures and options.class_labels is not None:
         raise UserError("--structures and --class-labels are two kinds of labels.", "Give one of them.")
 
@@ -159,6 +167,15 @@ def _from_bids(source: Path, dataset_id: int, name: str, options: PrepareOptions
     prepared = _from_scans(source, dataset_id, name, options, listener)
     write_bids_subjects(prepared.summary.folder)
     return prepared
+
+
+def _from_videos(source: Path, dataset_id: int, name: str, options: PrepareOptions, listener: Listener) -> Prepared:
+    """Frames of videos as volumes of three colours, which then take the road of scans."""
+    folder = local_places(f"Dataset{dataset_id:03d}_{name}", local=options.local).folder / "videos"
+    videos = convert_videos(source, folder, frames=options.video, include=options.include, exclude=options.exclude)
+    channels = [f"{colour}=*_{colour}.nii.gz" for colour in COLOURS]
+    options = replace(options, modalities=channels, include=(), exclude=(), keep=ALL)
+    return replace(_from_scans(folder, dataset_id, name, options, listener), videos=videos)
 
 
 def _from_export(source: Path, dataset_id: int, name: str, options: PrepareOptions, listener: Listener) -> Prepared:
