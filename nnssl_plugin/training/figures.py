@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ class Panel(NamedTuple):
     """Why it may have no series, for the line under the picture."""
 
 
+TERMS = "Terms of the loss (solid: training, dashed: validation)"
 FEW = "needs 4 validation samples or more"
 SEPARATION = ("diagnostics/silhouette", "diagnostics/cosine_gap")
 RETRIEVAL = "diagnostics/retrieval_"
@@ -28,7 +29,7 @@ ELSEWHERE = (*SEPARATION, RETRIEVAL, "diagnostics/token_std")
 """Diagnostics with a panel of another kind."""
 PANELS = (
     Panel("Loss (solid: training, dashed: validation)", lambda k: k in ("train_losses", "val_losses")),
-    Panel("Terms of the loss", lambda k: k.startswith(("train/", "val/")), "the loss has one term"),
+    Panel(TERMS, lambda k: k.startswith(("train/", "val/")), "the loss has one term"),
     Panel("Learning rate", lambda k: k == "lrs"),
     Panel(
         "Spread of the features (0 = collapsed)", lambda k: k.startswith(("feature_std", "diagnostics/token_std")), FEW
@@ -54,6 +55,8 @@ PANELS = (
     Panel("Peak memory (GiB)", lambda k: k == "peak_memory_gib", "this system does not tell"),
 )
 """Of a pretraining."""
+LEGIBLE = 8
+"""Lines of a legend that can be told apart."""
 CHARACTERS = 180
 """Longest line under the picture."""
 
@@ -72,34 +75,57 @@ def draw_progress(history: dict[str, list], path: str | Path, *, panels: Sequenc
     series = {k: np.asarray(v, dtype=float) for k, v in history.items() if len(v) and np.ndim(v[0]) == 0}
     series = {name: values for name, values in series.items() if np.isfinite(values).any()}
     panels = [Panel(*panel) for panel in panels]
-    drawn = [panel for panel in panels if any(map(panel.shows, series))]
+    empty = [panel for panel in panels if not any(map(panel.shows, series))]
+    drawn = [part for panel in panels if panel not in empty for part in _by_measure(panel, series)]
     rows = max(1, math.ceil(len(drawn) / 2))
     figure, axes = plt.subplots(rows, 2, figsize=(15, 4.25 * rows), squeeze=False)
     figure.subplots_adjust(0.06, 0.2 / rows, 0.98, 1 - 0.12 / rows, hspace=0.35, wspace=0.15)
-    figure.text(0.06, 0.02 / rows, _left_out([panel for panel in panels if panel not in drawn]), fontsize="small")
+    figure.text(0.06, 0.02 / rows, _left_out(empty), fontsize="small")
     for axis in axes.flat[len(drawn) :]:
         axis.set_visible(False)
-    for axis, (title, belongs, _) in zip(axes.flat, drawn, strict=False):
+    for axis, panel in zip(axes.flat, drawn, strict=False):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        colours: dict[str, str] = {}  # a term has one colour in training and validation
-        for name in filter(belongs, series):
-            term = name.partition("/")[2] or name
-            validation = name.startswith("val")
-            (line,) = axis.plot(
-                series[name],
-                "--" if validation else "-",
-                marker="." if len(series[name]) < 40 else "",
-                color=colours.get(term),
-                label=f"{term} (validation)" if name.startswith("val/") else term,
-            )
-            colours[term] = line.get_color()
-        axis.set_title(title)
+        _draw_lines(axis, panel, {name: values for name, values in series.items() if panel.shows(name)})
+        axis.set_title(panel.title)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
         axis.margins(y=0.1)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")
     save_figure(figure, path)
+
+
+def _by_measure(panel: Panel, names: Iterable[str]) -> list[Panel]:
+    """The panel, or one for each of its terms or diagnostics where several kinds of images would crowd it."""
+    shown = [name.split("/") for name in names if panel.shows(name)]
+    if all(len(parts) < 3 for parts in shown) or len({tuple(parts[1:]) for parts in shown}) <= LEGIBLE:
+        return [panel]
+    measures = dict.fromkeys(parts[1] for parts in shown)
+    return [
+        panel._replace(
+            title=f"{panel.title}: {measure}",
+            shows=lambda name, measure=measure: panel.shows(name) and name.split("/")[1] == measure,
+        )
+        for measure in measures
+    ]
+
+
+def _draw_lines(axis, panel: Panel, series: dict[str, np.ndarray]) -> None:
+    """The lines of a panel; a term has one colour, and one line of the legend, in training and validation."""
+    terms = {name: name.partition("/")[2] or name for name in series}
+    measures = {term.partition("/")[0] for term in terms.values()}
+    several = len(measures) == 1 and len(set(terms.values())) > 1  # kinds of one measure, which the title names
+    colours: dict[str, str] = {}
+    for name, values in series.items():
+        term = terms[name]
+        (line,) = axis.plot(
+            values,
+            "--" if name.startswith("val") else "-",
+            marker="." if len(values) < 40 else "",
+            color=colours.get(term),
+            label=None if term in colours else term.partition("/")[2] if several else term,
+        )
+        colours[term] = line.get_color()
 
 
 def _left_out(panels: Sequence[Panel]) -> str:

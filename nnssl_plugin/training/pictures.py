@@ -1,5 +1,7 @@
 """Draws volumes as titled images beside each other: grey, coloured, or with values and a mark over them."""
 
+import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,17 +69,17 @@ def draw_pictures(
     axes = [[axis for axis in range(len(size)) if axis not in cut] for cut in cuts]  # up, across
     page = _Page(
         [[size[axis] * spacing[axis] for axis in pair] for pair in axes],
-        columns=len(shown),
+        titles=[title for title, _ in shown],
         letters=letters is not None,
         bar=any(each.values is not None for _, each in shown),
     )
     grey = _grey(shown[0][1].image)
     for row, (cut, (up, across)) in enumerate(zip(cuts, axes, strict=True)):
-        for column, (title, each) in enumerate(shown):
+        for column, (_, each) in enumerate(shown):
             panel = page.panel(row, column)
             drawn = each.draw(panel, cut, grey, aspect=spacing[up] / spacing[across])
             if row == 0:
-                panel.set_title(title, fontsize="medium")
+                panel.set_title(page.titles[column], fontsize="medium")
             if letters is not None:
                 ends = letters[-len(size) :]
                 _orient(panel, ends[up], ends[across], labelled=column == 0)
@@ -91,27 +93,32 @@ class _Page:
 
     Args:
         sides: height and width in mm of the slices of each row.
-        columns: slices in a row.
+        titles: of the columns; long ones are wrapped, and columns are as wide as the longest word.
         letters: whether there is room for letters on the left and below.
         bar: whether there is room for a colour bar on the right.
     """
 
-    GAP, TITLE, BAR = 0.08, 0.3, 0.9
+    GAP, LINE, BAR = 0.08, 0.17, 0.9
+    PER_INCH = 12
+    """Characters of a title."""
 
-    def __init__(self, sides: Sequence[Sequence[float]], *, columns: int, letters: bool, bar: bool):
+    def __init__(self, sides: Sequence[Sequence[float]], *, titles: Sequence[str], letters: bool, bar: bool):
         scale = INCHES / max(max(pair) for pair in sides)
         self.heights = [max(SMALLEST, up * scale) for up, _ in sides]
-        self.column = max(SMALLEST, max(across for _, across in sides) * scale)
+        longest = max((len(word) for title in titles for word in title.split()), default=0) / self.PER_INCH
+        self.column = max(SMALLEST, longest, max(across for _, across in sides) * scale)
+        self.titles = [textwrap.fill(title, math.ceil(self.column * self.PER_INCH)) for title in titles]
+        self.title = 0.13 + self.LINE * max(title.count("\n") + 1 for title in self.titles)
         self.left, self.below = (0.3, 0.28) if letters else (0.03, 0.03)
         right = self.BAR if bar else 0.05
-        self.width = self.left + columns * self.column + (columns - 1) * self.GAP + right
-        self.height = self.TITLE + sum(self.heights) + len(sides) * self.below
+        self.width = self.left + len(titles) * self.column + (len(titles) - 1) * self.GAP + right
+        self.height = self.title + sum(self.heights) + len(sides) * self.below
         self.figure = pyplot().figure(figsize=(self.width, self.height))
 
     def panel(self, row: int, column: int):
         """The axes of a slice."""
         start = self.left + column * (self.column + self.GAP)
-        bottom = self.height - self.TITLE - sum(self.heights[: row + 1]) - row * self.below
+        bottom = self.height - self.title - sum(self.heights[: row + 1]) - row * self.below
         panel = self._axes(start, bottom, self.column, self.heights[row])
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)

@@ -1,12 +1,14 @@
 """Pictures drawn while training: grey, with values over them, coloured; their slices, aspect and sides; and curves."""
 
+from itertools import pairwise
+
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
-from nnssl_plugin.training import figures
+from nnssl_plugin.training import figures, pictures
 from nnssl_plugin.training.figures import Panel, draw_progress
 from nnssl_plugin.training.pictures import Colours, Overlay, draw_pictures
 
@@ -77,6 +79,21 @@ def test_voxels_keep_their_aspect_and_slices_have_one_scale(tmp_path, spacing, l
         np.testing.assert_allclose(box, (up * scale, across * scale), atol=3)
 
 
+@pytest.mark.parametrize("size", [(16, 16, 16), (40, 20, 10), (48, 6), (6, 48)])
+def test_titles_stand_apart_and_inside(size, tmp_path, monkeypatch):
+    caught = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: caught.append(figure))
+    titles = ["image", "masked image, as the network reads it", "reconstruction of what was masked"]
+    draw_pictures([(title, torch.rand(size)) for title in titles], tmp_path / "p.png")
+    (figure,) = caught
+    figure.canvas.draw()
+    boxes = [axis.title.get_window_extent() for axis in figure.axes if axis.get_title()]
+    assert len(boxes) == 3 and not any(a.overlaps(b) for a, b in pairwise(boxes))
+    for box in boxes:
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    figures.pyplot().close(figure)
+
+
 def test_an_image_keeps_its_aspect(tmp_path):
     red = torch.zeros(10, 10, 3)
     red[..., 0] = 1
@@ -140,3 +157,22 @@ def test_a_panel_without_a_number_is_named_with_its_reason(curves):
 def test_epochs_count_from_0_as_in_nnunets_log(curves):
     (line,) = curves({"train_losses": [3.0, 2.0, 1.0]}).axes[0].lines
     np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2])
+
+
+def test_several_kinds_have_a_panel_for_each_term_and_a_colour_for_each_kind(curves):
+    kinds = [f"kind_{number}" for number in range(5)]
+    names = [f"{prefix}/{term}/{kind}" for prefix in ("train", "val") for term in ("a", "b") for kind in kinds]
+    few = [name for name in names if name.endswith(("0", "1"))]
+    axes = [axis for axis in curves({name: [2.0, 1.0] for name in names}).axes if axis.get_visible()]
+    assert [axis.get_title().rpartition(": ")[2] for axis in axes] == ["a", "b"]
+    for axis in axes:
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == kinds and len(axis.lines) == 10
+        assert len({line.get_color() for line in axis.lines}) == 5
+        assert [line.get_linestyle() for line in axis.lines] == ["-"] * 5 + ["--"] * 5
+    (axis,) = (axis for axis in curves({name: [2.0, 1.0] for name in few}).axes if axis.get_visible())
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "a/kind_0",
+        "a/kind_1",
+        "b/kind_0",
+        "b/kind_1",
+    ]
