@@ -351,3 +351,16 @@ def test_what_becomes_of_the_series_is_told_before_the_first_is_converted(two_pa
     )
     ((statuses, before),) = told
     assert sorted(statuses) == ["left out", "taken", "taken"] and before == 0 and len(read) == 2
+
+
+def test_channels_on_other_grids_are_refused_with_both_or_resampled(export, raw, capsys):
+    study = generate_uid()
+    write_series(export / "a", phantom(seed=1), uids=(study, generate_uid()), SeriesDescription="A")
+    write_series(
+        export / "b", phantom(seed=2), uids=(study, generate_uid()), SeriesDescription="B", origin=(-28.0, -20.0, 5.0)
+    )
+    words = ("-i", export, "-d", 501, "-n", "X", "--modalities", "A=SeriesDescription=A", "B=SeriesDescription=B")
+    assert prepare(*words) == 1
+    assert "0 cases added" in (printed := capsys.readouterr().out) and "another grid" in printed
+    assert prepare(*words, "--resample") == 0
+    assert len(list((raw / "Dataset501_X" / "imagesTr").iterdir())) == 2
