@@ -16,7 +16,8 @@ from skimage.transform import resize
 
 from nnssl_plugin.data.triplets import TRIPLETS_FILE, Triplet
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.scans import RejectedScan, ending_of, read_volume
+from nnssl_plugin.io.refusals import RejectedScan
+from nnssl_plugin.io.scans import ending_of, read_volume
 from nnssl_plugin.nnunet.planes import PLANES, RAS_AXIS, stored_axis
 
 CT_WINDOWS = {

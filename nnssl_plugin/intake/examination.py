@@ -23,15 +23,8 @@ from nnssl_plugin.intake.same_grid import Aligned, aligned, header_like, read_la
 from nnssl_plugin.intake.tasks import Finding, Refusal, Source, Task, staged
 from nnssl_plugin.intake.workers import in_processes
 from nnssl_plugin.io.files import atomic_path
-from nnssl_plugin.io.scans import (
-    RejectedScan,
-    Scan,
-    UnavailableScan,
-    ending_of,
-    load_frames,
-    load_scan,
-    stored_bytes,
-)
+from nnssl_plugin.io.refusals import RejectedScan, UnavailableScan
+from nnssl_plugin.io.scans import Scan, ending_of, load_frames, load_scan, stored_bytes
 
 MADE_GREY = "made grey"
 """Status of a rewritten 2D image that had colour."""

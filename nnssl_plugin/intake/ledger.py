@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import atomic_path
-from nnssl_plugin.io.scans import file_parts
+from nnssl_plugin.io.itk_files import file_parts
 
 PROVENANCE_FILE = "provenance.csv"
 REJECTED_FILE = "rejected.csv"

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
 
-from nnssl_plugin.io.scans import RejectedScan, check_memory, check_openable, refusal
+from nnssl_plugin.io.refusals import RejectedScan, check_memory, refusal
+from nnssl_plugin.io.scans import check_openable
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")

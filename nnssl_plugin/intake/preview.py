@@ -12,15 +12,8 @@ import nibabel
 from nnssl_plugin.intake.overview import ranges, reason_kind
 from nnssl_plugin.intake.plausibility import doubt_by_name
 from nnssl_plugin.intake.tasks import Source, Task
-from nnssl_plugin.io.scans import (
-    MOST_GZIP_RATIO,
-    NIFTI_ENDINGS,
-    READ_ERRORS,
-    RejectedScan,
-    check_openable,
-    ending_of,
-    nifti_unit_mm,
-)
+from nnssl_plugin.io.refusals import READ_ERRORS, RejectedScan
+from nnssl_plugin.io.scans import MOST_GZIP_RATIO, NIFTI_ENDINGS, check_openable, ending_of, nifti_unit_mm
 
 SECONDS_PER_FILE, VOXELS_PER_SECOND = 0.02, 5e6
 """Of one process, rounded from real MR, PET and CT scans on one core of a server; for a duration in words, no more."""

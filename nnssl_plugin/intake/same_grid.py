@@ -8,7 +8,8 @@ import numpy as np
 from nibabel.orientations import io_orientation, ornt_transform
 from nibabel.processing import resample_from_to
 
-from nnssl_plugin.io.scans import RejectedScan, Scan, read_volume
+from nnssl_plugin.io.refusals import RejectedScan
+from nnssl_plugin.io.scans import Scan, read_volume
 from nnssl_plugin.nnunet.geometry import largest_shift
 
 ANOTHER_GRID = "another grid: "

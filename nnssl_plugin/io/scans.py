@@ -1,13 +1,9 @@
 """Reading one scan file strictly: what a lenient reader would let through is refused here, with a reason."""
 
-import errno
 import gzip
 import hashlib
 import math
-import re
 import stat
-import struct
-import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,10 +11,19 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from nnssl_plugin.io.memory import available_memory
+from nnssl_plugin.io.itk_files import ITK_ENDINGS, file_parts, read_itk
+from nnssl_plugin.io.refusals import (
+    READ_ERRORS,
+    RejectedScan,
+    UnavailableScan,
+    check_memory,
+    check_spacing,
+    in_mm,
+    one_line,
+    refusal,
+)
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
-ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
 ENDINGS = NIFTI_ENDINGS + ITK_ENDINGS
 
 SHEAR_TOLERANCE = 1e-2
@@ -28,52 +33,13 @@ SPACING_TOLERANCE = 1e-2
 
 NIFTI_UNIT_MM = {1: 1e3, 2: 1.0, 3: 1e-3}
 """Code of a NIfTI header's unit of length (metre, mm, micron) → mm; 0 and what is not known counts as mm."""
-ITK_UNIT_MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "um": 1e-3, "µm": 1e-3, "micron": 1e-3, "microns": 1e-3}
-"""The same for the texts of NRRD ("space units") and MetaImage ("DistanceUnits"); other texts are refused."""
 VOXEL_MM = (1e-4, 100.0)
 """Sizes between which a voxel's edge is believed where the header states another unit than mm."""
 
-READ_ERRORS = (
-    OSError,
-    EOFError,
-    zlib.error,
-    ValueError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    struct.error,
-    nibabel.filebasedimages.ImageFileError,
-    nibabel.spatialimages.HeaderDataError,
-)
-"""What readers raise for files that are not what they claim to be."""
-BYTES_PER_VOXEL = 12
-"""Memory that checking a scan and making its mask takes per voxel, beside the voxels as stored."""
 MOST_TRAILING_BYTES = 1 << 24
 """Bytes after the last voxel that are tolerated where the voxels are fewer; up to as many as these otherwise."""
 MOST_GZIP_RATIO = 1032
 """Bytes that one byte of DEFLATE (RFC 1951) can hold at most."""
-
-_HEADER_BYTES = 65536  # more than the text header of any NRRD or MetaImage file in use
-_ITK_READERS = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
-_DATA_FILE = re.compile(r"^\s*(?:ElementDataFile\s*[=:]|data ?file\s*:)[ \t]*(.*?)\s*$", re.MULTILINE | re.IGNORECASE)
-_METAIMAGE_HEADER = re.compile(r".*?^\s*ElementDataFile\s*[=:][^\n]*", re.MULTILINE | re.DOTALL)
-_NRRD_HEADER = re.compile(r".*?\r?\n\r?\n", re.DOTALL)
-_OUTSIDE_ERRORS = {
-    errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENODEV,
-    errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ELOOP,
-}  # fmt: skip
-"""Errors of the system that say nothing about the file itself."""
-
-
-class RejectedScan(Exception):
-    """A file that cannot become a case; the message says why, in one line."""
-
-
-class UnavailableScan(RejectedScan):
-    """A file that cannot become a case now, for a cause outside of it: permissions, a failing disk, too little memory.
-    Trying again later makes sense."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +106,7 @@ def _load(path: Path, frames: int) -> tuple[Scan, ...]:
     try:
         if all(part.stat().st_size == 0 for part in file_parts(path)):
             raise RejectedScan("empty file (0 bytes)")
-        image, unit = _read_nifti(path, frames) if ending_of(path) in NIFTI_ENDINGS else _read_itk(path)
+        image, unit = _read_nifti(path, frames) if ending_of(path) in NIFTI_ENDINGS else read_itk(path)
         images = nibabel.four_to_three(image) if frames else [image]
         for volume in images:
             _check_grid(volume)
@@ -170,23 +136,13 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
             check_memory(math.prod(image.shape), image.get_data_dtype().itemsize)
             affine = np.diag([*[nifti_unit_mm(image.header)] * 3, 1.0]) @ image.affine
         else:
-            image, _ = _read_itk(path)
+            image, _ = read_itk(path)
             affine = image.affine
         if image.ndim != 3:
             raise RejectedScan(f"{image.ndim}D image: a 3D volume is needed")
         return image.get_fdata(dtype=np.float32, caching="unchanged"), affine
     except READ_ERRORS as error:
         raise refusal(error, "unreadable") from error
-
-
-def file_parts(path: Path) -> list[Path]:
-    """The files that hold a scan: the file itself, and the data file that a detached header (.mhd, .nhdr) names, where
-    it is one in the header's folder."""
-    if ending_of(path) not in (".mhd", ".nhdr") or not path.is_file():
-        return [path]
-    named = _DATA_FILE.search(_text_header(path))
-    data = path.parent / named[1] if named and named[1] else path
-    return [path, data] if data.is_file() and data != path and _is_beside(data, path) else [path]
 
 
 def check_openable(path: Path) -> None:
@@ -203,31 +159,7 @@ def check_openable(path: Path) -> None:
             with part.open("rb") as stream:
                 stream.read(1)
     except OSError as error:
-        raise UnavailableScan(f"cannot be opened: {_one_line(error)}") from error
-
-
-def check_memory(voxels: int, bytes_per_voxel: int) -> None:
-    """Look whether an image of a header's size fits into the memory that is free, before any of it is read.
-
-    Raises:
-        UnavailableScan: it does not.
-    """
-    needed, free = voxels * (bytes_per_voxel + BYTES_PER_VOXEL), available_memory()
-    if free is not None and needed > free:
-        raise UnavailableScan(
-            f"too large for the memory: {voxels} voxels need about {needed / 2**30:.3g} GiB, {free / 2**30:.3g} GiB "
-            "are free"
-        )
-
-
-def refusal(error: Exception, what: str) -> RejectedScan:
-    """``error`` of reading a file as a refusal, by its cause: the file, or something outside of it."""
-    outside = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OUTSIDE_ERRORS)
-    return (
-        UnavailableScan(f"cannot be read now: {_one_line(error)}")
-        if outside
-        else RejectedScan(f"{what}: {_one_line(error)}")
-    )
+        raise UnavailableScan(f"cannot be opened: {one_line(error)}") from error
 
 
 def nifti_unit_mm(header: nibabel.Nifti1Header) -> float:
@@ -296,7 +228,7 @@ def _nifti_header(start: bytes) -> tuple[type[nibabel.Nifti1Image], nibabel.Nift
     header = kind.header_class.from_fileobj(BytesIO(start), check=False)
     if not 1 <= header["dim"][0] <= 7 or (header["dim"][1 : header["dim"][0] + 1] < 0).any():
         raise RejectedScan(f"unreadable header: dimensions {header['dim'].tolist()}")
-    _check_spacing(header["pixdim"][1:4].tolist()[: header["dim"][0]])
+    check_spacing(header["pixdim"][1:4].tolist()[: header["dim"][0]])
     try:
         dtype = header.get_data_dtype()
     except LookupError as error:
@@ -319,82 +251,8 @@ def _check_converted(image: nibabel.Nifti1Image, unit: float) -> None:
     sizes = nibabel.affines.voxel_sizes(image.affine)
     if (sizes < VOXEL_MM[0]).any() or (sizes > VOXEL_MM[1]).any():
         raise RejectedScan(
-            f"its header states a unit of length of {unit:g} mm, which makes voxels of {_mm(sizes)}: correct its unit"
+            f"its header states a unit of length of {unit:g} mm, which makes voxels of {in_mm(sizes)}: correct its unit"
         )
-
-
-def _itk_unit_mm(header: str) -> float:
-    stated = re.findall(r"^(?:DistanceUnits\s*=|space units:)\s*(\S.*?)\s*$", header, re.MULTILINE | re.IGNORECASE)
-    units = {text.lower() for text in re.split(r"[\s\"]+", " ".join(stated)) if text} - {"none", "?"}
-    if len(units) > 1 or not units <= set(ITK_UNIT_MM):
-        raise RejectedScan(f"unit of length {', '.join(sorted(units))}: convert it to mm")
-    return ITK_UNIT_MM[units.pop()] if units else 1.0
-
-
-def _read_itk(path: Path) -> tuple[nibabel.Nifti1Image, float]:
-    """The image in mm, and the unit of the file in mm."""
-    import SimpleITK
-
-    text = _text_header(path)
-    _check_data_file(text, path)
-    # ITK turns a negative spacing into a flipped axis without a word
-    stated = re.search(r"^(?:ElementSpacing\s*=|spacings:)([-+0-9.eE \t]+)$", text, re.MULTILINE)
-    if stated:
-        _check_spacing([float(number) for number in stated.group(1).split()])
-    reader = SimpleITK.ImageFileReader()
-    reader.SetImageIO(_ITK_READERS[ending_of(path)])
-    reader.SetFileName(_utf8(path))
-    reader.ReadImageInformation()
-    if reader.GetNumberOfComponents() != 1:
-        raise RejectedScan(f"{reader.GetNumberOfComponents()} values per voxel: one is needed")
-    if reader.GetDimension() != 3:
-        raise RejectedScan(f"{reader.GetDimension()}D image: a 3D volume is needed")
-    check_memory(math.prod(reader.GetSize()), SimpleITK.Image([1, 1, 1], reader.GetPixelID()).GetSizeOfPixelComponent())
-    volume = reader.Execute()
-    unit = _itk_unit_mm(text)
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(volume.GetDirection(), (3, 3)) * np.asarray(volume.GetSpacing())
-    affine[:3, 3] = volume.GetOrigin()
-    affine[:3] *= unit
-    array = SimpleITK.GetArrayFromImage(volume).T
-    return nibabel.Nifti1Image(array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, dtype=array.dtype), unit
-
-
-def _text_header(path: Path) -> str:
-    """The text at the start of a NRRD or MetaImage file, as Latin-1."""
-    with path.open("rb") as stream:
-        return stream.read(_HEADER_BYTES).decode("latin-1")
-
-
-def _check_data_file(text: str, path: Path) -> None:
-    """ITK opens whatever a header names: let it name the file itself, or one other in the header's folder."""
-    metaimage = ending_of(path) in (".mha", ".mhd")
-    header = (_METAIMAGE_HEADER if metaimage else _NRRD_HEADER).match(text)
-    if header is None and len(text) == _HEADER_BYTES:
-        raise RejectedScan(f"unreadable: its header does not end within {_HEADER_BYTES} bytes")
-    named = [match[1] for match in _DATA_FILE.finditer(header[0] if header else text)]
-    if ending_of(path) in (".mha", ".nrrd") and named in ([], ["LOCAL"]):
-        return
-    if len(named) != 1:
-        raise RejectedScan("unreadable: its header does not name one data file")
-    data = path.parent / named[0]
-    if not _is_beside(data, path):
-        raise RejectedScan(f"its header names a data file outside its own folder: {named[0]}")
-    if not data.is_file():
-        raise RejectedScan(f"unreadable: its data file {named[0]} is not there")
-
-
-def _is_beside(data: Path, header: Path) -> bool:
-    """Whether a data file lies in the folder of its header, links followed, where both may be links to one folder."""
-    folders = (header.parent.resolve(), header.resolve().parent)
-    return any(data.resolve().is_relative_to(folder) for folder in folders)
-
-
-def _utf8(path: Path) -> str:
-    try:
-        return path.as_posix().encode("utf-8").decode()
-    except UnicodeEncodeError as error:
-        raise RejectedScan("its path is not UTF-8, and ITK cannot open it: rename it") from error
 
 
 def _check_shape(shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -421,18 +279,4 @@ def _check_grid(image: nibabel.Nifti1Image) -> None:
         raise RejectedScan("sheared affine (gantry tilt?): the voxel axes are not at right angles, resample it first")
     zooms = np.asarray(image.header.get_zooms()[:3])
     if not np.allclose(zooms, sizes, rtol=SPACING_TOLERANCE):
-        raise RejectedScan(f"contradicting header: spacing {_mm(zooms)}, but {_mm(sizes)} by its affine")
-
-
-def _check_spacing(spacing: list[float]) -> None:
-    if any(not math.isfinite(size) or size <= 0 for size in spacing):
-        raise RejectedScan(f"spacing of zero or less: {_mm(spacing)}")
-
-
-def _mm(spacing) -> str:
-    return " x ".join(f"{size:.4g}" for size in spacing) + " mm"
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:160]}" if lines else type(error).__name__
+        raise RejectedScan(f"contradicting header: spacing {in_mm(zooms)}, but {in_mm(sizes)} by its affine")

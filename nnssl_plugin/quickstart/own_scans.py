@@ -16,7 +16,8 @@ from tqdm import tqdm
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.plausibility import looks_like_ct
 from nnssl_plugin.intake.raw_dataset import case_name
-from nnssl_plugin.io.scans import ENDINGS, RejectedScan, ending_of, load_scan, read_volume
+from nnssl_plugin.io.refusals import RejectedScan
+from nnssl_plugin.io.scans import ENDINGS, ending_of, load_scan, read_volume
 from nnssl_plugin.io.text import printable
 
 log = logging.getLogger(__name__)

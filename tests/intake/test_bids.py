@@ -1,6 +1,7 @@
 """BIDS: subjects, sessions, suffixes, derivatives, participants.tsv."""
 
 import csv
+import json
 
 import pytest
 
@@ -80,3 +81,13 @@ def test_a_table_that_does_not_fit_is_refused(content, message, bids, raw, capsy
     (bids / "participants.tsv").write_text(content)
     assert prepare("-i", bids, "-d", 501, "-n", "X", "--class-labels", bids / "participants.tsv") == 2
     assert message in capsys.readouterr().err
+
+
+def test_suffixes_become_channels_of_a_session(bids, raw):
+    words = ("--modalities", "T1w=*_T1w*", "FLAIR=*_FLAIR*", "--cases-by", "folder")
+    assert prepare("-i", bids, "-d", 501, "-n", "X", *words) == 0
+    present = json.loads((raw / "Dataset501_X" / "modalities.json").read_text())
+    assert sorted(present.values()) == [[0], [0], [0], [0, 1]]
+    with (raw / "Dataset501_X" / "subjects.csv").open() as stream:
+        subjects = {row["case"]: row["subject"] for row in csv.DictReader(stream)}
+    assert sorted(subjects.values()) == ["sub-01", "sub-01", "sub-02", "sub-03"] and set(subjects) == set(present)

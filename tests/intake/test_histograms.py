@@ -55,10 +55,19 @@ def test_voxels_bytes_and_time_are_estimated_from_headers_alone(source, save):
     ahead = preview(tasks(source, [linked, other, broken]), known=3, folder=source, processes=2)
     voxels = 2 * 20 * 18 * 16
     assert (ahead.known, ahead.cases, ahead.files, ahead.voxels) == (3, 3, 3, voxels)
+    assert ahead.ranges == "20 x 18 x 16 voxels of 1 x 1 x 1 mm" and ahead.by_name == ()
     assert ahead.read == sum(path.stat().st_size for path in (linked, other, broken))
     assert ahead.written == other.stat().st_size + int(MASK_BYTES_PER_VOXEL * voxels)
     one = preview(tasks(source, [linked, other, broken]), known=3, folder=source, processes=1)
     assert one.seconds == pytest.approx(2 * ahead.seconds) and ahead.free > 0
+
+
+def test_what_names_say_is_counted_before_anything_is_read(source, save):
+    named = [
+        save(name, seed=seed) for seed, name in enumerate(["a_seg.nii.gz", "b_mask.nii.gz", "PET.nii.gz", "MR.nii.gz"])
+    ]
+    ahead = preview(tasks(source, named), known=0, folder=source, processes=1)
+    assert ahead.by_name == ((2, "named as a segmentation"), (1, "its name says PET, not MR"))
 
 
 def test_the_command_tells_before_and_after(nnunet_environment, source, save, capsys):

@@ -8,7 +8,7 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.file_search import FoundFiles, find_scans
 from nnssl_plugin.intake.pictures import load_picture, picture_mask, png_bytes
 from nnssl_plugin.intake.unlabelled import made_grey, prepare_dataset
-from nnssl_plugin.io.scans import RejectedScan
+from nnssl_plugin.io.refusals import RejectedScan
 
 
 def noise(shape, dtype=np.uint8, seed=0):

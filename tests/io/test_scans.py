@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnssl_plugin.io import scans
-from nnssl_plugin.io.scans import RejectedScan, UnavailableScan, file_parts, load_scan, read_volume, stored_bytes
+from nnssl_plugin.io import refusals, scans
+from nnssl_plugin.io.itk_files import file_parts
+from nnssl_plugin.io.refusals import RejectedScan, UnavailableScan
+from nnssl_plugin.io.scans import load_scan, read_volume, stored_bytes
 
 
 def refusal(path):
@@ -333,10 +335,10 @@ def test_a_linked_header_finds_the_data_beside_the_original(source, tmp_path, ph
 def test_memory_is_judged_by_the_header(source, phantom, monkeypatch, name):
     image = SimpleITK.GetImageFromArray(phantom())
     SimpleITK.WriteImage(image, str(source / name), True)
-    needed = phantom().size * (4 + scans.BYTES_PER_VOXEL)
-    monkeypatch.setattr(scans, "available_memory", lambda: needed)
+    needed = phantom().size * (4 + refusals.BYTES_PER_VOXEL)
+    monkeypatch.setattr(refusals, "available_memory", lambda: needed)
     load_scan(source / name)
-    monkeypatch.setattr(scans, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(refusals, "available_memory", lambda: needed - 1)
     for read in (load_scan, read_volume):
         with pytest.raises(UnavailableScan, match="too large for the memory"):
             read(source / name)
@@ -369,7 +371,7 @@ def test_unknown_datatypes_are_refused(save, code):
 def test_causes_outside_of_the_file_are_told_from_its_own(save, monkeypatch):
     path = save("a.nii.gz")
 
-    def failing(_path):
+    def failing(*_):
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:

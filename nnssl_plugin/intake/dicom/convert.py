@@ -16,7 +16,8 @@ from nnssl_plugin.intake.dicom.stacks import Stack, places_with_several, without
 from nnssl_plugin.intake.dicom.structures import WantedStructure, draw_labels
 from nnssl_plugin.intake.dicom.suv import suv_factor
 from nnssl_plugin.io.files import atomic_path, write_json
-from nnssl_plugin.io.scans import RejectedScan, UnavailableScan, stored_bytes
+from nnssl_plugin.io.refusals import RejectedScan, UnavailableScan
+from nnssl_plugin.io.scans import stored_bytes
 
 VERSION = 1
 """Of what is written; a scan that another version wrote is written anew."""

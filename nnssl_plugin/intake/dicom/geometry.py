@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
-from nnssl_plugin.io.scans import RejectedScan
+from nnssl_plugin.io.refusals import RejectedScan
 
 SAME_PLACE_MM = 1e-3
 """Positions nearer than this along the normal are one."""

@@ -1,5 +1,7 @@
 """The voxels of a stack, by SimpleITK (GDCM), in the unit that slope and intercept give them."""
 
+import mmap
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +9,11 @@ import numpy as np
 
 from nnssl_plugin.intake.dicom.files import ExportFile, on_disk
 from nnssl_plugin.intake.dicom.headers import Frame
-from nnssl_plugin.io.scans import RejectedScan, check_memory
+from nnssl_plugin.io.refusals import RejectedScan, check_memory
+
+_JPEG2000 = re.compile(rb"\xfe\xff\x00\xe0.{4}\xff\x4f\xff\x51.{4}(.{16})", re.DOTALL)
+"""A fragment of pixels (PS3.5, A.4) that begins a codestream (ISO 15444-1, A.5.1: SOC, SIZ, then the picture's far and
+near edges in columns and rows)."""
 
 
 def read_planes(frames: Sequence[Frame], rows: int, columns: int) -> np.ndarray:
@@ -26,6 +32,7 @@ def read_planes(frames: Sequence[Frame], rows: int, columns: int) -> np.ndarray:
     with on_disk(files) as paths:
         for file, path in zip(files, paths, strict=True):
             members = [(k, frame) for k, frame in enumerate(frames) if frame.file == file]
+            _check_codestreams(path, file, rows, columns)
             planes = _read_file(path, file)
             if planes.shape[1:] != (rows, columns) or max(frame.number for _, frame in members) >= len(planes):
                 raise RejectedScan(f"damaged: {file.name} holds planes {planes.shape}, its header says otherwise")
@@ -43,6 +50,18 @@ def same_pixels(frames: Sequence[Frame]) -> bool:
         planes = {file: _read_file(path, file) for file, path in zip(files, paths, strict=True)}
     first, *others = [planes[frame.file][frame.number] for frame in frames]
     return all(np.array_equal(first, other) for other in others)
+
+
+def _check_codestreams(path: Path, file: ExportFile, rows: int, columns: int) -> None:
+    """GDCM allocates what a JPEG 2000 codestream says of itself, before it compares that with the header."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for found in _JPEG2000.finditer(content):
+            right, lower, left, upper = np.frombuffer(found[1], ">u4").astype(np.int64)
+            if (lower - upper, right - left) != (rows, columns):
+                raise RejectedScan(
+                    f"damaged: {file.name} holds a picture of {lower - upper} x {right - left}, its header says "
+                    f"{rows} x {columns}"
+                )
 
 
 def _read_file(path: Path, file: ExportFile) -> np.ndarray:

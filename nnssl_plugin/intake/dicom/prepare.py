@@ -95,7 +95,7 @@ def prepare_dicom_dataset(
         announce=announce,
     )
     _finish(summary.folder, converted)
-    return replace(summary, ignored=0), converted
+    return replace(summary, ignored=0, unnamed=0), converted  # which would count local files
 
 
 def prepare_dicom_class_dataset(
@@ -230,7 +230,7 @@ def _finish(folder: Path, converted: ConvertedExport) -> None:
 
 def _own_images(folder: Path, scans: Path) -> None:
     """Images that are links into the local folder become files of the dataset, which can then be copied and shared."""
-    for image in (folder / "imagesTr").iterdir():
+    for image in (folder / "imagesTr").glob("*"):
         if image.is_symlink() and image.resolve().is_relative_to(scans.resolve()):
             _place(image.resolve(), image)
 

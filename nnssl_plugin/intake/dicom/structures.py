@@ -12,7 +12,7 @@ from skimage.draw import polygon2mask
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.intake.dicom.geometry import normal_of
 from nnssl_plugin.intake.dicom.headers import SEGMENTATION, STRUCTURES
-from nnssl_plugin.io.scans import RejectedScan
+from nnssl_plugin.io.refusals import RejectedScan
 
 OFF_PLANE = 0.5
 """Of the distance between slices, by which a contour may lie beside a slice and still belong to it."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
-from nnssl_plugin.io.scans import RejectedScan
+from nnssl_plugin.io.refusals import RejectedScan
 
 LONGEST = timedelta(hours=24)
 """Between injection and scan; more, or less than nothing, means that one of the times is wrong."""

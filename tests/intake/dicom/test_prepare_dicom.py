@@ -239,10 +239,21 @@ def test_worker_processes_give_the_same_scans(two_patients, raw, tmp_path):
         (("-d", 501, "-n", "X", "--series", "Modelity=MR"), "Did you mean Modality"),
         (("-d", 501, "-n", "X", "--series", "MR"), "no condition"),
         (("-d", 501, "-n", "X", "--structures", "A=1", "--class-labels", "t.csv"), "two kinds"),
+        (("-d", 499, "-n", "X"), "already belongs to Dataset499_Theirs"),
+        (("-d", 498, "-n", "Foreign"), "was not made by prepare"),
+        (("-d", 501, "-n", "X", "--modalities", "T1=*t1*"), "NAME=RULE"),
+        (("-d", 501, "-n", "X", "--modalities", "T1=Modality=MR", "T1=Modality=CT"), "name of its own"),
+        (("-d", 501, "-n", "X", "--modalities", "T1=Modality=MR", "--modality", "MR"), "Leave out --modality"),
+        (("-d", 501, "-n", "X", "--modalities", "T1=Modality=MR", "--labels", "*seg*"), "--structures"),
+        (("-d", 501, "-n", "X", "--labels"), "--structures"),
+        (("-d", 501, "-n", "X", "--suffix", "T1w"), "--series RULE"),
+        (("-d", 501, "-n", "X", "-num_parts", 2, "-part_id", 0), "one run"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_converted(words, message, export, raw, capsys):
     write_series(export, phantom())
+    for name in ("Dataset499_Theirs", "Dataset498_Foreign"):
+        (raw / name).mkdir()
     assert prepare("-i", export, *words) == 2
     assert message in capsys.readouterr().err and not any(raw.rglob("*.nii.gz"))
 
@@ -258,3 +269,98 @@ def test_a_wrong_choice_leaves_the_dataset_as_it_is(two_patients, raw):
 def test_an_export_that_is_not_there_says_so(tmp_path, raw, capsys):
     assert prepare("-i", tmp_path / "none", "-d", 501, "-n", "X", "--series", "Modality=MR") == 2
     assert "is not there" in capsys.readouterr().err
+
+
+def test_series_of_several_modalities_are_told_and_stand_in_the_table(two_patients, raw, capsys):
+    write_series(two_patients / "ct", phantom(seed=5), modality="CT")
+    assert prepare("-i", two_patients, "-d", 501, "-n", "X") == 2
+    assert "--modality MR" in capsys.readouterr().err
+    with (raw / ".nnssl_plugin" / "Dataset501_X" / "series.csv").open() as stream:
+        assert {row["reason"] for row in csv.DictReader(stream)} == {
+            "series of several modalities, and none was chosen"
+        }
+
+
+@pytest.fixture
+def studies(export):
+    """Three studies: CT and PET with a contour on the CT, CT alone, and CT with two PET; all on one grid."""
+    patients, angles = [], np.linspace(0, 6, 40)
+    contour = np.stack([-16 + 6 * np.cos(angles), -6 + 6 * np.sin(angles), np.full(40, 14.0)], axis=1)
+    for number, others in enumerate([["T1"], [], ["T1", "T1 again"]]):
+        study, patient = generate_uid(), {"PatientID": f"Secret-{number}"}
+        folder, planes = export / str(number), phantom(seed=number)
+        images = write_series(folder / "ct", planes, modality="CT", uids=(study, generate_uid()), **patient)
+        structure_set(folder / "rs.dcm", images, {"GTV_1": [contour]})
+        for name in others:
+            uids = (study, generate_uid())
+            write_series(folder / name, phantom(seed=9 + number), uids=uids, SeriesDescription=name, **patient)
+        patients.append(study)
+    return export
+
+
+CHANNELS = ("--modalities", "T1=SeriesDescription~T1", "CT=Modality=CT")
+
+
+def test_series_of_a_study_become_channels_of_a_case(studies, raw, capsys):
+    words = ("-i", studies, "-d", 501, "-n", "X", *CHANNELS)
+    assert prepare(*words) == 1
+    printed = capsys.readouterr().out
+    assert "2 series of its study are T1" in printed and "cases without T1: 2" in printed
+    folder = raw / "Dataset501_X"
+    assert json.loads((folder / "dataset.json").read_text())["channel_names"] == {"0": "T1", "1": "CT"}
+    present = json.loads((folder / "modalities.json").read_text())
+    assert sorted(present.values()) == [[0, 1], [1], [1]] and len(list((folder / "imagesTr").iterdir())) == 6
+    (both,) = (case for case, channels in present.items() if len(channels) == 2)
+    values = [np.asarray(nibabel.load(folder / "imagesTr" / f"{both}_000{k}.nii.gz").dataobj) for k in (0, 1)]
+    assert np.array_equal(values[0].T, phantom(seed=9)) and np.array_equal(values[1].T, phantom(seed=0) - 1024.0)
+    with (folder / "subjects.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["case"] for row in rows} == set(present) and len({row["subject"] for row in rows}) == 3
+    assert not any(path.is_symlink() for path in (folder / "imagesTr").iterdir())
+    assert prepare(*words) == 1 and "0 cases added, 3 known" in capsys.readouterr().out
+
+
+def test_structures_of_a_study_label_all_its_channels(studies, raw):
+    prepare("-i", studies, "-d", 501, "-n", "X", *CHANNELS, "--structures", "GTV*=1", "none*=2")
+    folder = raw / "Dataset501_X"
+    assert json.loads((folder / "dataset.json").read_text())["labels"] == {"background": 0, "GTV": 1, "none": 2}
+    labels = [np.asarray(nibabel.load(path).dataobj) for path in (folder / "labelsTr").iterdir()]
+    assert len(labels) == 3 and all(set(np.unique(array)) == {0, 1} for array in labels)
+
+
+def test_a_series_that_two_modalities_name_is_refused(studies, raw, capsys):
+    prepare(
+        "-i", studies, "-d", 501, "-n", "X", "--modalities", "A=Modality=MR", "B=SeriesDescription~T1", "C=Modality=CT"
+    )
+    assert "several of --modalities name it (A, B)" in capsys.readouterr().out
+
+
+def test_what_becomes_of_the_series_is_told_before_the_first_is_converted(two_patients, raw, monkeypatch):
+    read, told = [], []
+    monkeypatch.setattr(
+        "nnssl_plugin.intake.dicom.convert.read_planes", lambda *words: read.append(1) or read_planes(*words)
+    )
+    choice = DicomChoice(series=["SeriesDescription~T1"])
+    prepare_dicom_dataset(
+        two_patients,
+        501,
+        "X",
+        choice,
+        processes=1,
+        ahead=lambda rows: told.append(([r["status"] for r in rows], len(read))),
+    )
+    ((statuses, before),) = told
+    assert sorted(statuses) == ["left out", "taken", "taken"] and before == 0 and len(read) == 2
+
+
+def test_channels_on_other_grids_are_refused_with_both_or_resampled(export, raw, capsys):
+    study = generate_uid()
+    write_series(export / "a", phantom(seed=1), uids=(study, generate_uid()), SeriesDescription="A")
+    write_series(
+        export / "b", phantom(seed=2), uids=(study, generate_uid()), SeriesDescription="B", origin=(-28.0, -20.0, 5.0)
+    )
+    words = ("-i", export, "-d", 501, "-n", "X", "--modalities", "A=SeriesDescription=A", "B=SeriesDescription=B")
+    assert prepare(*words) == 1
+    assert "0 cases added" in (printed := capsys.readouterr().out) and "another grid" in printed
+    assert prepare(*words, "--resample") == 0
+    assert len(list((raw / "Dataset501_X" / "imagesTr").iterdir())) == 2

@@ -12,6 +12,7 @@ from dicom_export import enhanced, item, phantom, write_series
 from pydicom.uid import JPEG2000Lossless, RLELossless, generate_uid
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.intake.dicom import pixels
 from nnssl_plugin.intake.dicom.geometry import normal_of
 from nnssl_plugin.intake.dicom.table import LEFT_OUT, REFUSED, TAKEN
 
@@ -351,6 +352,23 @@ def test_rules_choose_and_lift_what_is_left_out_otherwise(export, convert):
     assert names("Modality!=MR") == {"ct"} and names(modality="CT") == {"ct"}
     with pytest.raises(UserError, match=r"CT, MR.*one modality"):
         names()
+
+
+def test_a_codestream_of_another_size_than_the_header_is_not_expanded(export, convert, monkeypatch):
+    try:
+        written = write_series(export, phantom(), change=lambda dataset, _: compress_jpeg2000(dataset))
+    except ImportError as error:
+        pytest.skip(f"no encoder: {error}")
+    path = next(export.glob(f"*{written[3].SOPInstanceUID[-6:]}.dcm"))
+    content = bytearray(path.read_bytes())
+    lower_edge = content.index(b"\xff\x4f\xff\x51") + 12
+    content[lower_edge : lower_edge + 4] = (2_000_000).to_bytes(4, "big")
+    path.write_bytes(content)
+    opened, read = [], pixels._read_file
+    monkeypatch.setattr(pixels, "_read_file", lambda path, file: opened.append(file.name) or read(path, file))
+    write_series(export / "good", phantom(seed=1))
+    (row,) = convert("MR").with_status(REFUSED)
+    assert "2000000 x 24, its header says 20 x 24" in row["reason"] and path.name not in opened
 
 
 def test_a_damaged_file_is_named_and_the_rest_goes_on(export, convert):
