@@ -19,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, autocast, nn
 
 from nnssl_plugin.checkpoints.format.provenance import describe_pretraining, nnssl_adaptation_plan, nnssl_citations
+from nnssl_plugin.checkpoints.format.spatial_arrays import ENTRY, SpatialArray, declared
 from nnssl_plugin.data.batch import Batch
 from nnssl_plugin.data.batches import BatchStream, StepBatches
 from nnssl_plugin.errors import UserError
@@ -92,6 +93,10 @@ class Pretrainer(ResumableTrainer):
         """Input channels of the network on a dataset of ``channels``; where they differ, the method's ``views`` make
         images of that many out of the batch's."""
         return channels
+
+    def spatial_arrays(self) -> dict[str, SpatialArray]:
+        """Volumes that the task learned and that checkpoints carry to other grids, by their names; usually none."""
+        return {}
 
     # ------------------------------------------------------------------ building
 
@@ -375,8 +380,14 @@ class Pretrainer(ResumableTrainer):
 
     def own_state(self) -> dict[str, Any]:
         """The task's state beside the network, and what describes the weights (see docs/reference)."""
+        arrays = self.spatial_arrays()
         return {
-            "ssl_state": {"task": self._task_state(), "step": self.step, "epoch_sums": self.sums.state()},
+            "ssl_state": {
+                "task": self._task_state(),
+                "step": self.step,
+                "epoch_sums": self.sums.state(),
+                **({ENTRY: declared(arrays)} if arrays else {}),
+            },
             "provenance": self._provenance(),
             "nnssl_adaptation_plan": nnssl_adaptation_plan(
                 self.plans_manager.plans,

@@ -1,0 +1,47 @@
+"""The centre rule: where an array that belongs to no case lies on a case, as a modality's template does."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def centre_offset(grid: Sequence[int], case_shape: Sequence[int]) -> tuple[int, ...]:
+    """The voxel of an array at which a case begins, when the centre of both is one place; negative where the case is
+    the larger one.
+
+    Args:
+        grid: size of the array in voxels.
+        case_shape: size of the case in voxels, axes in the same order.
+    """
+    return tuple((of_array - of_case) // 2 for of_array, of_case in zip(grid, case_shape, strict=True))
+
+
+def cut_placed(values: Tensor, origin: Sequence[int], extent: Sequence[int], case_shape: Sequence[int]) -> Tensor:
+    """What of an array lies in a window of a case: a slice of it, with 0 where the array ends.
+
+    Gradients flow to the array's own voxels; all sizes are host-side numbers, so the device is asked nothing.
+
+    Args:
+        values: (..., *grid).
+        origin: first voxel of the window in the case, negative where it begins before the case.
+        extent: size of the window.
+        case_shape: size of the case.
+
+    Returns:
+        (..., *extent).
+    """
+    grid = values.shape[-len(extent) :]
+    starts = [o + shift for o, shift in zip(origin, centre_offset(grid, case_shape), strict=True)]
+    padding: list[int] = []
+    for axis, (start, wanted, size) in enumerate(zip(starts, extent, grid, strict=True), start=-len(extent)):
+        first, last = (min(max(place, 0), size) for place in (start, start + wanted))
+        values = values.narrow(axis, first, last - first)
+        before = min(max(-start, 0), wanted)
+        padding = [before, wanted - before - (last - first), *padding]
+    return functional.pad(values, padding)
+
+
+def on_case(values: Tensor, case_shape: Sequence[int]) -> Tensor:
+    """An array (..., *grid) laid on a whole case: (..., *case_shape), 0 where it does not reach."""
+    return cut_placed(values, (0,) * len(case_shape), case_shape, case_shape)
