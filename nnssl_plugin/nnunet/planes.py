@@ -42,3 +42,9 @@ def axis_letters(plans: Mapping[str, Any]) -> tuple[str, ...] | None:
         return None
     read = ("IS", "PA", "LR")  # RAS, as the reader returns it: (z, y, x)
     return tuple(read[axis] for axis in plans["transpose_forward"])
+
+
+def grid_axes(plans: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which axis of an image each axis of nnU-Net's preprocessed arrays is: anatomical ones (:func:`axis_letters`)
+    where they are known, else those of the reader's array, ``"z"``, ``"y"`` and ``"x"``."""
+    return axis_letters(plans) or tuple("zyx"[axis] for axis in plans["transpose_forward"])

@@ -16,6 +16,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, autocast, nn
 
+from nnssl_plugin.checkpoints.format.spatial_arrays import ENTRY, SpatialArray, declared
 from nnssl_plugin.data.batch import Batch
 from nnssl_plugin.data.batches import BatchStream, StepBatches
 from nnssl_plugin.errors import UserError
@@ -101,6 +102,10 @@ class Pretrainer(ResumableTrainer):
     def window_size(self, dataset: PlannedDataset) -> tuple[int, ...]:
         """Size of a dataset's windows in voxels, before the margin that the method needs."""
         return tuple(dataset.planned.patch_size)
+
+    def spatial_arrays(self) -> dict[str, SpatialArray]:
+        """Volumes that the task learned and that checkpoints carry to other grids, by their names; usually none."""
+        return {}
 
     # ------------------------------------------------------------------ building
 
@@ -322,8 +327,14 @@ class Pretrainer(ResumableTrainer):
 
     def own_state(self) -> dict[str, Any]:
         """The task's state beside the network, and what describes the weights (see docs/reference)."""
+        arrays = self.spatial_arrays()
         return {
-            "ssl_state": {"task": self._task_state(), "step": self.step, "epoch_sums": self.sums.state()},
+            "ssl_state": {
+                "task": self._task_state(),
+                "step": self.step,
+                "epoch_sums": self.sums.state(),
+                **({ENTRY: declared(arrays)} if arrays else {}),
+            },
             "provenance": self.provenance(),
             **describe_weights(self),
         }

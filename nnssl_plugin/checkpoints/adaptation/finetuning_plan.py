@@ -16,12 +16,14 @@ from nnssl_plugin.checkpoints.adaptation.adapt import (
     architecture_differences,
     check_coverage,
 )
+from nnssl_plugin.checkpoints.adaptation.arrays import fit_arrays
 from nnssl_plugin.checkpoints.adaptation.fitting_tables import fitting_tables
 from nnssl_plugin.checkpoints.adaptation.inputs import compare_ct_windows, compare_inputs, unstated
 from nnssl_plugin.checkpoints.adaptation.options import DEFAULT_OPTIONS, AdaptationOptions
 from nnssl_plugin.checkpoints.adaptation.report import LoadReport
 from nnssl_plugin.checkpoints.format.files import save_checkpoint
 from nnssl_plugin.checkpoints.format.provenance import describe_input, describe_network, weights_hash
+from nnssl_plugin.checkpoints.format.spatial_arrays import as_state
 from nnssl_plugin.checkpoints.sources.source import Source, read_source
 from nnssl_plugin.checkpoints.sources.stems import with_stem
 from nnssl_plugin.errors import UserError
@@ -73,7 +75,8 @@ def adapt_checkpoint(
     """Write the plan ``PLANS-NAME.json`` for fine-tuning beside the plan of a preprocessed dataset.
 
     Beside it come ``PLANS-NAME_CONFIG.pth`` (the complete state dict of the target's network, which stock nnU-Net's
-    ``-pretrained_weights`` takes too) and ``PLANS-NAME_CONFIG_report.json`` (every tensor).
+    ``-pretrained_weights`` takes too, and the checkpoint's spatial arrays on the target's grid) and
+    ``PLANS-NAME_CONFIG_report.json`` (every tensor).
 
     Args:
         dataset: ID or full name of the target.
@@ -121,7 +124,9 @@ def adapt_checkpoint(
         mend=_plan_like(dataset, plans_name, weights, mapping if not tables else tables[0]),
         tables=tables,
     )
-    save_checkpoint(_weights_file(source, state, report), file)
+    arrays, notes = fit_arrays(source.arrays, plans, configuration, dataset_json)
+    report = report.with_notes(notes)
+    save_checkpoint(_weights_file(source, state, report) | as_state(arrays), file)
     report.save(report_file := file.with_name(f"{file.stem}_report.json"))
     write_json(plan_file, plan)  # last: a plan never names weights that are not there
     return Adapted(new_name, plan_file, file, report_file, report)

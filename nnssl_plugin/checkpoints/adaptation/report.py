@@ -41,6 +41,8 @@ class LoadReport:
     """Keys of the checkpoint that the target has no place for."""
     warnings: tuple[str, ...] = ()
     """Differences between what the weights were trained on and what they will see."""
+    notes: tuple[str, ...] = ()
+    """What was carried beside the weights, and how."""
     placed: int = 0
     """Parameters of the checkpoint that the encoder took."""
     unplaced: int = 0
@@ -79,6 +81,10 @@ class LoadReport:
         """The same report with further warnings."""
         return replace(self, warnings=(*self.warnings, *warnings))
 
+    def with_notes(self, notes: Sequence[str]) -> "LoadReport":
+        """The same report with further notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
     def table(self) -> str:
         """A short table for people: one line per part, what was adapted, the reasons, the warnings."""
         lines = [f"{'part':<8} {'loaded':>12} {'of':>12} {'coverage':>9}  the rest"]
@@ -97,6 +103,7 @@ class LoadReport:
                 f"of the checkpoint's encoder {self.placed:,} of {self.placed + self.unplaced:,} parameters are here "
                 f"({self.checkpoint_coverage:.1%})"
             )
+        lines += self.notes
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,6 +114,7 @@ class LoadReport:
             "parameters": {part: {"loaded": loaded, "total": total} for part, (loaded, total) in counts.items()},
             "checkpoint": {"placed": self.placed, "unplaced": self.unplaced},
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
             "unused": list(self.unused),
             "tensors": [asdict(record) for record in self.tensors],
         }

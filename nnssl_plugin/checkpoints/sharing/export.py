@@ -32,6 +32,7 @@ from nnssl_plugin.checkpoints.format.shared_folder import (
     new_folder,
     write_hashes,
 )
+from nnssl_plugin.checkpoints.format.spatial_arrays import as_state, spatial_arrays_of
 from nnssl_plugin.checkpoints.format.tensors import check_finite
 from nnssl_plugin.checkpoints.sharing.model_card import PaperLike, model_card, read_results
 from nnssl_plugin.checkpoints.sources.description import ENTRIES, check_fields, check_plan, check_provenance, unreadable
@@ -228,7 +229,8 @@ def _write_shared(content: Mapping[str, Any], folder: Path) -> None:
 
 def _write_nnunet(content: Mapping[str, Any], folder: Path) -> None:
     """One file with the complete network, for stock nnU-Net's ``-pretrained_weights``; the plan beside it."""
-    save_checkpoint({key: content[key] for key in ("network_weights", "provenance", HEALTH)}, folder / PRETRAINED)
+    kept = {key: content[key] for key in ("network_weights", "provenance", HEALTH)}
+    save_checkpoint(kept | as_state(spatial_arrays_of(content, folder)), folder / PRETRAINED)
     write_json(folder / PLANS, content["init_args"]["plans"])
 
 
@@ -242,7 +244,8 @@ def _write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
     if block is None:
         raise UserError("The checkpoint has no nnssl_adaptation_plan.", "Use --format safetensors or nnunet.")
     kept = ("network_weights", "nnssl_adaptation_plan", "citations", "provenance", "trainer_name", HEALTH)
-    save_checkpoint({key: content[key] for key in kept if key in content}, folder / NNSSL_CHECKPOINT)
+    arrays = as_state(spatial_arrays_of(content, folder))
+    save_checkpoint({key: content[key] for key in kept if key in content} | arrays, folder / NNSSL_CHECKPOINT)
     write_json(folder / ADAPTATION_PLAN, block | {"trainer_name": content.get("trainer_name")})
     write_json(folder / "config.json", block["architecture_plans"])
 

@@ -114,6 +114,7 @@ def inspect_file(path: str | Path, *, mapping: str | Path | None = None, trust: 
         "not_finite": not_finite(source.weights),
         "citations": _citations(known.get("citations") or source.content.get("citations") or []),
         "hash": _hash(source),
+        "arrays": {name: array.said() for name, array in source.arrays.items()},
         "use": _use(source, path, mapping, trust=trust),
     }
     return json.loads(json.dumps(report, default=str))
@@ -147,6 +148,7 @@ def _entries(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         *([("stems", f"one of: {', '.join(said(report['stems']))}")] if report["stems"] else []),
         ("normalisation", _text(report["normalisation"])),
         ("geometry", _geometry(report)),
+        *[("array", f"{name} of {said}") for name, said in report["arrays"].items()],
         ("orientation", _stated(report, "{}", "orientation", "transposed by {}", "transpose_forward")),
         ("trained on", _trained_on(report)),
         ("trained for", _stated(report, "{} steps", "steps", "{} epochs", "epochs")),

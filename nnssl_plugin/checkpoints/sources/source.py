@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from nnssl_plugin.checkpoints.format.files import is_safetensors, read_checkpoint, read_safetensors
+from nnssl_plugin.checkpoints.format.spatial_arrays import SpatialArray, spatial_arrays_of
 from nnssl_plugin.checkpoints.sources.description import (
     ENTRIES,
     check_fields,
@@ -95,6 +96,8 @@ class Source:
     dataset_json: dict[str, Any] | None = None
     content: dict[str, Any] = field(default_factory=dict, repr=False)
     """The entries of the file that describe it (:data:`DESCRIBING`)."""
+    arrays: dict[str, SpatialArray] = field(default_factory=dict, repr=False)
+    """Volumes that were learned beside the network, by their names."""
 
     @property
     def patch_size(self) -> list[int] | None:
@@ -158,7 +161,7 @@ def source_of(content: dict[str, Any], path: Path) -> Source:
     try:
         check_fields(content, ENTRIES, path, "")
         content = _plainly_described(content, path)
-        source = _reader_of(content, path)(content, path)
+        source = replace(_reader_of(content, path)(content, path), arrays=spatial_arrays_of(content, path))
         check_provenance(source.provenance, path)
         if source.plans is not None:
             check_plan(source.plans, source.configuration, path)
