@@ -1,0 +1,1 @@
+"""BrainMVP: masked reconstruction across modalities, and a learned template of each (Rui et al. 2024)."""
