@@ -74,6 +74,8 @@ class Task:
     dimensions: tuple[int, ...]
     docs: str
     """Page, relative to the repository."""
+    settings: str = ""
+    """Dotted path of the dataclass behind the ``method`` part of a plan's ``finetuning`` block, where it reads one."""
 
     @property
     def trainer_name(self) -> str:
@@ -309,8 +311,22 @@ TASKS = {
         dimensions=(2, 3),
         docs="docs/how-to/classify.md",
     ),
+    "brainmvp-segmentation": Task(
+        summary="segmentation from BrainMVP's weights, with modalities replaced by their templates at random",
+        trainer="nnssl_plugin.methods.brainmvp.finetuning.trainer.BrainMVPSegmentationTrainer",
+        dimensions=(2, 3),
+        docs="docs/methods/brainmvp.md",
+        settings="nnssl_plugin.methods.brainmvp.finetuning.settings.Settings",
+    ),
+    "brainmvp-classification": Task(
+        summary="classification from BrainMVP's weights, with modalities replaced by their templates at random",
+        trainer="nnssl_plugin.methods.brainmvp.finetuning.trainer.BrainMVPClassificationTrainer",
+        dimensions=(2, 3),
+        docs="docs/methods/brainmvp.md",
+        settings="nnssl_plugin.methods.brainmvp.finetuning.settings.Settings",
+    ),
 }
-"""Name (also that of the task's folder) → task with a trainer."""
+"""Name (that of the task's folder, or of a method's own fine-tuning) → task with a trainer."""
 
 RELATED_PAPERS = {
     "nnU-Net": Paper(

@@ -23,6 +23,7 @@ VERBS = {
     "inspect": "what is in this file with weights?",
     "evaluate": "score segmentations or classifiers, compare runs case by case, and probe features",
     "classify": "classify images with a trained model, and show where it looked",
+    "fill": "fill in modalities that cases lack, before nnUNetv2_predict",
     "split": "folds by class and subject, and folds with fewer labels",
     "quickstart": "run the whole pipeline in minutes, on phantoms or your scans, with a report",
 }

@@ -9,7 +9,7 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.finetuning import settings as finetuning
 from nnssl_plugin.pretraining import settings as pretraining
 from nnssl_plugin.pretraining.initial_weights import take_weights_entry
-from nnssl_plugin.registry import METHODS
+from nnssl_plugin.registry import METHODS, TASKS
 from nnssl_plugin.settings import closest
 from nnssl_plugin.tasks.classification import settings as classification
 
@@ -25,6 +25,7 @@ def check_blocks(plans: Mapping[str, Any], source: Mapping[str, Any]) -> None:
         _check_pretraining(plans, known)
     if plans.get(finetuning.BLOCK) != source.get(finetuning.BLOCK):
         finetuning.settings_of(plans, elsewhere=known)
+        _check_finetuning_method(plans, known)
     if plans.get(classification.BLOCK) != source.get(classification.BLOCK):
         classification.read_classification(plans, elsewhere=known)
 
@@ -41,6 +42,19 @@ def _check_pretraining(plans: Mapping[str, Any], known: list[str]) -> None:
         pretraining.read_settings(plans, method, _located(entry.training), _located(entry.settings)(), elsewhere=known)
     elif method is not None:
         _check_name(method)
+
+
+def _check_finetuning_method(plans: Mapping[str, Any], known: list[str]) -> None:
+    """By the trainer that knows most of the names of the ``method`` part."""
+    given = plans.get(finetuning.BLOCK, {}).get(finetuning.METHOD)
+    if given is not None:
+        names = given if isinstance(given, Mapping) else ()
+        settings = max(_finetuning_methods(), key=lambda each: sum(name in _fields(each) for name in names))
+        finetuning.method_settings_of(plans, settings(), elsewhere=known)
+
+
+def _finetuning_methods() -> list[Any]:
+    return [_located(dotted) for dotted in dict.fromkeys(task.settings for task in TASKS.values() if task.settings)]
 
 
 def _likeliest_method(block: Any) -> str | None:
@@ -77,6 +91,7 @@ def _names(plans: Mapping[str, Any]) -> list[str]:
         *(f"method.{name}" for method in METHODS.values() for name in _fields(_located(method.settings))),
         *(f"configurations.{configuration}.{name}" for name in plans["configurations"].get(configuration, {})),
         *(f"finetuning.{name}" for name in _fields(finetuning.FinetuningSettings)),
+        *(f"finetuning.{finetuning.METHOD}.{name}" for each in _finetuning_methods() for name in _fields(each)),
         *(f"classification.{name}" for name in _fields(classification.ClassificationSettings)),
     ]
 

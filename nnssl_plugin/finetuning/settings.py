@@ -11,6 +11,8 @@ BLOCK = "finetuning"
 
 INFORMATION = ("source", "twin_of", "configuration")
 """Keys of the block that say where it comes from; they are not settings."""
+METHOD = "method"
+"""Part of the block with the settings of a method's own fine-tuning trainer; other trainers do not read it."""
 NaturalNumber = Annotated[int, Range(ge=0)]
 
 
@@ -103,6 +105,18 @@ def settings_of(plans: Mapping[str, Any], *, elsewhere: Iterable[str] = ()) -> F
     """
     block = plans.get(BLOCK, {})
     if isinstance(block, Mapping):
-        block = {key: value for key, value in block.items() if key not in INFORMATION}
+        block = {key: value for key, value in block.items() if key not in (*INFORMATION, METHOD)}
     where = f"the {BLOCK} block of plan {plans.get('plans_name')}"
     return settings_from(block, FinetuningSettings(), where, set_as=f"{BLOCK}.", elsewhere=elsewhere)
+
+
+def method_settings_of(plans: Mapping[str, Any], default: Any, *, elsewhere: Iterable[str] = ()) -> Any:
+    """The settings of a method's own fine-tuning trainer; ``default`` with what a plan's block has under ``method``.
+
+    Raises:
+        UserError: when a setting is unknown or of the wrong kind.
+    """
+    block = plans.get(BLOCK, {})
+    given = block.get(METHOD, {}) if isinstance(block, Mapping) else {}
+    where = f"the {METHOD} part of the {BLOCK} block of plan {plans.get('plans_name')}"
+    return settings_from(given, default, where, set_as=f"{BLOCK}.{METHOD}.", elsewhere=elsewhere)

@@ -56,6 +56,10 @@ class Reader(Protocol):
         """Maps (B, channels[s], *spatial / strides[s]) of an image (B, C, *spatial)."""
         ...
 
+    def on_bottleneck(self, see: Callable[[Tensor], None]) -> None:
+        """Let ``see`` have the encoder's deepest output at every pass of the network, of ``features`` too."""
+        ...
+
     def decode(self, features: Sequence[Tensor], skips: bool) -> Tensor:
         """The map before the segmentation layer; without ``skips`` every skip connection is zero."""
         ...

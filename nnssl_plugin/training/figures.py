@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,10 +105,14 @@ def _by_measure(panel: Panel, names: Iterable[str]) -> list[Panel]:
     return [
         panel._replace(
             title=f"{panel.title}: {measure}",
-            shows=lambda name, measure=measure: panel.shows(name) and name.split("/")[1] == measure,
+            shows=partial(_of_measure, panel, measure),
         )
         for measure in measures
     ]
+
+
+def _of_measure(panel: Panel, measure: str, name: str) -> bool:
+    return panel.shows(name) and name.split("/")[1] == measure
 
 
 def _draw_lines(axis, panel: Panel, series: dict[str, np.ndarray]) -> None:

@@ -17,7 +17,8 @@ def fit_arrays(
     """The arrays as the target's preprocessed cases need them, and what is to be said of each.
 
     Intensities stay those of the pretraining: under a normalisation by each image's own mean and deviation there is no
-    way back to another one. 2D configurations, whose slices have no spacing between them, get none.
+    way back to another one. For a 2D configuration, whose cases keep their own spacing between slices, it is the
+    dataset's median one.
 
     Args:
         arrays: of the checkpoint.
@@ -26,11 +27,10 @@ def fit_arrays(
         dataset_json: of the target.
     """
     here = describe_input(plans, configuration, dataset_json)
-    if len(here["spacing_mm"]) != 3:
-        return {}, [f"array {name} left out: {configuration} is no 3D configuration" for name in arrays]
-    fitted = {
-        name: resampled(array, spacing_mm=here["spacing_mm"], axes=grid_axes(plans)) for name, array in arrays.items()
-    }
+    spacing = here["spacing_mm"]
+    if len(spacing) == 2:
+        spacing = [float(plans["original_median_spacing_after_transp"][0]), *spacing]
+    fitted = {name: resampled(array, spacing_mm=spacing, axes=grid_axes(plans)) for name, array in arrays.items()}
     lines = []
     for name, array in arrays.items():
         lines.append(f"array {name} carried: {fitted[name].said()}")

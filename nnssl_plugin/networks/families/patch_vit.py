@@ -1,6 +1,6 @@
 """The package's own vision transformer over patches (``networks/patch_vit.py``), 2D and 3D."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +37,10 @@ class PatchViTReader:
         """The summary token (B, embed_dim), and what :meth:`features` gives."""
         summary, tokens = self.network.encoder(x)
         return summary, [x, self.network.encoder.as_map(tokens, x)]
+
+    def on_bottleneck(self, see: Callable[[Tensor], None]) -> None:
+        """Let ``see`` have the tokens (B, N, embed_dim) at every pass."""
+        self.network.encoder.register_forward_hook(lambda _module, _arguments, output: see(output[1]))
 
     def kept_tokens(self, x: Tensor, keep: Tensor) -> Tensor:
         """The tokens (B, K, embed_dim) of some patches, which attend to one another and to the summary alone."""

@@ -1,6 +1,6 @@
 """Primus of dynamic_network_architectures (Wald et al. 2025): a patch embedding, a transformer, an up-projection."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +48,10 @@ class PrimusReader:
         tokens, kept = self.network.eva(tokens)
         tokens, _ = self.network.restore_full_sequence(tokens[:, self._registers :], kept, grid.numel())
         return [tokens.transpose(1, 2).unflatten(2, grid)]
+
+    def on_bottleneck(self, see: Callable[[Tensor], None]) -> None:
+        """Let ``see`` have the tokens (B, N, embed_dim), registers first, at every pass."""
+        self.network.eva.register_forward_hook(lambda _module, _arguments, output: see(output[0]))
 
     def kept_tokens(self, x: Tensor, keep: Tensor) -> Tensor:
         """The tokens (B, K, embed_dim) of some patches, which attend to one another and to the registers alone.

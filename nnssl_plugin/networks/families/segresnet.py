@@ -1,7 +1,7 @@
 """MONAI's SegResNetDS (Myronenko 2018), 2D and 3D: a residual U-Net whose skip connections are added."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ class SegResNetReader:
                 "Give the method windows of the plan's patch size.",
             )
         return self.network.encoder(x)
+
+    def on_bottleneck(self, see: Callable[[Tensor], None]) -> None:
+        """Let ``see`` have the deepest map at every pass."""
+        self.network.encoder.register_forward_hook(lambda _module, _arguments, output: see(output[-1]))
 
     def decode(self, features: Sequence[Tensor], skips: bool) -> Tensor:
         """The finest map (B, init_filters, *spatial), before the segmentation layer."""

@@ -1,6 +1,6 @@
 """MONAI's SwinUNETR (Hatamizadeh et al. 2022), 2D and 3D: a Swin transformer, then a convolutional decoder."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,6 +46,10 @@ class SwinUNETRReader:
                 "Give the method windows of the plan's patch size, a multiple of 32 along every axis.",
             )
         return [x, *self.network.swinViT(x, self.network.normalize)]
+
+    def on_bottleneck(self, see: Callable[[Tensor], None]) -> None:
+        """Let ``see`` have the transformer's deepest map at every pass."""
+        self.network.swinViT.register_forward_hook(lambda _module, _arguments, output: see(output[-1]))
 
     def decode(self, features: Sequence[Tensor], skips: bool) -> Tensor:
         """The finest map (B, feature_size, *spatial), before the segmentation layer.

@@ -1,7 +1,7 @@
 """U-Nets of dynamic_network_architectures: PlainConvUNet and ResidualEncoderUNet, in 2D and 3D."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,6 +34,10 @@ class UNetReader:
     def features(self, x: Tensor) -> list[Tensor]:
         """Maps of all stages, fine to coarse."""
         return self.network.encoder(x)
+
+    def on_bottleneck(self, see: Callable[[Tensor], None]) -> None:
+        """Let ``see`` have the deepest map at every pass."""
+        self.network.encoder.register_forward_hook(lambda _module, _arguments, output: see(output[-1]))
 
     def decode(self, features: Sequence[Tensor], skips: bool) -> Tensor:
         """The finest map (B, channels[0], *spatial), before the segmentation layer."""

@@ -143,14 +143,14 @@ class ClassCases:
         self.names = sorted(cases)
         self.labels = labels
         self.targets = tuple(targets)
-        self._dataset = infer_dataset_class(str(folder))(str(folder), list(self.names))
+        self.dataset = infer_dataset_class(str(folder))(str(folder), list(self.names))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def sample(self, case: str, inputs: Inputs, rng: np.random.Generator | None = None) -> dict[str, Any]:
         """``data`` (W, C, *size) float32, ``target`` (a label per target) and ``case`` (its name)."""
-        data, segmentation, _, _ = self._dataset.load_case(case)
+        data, segmentation, _, _ = self.dataset.load_case(case)
         labels = [label_vector(self.labels.labels[target.name][case], target) for target in self.targets]
         return {"data": inputs(data, segmentation, rng), "target": labels, "case": case}
 
@@ -250,7 +250,8 @@ def global_seed(seed: int):
 def repeatable(transform):
     """nnU-Net's augmentation without the blur's choice of algorithm by stop-watch, which no seed can repeat."""
     for part in (transform, *getattr(transform, "transforms", ())):
-        inner = getattr(part, "transform", part)
-        if hasattr(inner, "benchmark"):
-            inner.benchmark = False
+        while part is not None:
+            if hasattr(part, "benchmark"):
+                part.benchmark = False
+            part = getattr(part, "transform", None)
     return transform

@@ -167,6 +167,7 @@ class PretrainedClassificationTrainer(ResumableTrainer):
             ClassCases(self.preprocessed_dataset_folder, cases, labels=self.labels, targets=self.targets)
             for cases in self.do_split()
         )
+        train.dataset = self.training_dataset(train.dataset)
         transform, size = self._augmentation()
         inputs = partial(case_inputs, **self.settings.input_arguments(size))
         weights = None
@@ -183,6 +184,10 @@ class PretrainedClassificationTrainer(ResumableTrainer):
             self._stream(batches, range(self.step, self.total_steps), workers),
             self._stream(unchanged, again, min(workers, 1)),
         )
+
+    def training_dataset(self, dataset):
+        """What training draws its cases from: nnU-Net's dataset of them, unless a subclass puts something around it."""
+        return dataset
 
     def _stream(self, batches, steps, workers: int) -> BatchStream:
         return BatchStream(batches, steps, workers=workers, pin_memory=self.device.type == "cuda")

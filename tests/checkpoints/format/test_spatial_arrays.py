@@ -132,8 +132,12 @@ def test_adapt_says_what_cannot_be_carried():
     arrays, dataset = {"templates": an_array(axes=("z", "y", "x"))}, {"channel_names": {"0": "t1"}}
     _, lines = fit_arrays(arrays, fake_plan(), "3d_fullres", dataset)
     assert "t1 is in A, its channel here in ZScoreNormalization" in lines[1] and "known in the target alone" in lines[2]
-    fitted, lines = fit_arrays(arrays, fake_plan(dimensions=2), "2d", dataset)
-    assert not fitted and "left out" in lines[0]
+
+
+def test_a_2d_configuration_gets_them_at_the_median_spacing_of_its_slices():
+    plan = fake_plan(dimensions=2) | {"original_median_spacing_after_transp": [3.0, 1.0, 1.0]}
+    fitted, _ = fit_arrays({"templates": an_array()}, plan, "2d", {"channel_names": {"0": "t1"}})
+    assert fitted["templates"].spacing_mm == (3.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "nnunet", "nnssl"])
