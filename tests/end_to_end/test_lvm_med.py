@@ -1,0 +1,108 @@
+"""LVM-Med with nnU-Net's own commands on volumes in 2D: plan, pretrain, adapt, fine-tune, predict; slices become
+volumes again."""
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from in_process import command
+
+from nnssl_plugin.cli.main import main
+from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.quickstart.phantoms import write_phantoms
+
+pytestmark = pytest.mark.slow
+ID, DATASET, PLAN = "504", "Dataset504_Phantoms", "small"
+PRETRAINER, FINETUNER = "LVMMedPretrainer", "PretrainedSegmentationTrainer"
+SHAPE, SPACING_MM = (28, 40, 36), (1.5, 1.5, 3.0)
+SETTINGS = (
+    "epochs=2", "iterations_per_epoch=3", "validation_iterations=1", "warmup_epochs=0", "batch_size=8", "lr=1e-3",
+    "method.nodes=4", "method.neighbours=2", "method.dim=16", "method.slices_per_case=2",
+    "finetuning.epochs=1", "finetuning.iterations_per_epoch=3", "finetuning.validation_iterations=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """nnU-Net's folders after all commands."""
+    root = tmp_path_factory.mktemp("lvm_med")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            (root / name).mkdir()
+            patch.setenv(name, str(root / name))
+        write_dataset(root / "nnUNet_raw" / DATASET)
+        command(root, "nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "2d", "-npfp", "2", "-np", "2")
+        shrink(root)
+        train(root, "all", PLAN, PRETRAINER)
+        weights = fold_of(root, PRETRAINER, PLAN, "all") / "checkpoint_final.pth"
+        assert main(["adapt", "-d", ID, "-w", str(weights), "-p", PLAN, "-n", "pre", "-c", "2d"]) == 0
+        train(root, "0", f"{PLAN}-pre", FINETUNER)
+        predict(root)
+        yield root
+
+
+def write_dataset(raw):
+    """Five labelled cases and one to predict."""
+    write_phantoms(raw / "imagesTr", 5, seed=1, shape=SHAPE, spacing_mm=SPACING_MM, labels_folder=raw / "labelsTr")
+    write_phantoms(raw / "imagesTs", 1, seed=2, shape=SHAPE, spacing_mm=SPACING_MM)
+    write_json(
+        raw / "dataset.json",
+        {
+            "channel_names": {"0": "MR"},
+            "labels": {"background": 0, "liver": 1, "kidney": 2},
+            "numTraining": 5,
+            "file_ending": ".nii.gz",
+            "overwrite_image_reader_writer": "NibabelIOWithReorient",
+        },
+    )
+
+
+def shrink(root):
+    """The plan with the preset of the method, a narrow network and few steps."""
+    plan = read_json(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")
+    stages = len(plan["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"])
+    features = [4 * 2**stage for stage in range(stages)]
+    key = "configurations.2d.architecture.arch_kwargs.features_per_stage"
+    assert main(["plan", "-d", ID, "-n", PLAN, "--preset", "lvm-med", "--set", f"{key}={features}", *SETTINGS]) == 0
+
+
+def train(root, fold, plan, trainer):
+    command(root, "nnUNetv2_train", ID, "2d", fold, "-p", plan, "-tr", trainer, "-device", "cpu")
+
+
+def predict(root):
+    raw = root / "nnUNet_raw" / DATASET
+    places = ("-i", str(raw / "imagesTs"), "-o", str(root / "predictions"))
+    model = ("-d", ID, "-c", "2d", "-f", "0", "-tr", FINETUNER, "-p", f"{PLAN}-pre")
+    fast = ("-device", "cpu", "-step_size", "1", "--disable_tta", "-npp", "0", "-nps", "0")
+    command(root, "nnUNetv2_predict", *places, *model, *fast)
+
+
+def fold_of(root, trainer, plan, fold):
+    return root / "nnUNet_results" / DATASET / f"{trainer}__{plan}__2d" / f"fold_{fold}"
+
+
+def test_the_pretraining_leaves_a_plain_checkpoint_numbers_and_pictures(folder):
+    fold = fold_of(folder, PRETRAINER, PLAN, "all")
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=True)
+    assert checkpoint["ssl_state"]["step"] == 6 and checkpoint["provenance"]["method"] == "lvm-med"
+    assert all(torch.isfinite(v).all() for v in checkpoint["network_weights"].values() if v.is_floating_point())
+    quality = read_json(fold / "quality.json")
+    for name in ("train/matching", "diagnostics/matching_accuracy", "diagnostics/kept_edges", "feature_std"):
+        assert np.isfinite(quality[name]), name
+    assert {path.name for path in (fold / "figures").iterdir()} == {
+        f"{name}_epoch_0001.png" for name in ("matches", "affinity")
+    }
+
+
+def test_the_whole_encoder_was_loaded(folder):
+    report = read_json(folder / "nnUNet_preprocessed" / DATASET / f"{PLAN}-pre_2d_report.json")
+    assert report["coverage"]["encoder"] == 1.0 and report["warnings"] == []
+
+
+def test_slices_are_predicted_and_merged_to_the_volume(folder):
+    (predicted,) = (folder / "predictions").glob("*.nii.gz")
+    image = nibabel.load(folder / "nnUNet_raw" / DATASET / "imagesTs" / "phantom_000_0000.nii.gz")
+    prediction = nibabel.load(predicted)
+    assert prediction.shape == image.shape and set(np.unique(prediction.get_fdata())) <= {0, 1, 2}
+    np.testing.assert_allclose(prediction.affine, image.affine, atol=1e-4)
