@@ -6,6 +6,7 @@ repeated captions are neither held against a pair of encoders nor in its favour.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import hypergeom
@@ -133,7 +134,7 @@ def expected_by_chance(candidates: np.ndarray, right: np.ndarray, *, depths: Seq
 
 def summarise_queries(
     values: dict[str, np.ndarray], subjects: Sequence[str], *, samples: int = 2000, seed: int = 0
-) -> dict[str, dict[str, float | list[float | None] | None]]:
+) -> dict[str, dict[str, Any]]:
     """Mean of each metric over the queries, ``rank`` also as median, with 95 % intervals over subjects.
 
     Args:
@@ -148,7 +149,7 @@ def summarise_queries(
     names = np.asarray(subjects)
     summary = {}
     for name, of_queries in values.items():
-        found = paired_bootstrap(of_queries, np.zeros(len(of_queries)), subjects=names, samples=samples, seed=seed)
+        found = paired_bootstrap(of_queries, np.zeros(len(of_queries)), subjects=list(subjects), samples=samples, seed=seed)
         title = {"rank": "mean_rank", "average_precision": "map"}.get(name, name)
         summary[title] = {"value": _plain(found.mean), "interval": [_plain(found.low), _plain(found.high)]}
         if name == "rank":
