@@ -23,6 +23,9 @@ VERBS = {
     "inspect": "what is in this file with weights?",
     "evaluate": "score segmentations or classifiers, compare runs case by case, and probe features",
     "classify": "classify images with a trained model, and show where it looked",
+    "embed": "an index of embeddings from a folder of images and a pretrained encoder",
+    "search": "the images of an index that are most like yours, with a contact sheet",
+    "index": "add to, remove from, or describe an index of embeddings",
     "split": "folds by class and subject, and folds with fewer labels",
     "quickstart": "run the whole pipeline in minutes, on phantoms or your scans, with a report",
 }

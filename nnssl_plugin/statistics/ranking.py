@@ -149,7 +149,8 @@ def summarise_queries(
     names = np.asarray(subjects)
     summary = {}
     for name, of_queries in values.items():
-        found = paired_bootstrap(of_queries, np.zeros(len(of_queries)), subjects=list(subjects), samples=samples, seed=seed)
+        against = np.zeros(len(of_queries))
+        found = paired_bootstrap(of_queries, against, subjects=list(subjects), samples=samples, seed=seed)
         title = {"rank": "mean_rank", "average_precision": "map"}.get(name, name)
         summary[title] = {"value": _plain(found.mean), "interval": [_plain(found.low), _plain(found.high)]}
         if name == "rank":
