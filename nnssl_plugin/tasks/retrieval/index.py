@@ -44,8 +44,8 @@ class Index:
             raise UserError(
                 f"{store.folder} is not finished: embed was interrupted.", "Run the same nnssl_plugin embed again."
             )
-        standardised = MAXIMUM in store.facts["encoder"]["parts"]
-        self.standardise = Standardisation(store.statistics() if standardised else None, store.dimensions)
+        self.is_standardised = MAXIMUM in store.facts["encoder"]["parts"]
+        self.standardise = Standardisation(store.statistics() if self.is_standardised else None, store.dimensions)
         self.vectors = store.vectors()
 
     @cached_property
