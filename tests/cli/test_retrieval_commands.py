@@ -1,6 +1,7 @@
 """embed, search and index as a person runs them, and what they say."""
 
 import re
+import shlex
 
 import nibabel
 import numpy as np
@@ -112,3 +113,19 @@ def test_a_moved_image_leaves_an_empty_tile(folder, scans, tmp_path):
     (scans / "case_02_0000.nii.gz").unlink()
     assert main(["search", "--index", folder, "-q", "case_00", "-o", str(tmp_path / "found")]) == 0
     assert (tmp_path / "found" / "neighbours.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_three_commands_of_the_page_run(repository, nnunet_environment, tmp_path, monkeypatch):
+    page = (repository / "docs" / "how-to" / "retrieve.md").read_text("utf-8")
+    commands = [shlex.split(line)[1:] for line in page.partition("```bash\n")[2].partition("```")[0].splitlines()]
+    assert [words[0] for words in commands] == ["prepare", "embed", "search"]
+    checkpoint_of(tmp_path)
+    write_scans(tmp_path / "my_scans", 8)
+    for file in (tmp_path / "my_scans").iterdir():
+        file.rename(file.with_name(file.name.replace("_0000", "")))
+    monkeypatch.chdir(tmp_path)
+    assert [main([*words, *(["-np", "1"] if words[0] == "prepare" else [])]) for words in commands] == [0, 0, 0]
+    answer = read_json(tmp_path / "neighbours" / "neighbours.json")["queries"][0]
+    assert len(answer["neighbours"]) == 5 and "case_00" not in [found["case"] for found in answer["neighbours"]]
+    assert (tmp_path / "neighbours" / "neighbours.html").is_file()

@@ -15,8 +15,11 @@ from small_checkpoint import checkpoint_of
 from small_primus import with_primus
 
 import nnssl_plugin as nnssl
+from nnssl_plugin.checkpoints.format.files import save_checkpoint
+from nnssl_plugin.checkpoints.format.provenance import describe_network
 from nnssl_plugin.data.vector_store import VectorStore, writing
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.nnunet.plans import build_network
 from nnssl_plugin.tasks.retrieval import embedding
 from nnssl_plugin.tasks.retrieval.embedding import drift_of, embed_images
 from nnssl_plugin.tasks.retrieval.encoder import checkpoint_of as file_of
@@ -147,6 +150,26 @@ def test_the_teachers_weights_are_taken_where_there_are_any(nnunet_environment, 
         encoder.backbone(x)[-1], load_encoder(tmp_path / "other" / "checkpoint_final.pth").backbone(x)[-1]
     )
     assert encoder.facts["encoder_sha256"] != load_encoder(plain).facts["encoder_sha256"]
+
+
+def test_the_rules_of_the_checkpoint_are_repeated(nnunet_environment, tmp_path):
+    """Three channels and the unit range, as a pretraining on several kinds of images states them."""
+    given = torch.load(checkpoint_of(tmp_path), weights_only=True)["init_args"]
+    network = build_network(given["plans"], given["configuration"], given["dataset_json"], channels=3)
+    said = {
+        "network": describe_network(given["plans"], given["configuration"]),
+        "network_channels": 3,
+        "settings": {"intensity": "unit"},
+        "method": "toy",
+    }
+    content = {"network_weights": network.state_dict(), "init_args": given, "provenance": said}
+    save_checkpoint(content, tmp_path / "own.pth")
+    encoder = load_encoder(tmp_path / "own.pth")
+    x, inside = torch.randn(2, 1, 16, 16, 16), torch.ones(2, 1, 16, 16, 16)
+    unit = torch.stack([(each - each.min()) / (each.max() - each.min()) for each in x]).repeat(1, 3, 1, 1, 1)
+    torch.testing.assert_close(encoder.read(x, inside).parts["maximum"], encoder.backbone(unit)[-1].amax((2, 3, 4)))
+    assert encoder.facts["unit_range"] and encoder.facts["method"] == "toy"
+    assert torch.isfinite(encoder.read(torch.zeros_like(x), inside).parts["maximum"]).all()
 
 
 def test_model_folders_name_their_one_checkpoint(tmp_path):
