@@ -23,7 +23,11 @@ from nnssl_plugin.registry import METHODS, RELATED_PAPERS, TASKS, Method, Paper,
 from nnssl_plugin.settings import assignment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CLASSES = ("nnssl_plugin.tasks.features.pretrained_backbone.PretrainedBackbone",)
+CLASSES = (
+    "nnssl_plugin.features.pretrained_backbone.PretrainedBackbone",
+    "nnssl_plugin.tasks.retrieval.index.Index",
+    "nnssl_plugin.tasks.retrieval.index.Neighbours",
+)
 """Classes that the functions of the API return and that are used through their methods."""
 FAMILIES = {
     "PlainConvUNet": "U-Net",

@@ -11,7 +11,7 @@ FLOORS = (
     ("nnunet",),
     ("data", "checkpoints"),
     ("training",),
-    ("captions", "pretraining", "finetuning", "intake"),
+    ("captions", "pretraining", "finetuning", "intake", "features"),
     ("tasks",),
     ("methods",),
     ("pretrain_trainers", "plans", "registry"),

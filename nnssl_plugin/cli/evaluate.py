@@ -3,9 +3,13 @@
     nnssl_plugin evaluate segmentation -i scratch=RESULTS_1 med3d=RESULTS_2 -o comparison
     nnssl_plugin evaluate classification -d 12 -p nnUNetPlans-med3d -c 3d_fullres -f 0 1 2 3 4
     nnssl_plugin evaluate tokens -d 502 -p nnUNetPlans -w checkpoint_final.pth --stride 16 -o tokens.json
+    nnssl_plugin evaluate retrieval --index mae=INDEX_1 untrained=INDEX_2 --by diagnosis -o retrieval
+    nnssl_plugin evaluate probe --index mae=INDEX_1 untrained=INDEX_2 --target diagnosis
 
 `nnssl_plugin evaluate KIND --help` says what is read and written.
 """
+
+from nnssl_plugin.cli.evaluate_index import INDEX_KINDS, add_index_kinds
 
 SEGMENTATION = """Score segmentations, and compare runs case by case.
 
@@ -112,10 +116,12 @@ def add_arguments(parser):
     )
     kind.add_argument("-ref", metavar="FILE", help="table of true labels: case,subject,TARGET… (default: theirs)")
     kind.add_argument("-djfile", metavar="FILE", help="dataset.json with the targets (default: beside the runs)")
+    add_index_kinds(kinds)
 
 
 def run(args):
-    return {"segmentation": _segmentation, "classification": _classification, "tokens": _tokens}[args.kind](args)
+    runners = {"segmentation": _segmentation, "classification": _classification, "tokens": _tokens, **INDEX_KINDS}
+    return runners[args.kind](args)
 
 
 def _tokens(args):

@@ -24,6 +24,9 @@ VERBS = {
     "evaluate": "score segmentations or classifiers, compare runs case by case, and probe features",
     "classify": "classify images with a trained model, and show where it looked",
     "fill": "fill in modalities that cases lack, before nnUNetv2_predict",
+    "embed": "an index of embeddings from a folder of images and a pretrained encoder",
+    "search": "the images of an index that are most like yours, with a contact sheet",
+    "index": "add to, remove from, or describe an index of embeddings",
     "split": "folds by class and subject, and folds with fewer labels",
     "quickstart": "run the whole pipeline in minutes, on phantoms or your scans, with a report",
 }

@@ -37,7 +37,7 @@ ODD_SPACING = 2.0
 
 
 class UnusableCase(Exception):
-    """A case that cannot be classified; the message says why, in one line."""
+    """A case that cannot be used; the message says why, in one line."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from torch.nn import functional
 
 
@@ -58,6 +59,22 @@ def fitted_extent(case_shape: Sequence[int], window: Sequence[int], *, flat: boo
     voxels = max(case_shape[axis] / window[axis] for axis in (1, 2))  # of the case, in one of the window
     in_plane = [max(case_shape[axis], round(window[axis] * voxels)) for axis in (1, 2)]
     return np.array([1 if flat else case_shape[0], *in_plane])
+
+
+def covering_origins(shape: Sequence[int], window: Sequence[int], *, step: float = 1.0) -> np.ndarray:
+    """First voxels (W, axes) of the windows that cover a box of this shape, as nnU-Net's sliding window has them.
+
+    Along axes where the window is larger, the box lies in its middle.
+
+    Args:
+        shape: of the box, in voxels.
+        window: size of a window.
+        step: between two windows, over their size; they overlap more only where the box is no multiple of it.
+    """
+    covered = [max(size, wanted) for size, wanted in zip(shape, window, strict=True)]
+    centred = [-((whole - size) // 2) for whole, size in zip(covered, shape, strict=True)]
+    starts = compute_steps_for_sliding_window(tuple(covered), tuple(window), step)
+    return np.stack(np.meshgrid(*starts, indexing="ij"), axis=-1).reshape(-1, len(window)) + centred
 
 
 def random_place(size: int, rng: np.random.Generator) -> int:

@@ -22,13 +22,21 @@ WINDOW = (1, 99)
 """Percentiles of the slice that become black and white."""
 
 
-def volume_thumbnail(array: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> Image.Image:
-    """The central axial slice (I, J, K) in its true proportions, the patient's right on the left, front at the top."""
+def volume_thumbnail(array: np.ndarray, mask: np.ndarray, affine: np.ndarray, *, height: float = 0.5) -> Image.Image:
+    """An axial slice of (I, J, K) in its true proportions, the patient's right on the left, front at the top.
+
+    Args:
+        array: the image.
+        mask: of the same shape; its outline is drawn.
+        affine: (4, 4) to RAS mm.
+        height: of the slice, from 0 (lowest) to 1.
+    """
     orientation = nibabel.io_orientation(affine)
     sizes = np.empty(3)
     sizes[orientation[:, 0].astype(int)] = voxel_sizes(affine)
-    middle = array.shape[int(np.flatnonzero(orientation[:, 0] == 2)[0])] // 2
-    planes = [nibabel.apply_orientation(a, orientation)[::-1, ::-1, middle].T for a in (array, mask)]
+    slices = array.shape[int(np.flatnonzero(orientation[:, 0] == 2)[0])]
+    chosen = min(int(height * slices), slices - 1)
+    planes = [nibabel.apply_orientation(a, orientation)[::-1, ::-1, chosen].T for a in (array, mask)]
     return thumbnail(*planes, spacing=(sizes[1], sizes[0]))
 
 

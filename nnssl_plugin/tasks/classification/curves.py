@@ -8,8 +8,9 @@ from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
 from nnssl_plugin.io.figures import COLOURS
 from nnssl_plugin.nnunet.case_labels import BINARY
+from nnssl_plugin.statistics.areas import areas
 from nnssl_plugin.tasks.classification.checkpoints import BEST
-from nnssl_plugin.tasks.classification.metrics import areas, indicators
+from nnssl_plugin.tasks.classification.metrics import indicators
 from nnssl_plugin.tasks.classification.predictions import Predictions, predicted_labels
 
 GREY = "0.78"

@@ -7,6 +7,7 @@ the metrics are those of scikit-learn. Shapes: N cases, K classes, S weightings.
 import numpy as np
 
 from nnssl_plugin.nnunet.case_labels import BINARY, MULTILABEL, ORDINAL, Target
+from nnssl_plugin.statistics.areas import areas, ratio
 from nnssl_plugin.statistics.metric import Metric
 from nnssl_plugin.tasks.classification.predictions import predicted_labels
 
@@ -94,27 +95,6 @@ def indicators(labels: np.ndarray, target: Target) -> np.ndarray:
     return labels if labels.ndim == 2 else labels[:, None] == np.arange(len(target.classes))
 
 
-def areas(scores: np.ndarray, positives: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Areas under the ROC and (as average precision) the precision-recall curve, each (S,).
-
-    Cases of equal score enter both curves together, as in scikit-learn.
-
-    Args:
-        scores: (N,).
-        positives: (N,) bool.
-        weights: (S, N).
-    """
-    order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
-    found = np.cumsum(weights[:, order] * positives[order], axis=1)[:, ends]
-    alarms = np.cumsum(weights[:, order] * ~positives[order], axis=1)[:, ends]
-    more = np.diff(found, axis=1, prepend=0.0)
-    roc = (np.diff(alarms, axis=1, prepend=0.0) * (found - more / 2)).sum(axis=1)
-    precision = _ratio(found, found + alarms)
-    average = (more * np.nan_to_num(precision)).sum(axis=1)
-    return _ratio(roc, found[:, -1] * alarms[:, -1]), _ratio(average, found[:, -1])
-
-
 def calibration_pairs(
     labels: np.ndarray,
     decisions: np.ndarray,
@@ -144,11 +124,11 @@ def _counted(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray, targ
     hits, real, claimed = (weights @ mask.astype(float) for mask in (truth & predicted, truth, predicted))
     rejected = total - real - claimed + hits
     by_class = {
-        "sensitivity": _ratio(hits, real),
-        "specificity": _ratio(rejected, total - real),
-        "ppv": _ratio(hits, claimed),
-        "npv": _ratio(rejected, total - claimed),
-        "f1": _ratio(2 * hits, real + claimed),
+        "sensitivity": ratio(hits, real),
+        "specificity": ratio(rejected, total - real),
+        "ppv": ratio(hits, claimed),
+        "npv": ratio(rejected, total - claimed),
+        "f1": ratio(2 * hits, real + claimed),
     }
     metrics = {
         f"{metric}/{name}": values[:, k] for metric, values in by_class.items() for k, name in enumerate(target.classes)
@@ -161,7 +141,7 @@ def _counted(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray, targ
     else:
         recall, present = by_class["sensitivity"], truth.any(axis=0)
     return metrics | {
-        "accuracy": _ratio(weights @ (truth == predicted).all(axis=1).astype(float), total[:, 0]),
+        "accuracy": ratio(weights @ (truth == predicted).all(axis=1).astype(float), total[:, 0]),
         "balanced_accuracy": _mean(recall.T, present),
         "macro_f1": _mean(by_class["f1"].T, (truth | predicted).any(axis=0)),
     }
@@ -187,14 +167,10 @@ def _ordinal(labels, decisions, truth, predicted, weights) -> dict[str, np.ndarr
     observed = weights @ ((labels - decisions) ** 2.0)
     return {
         "mean_absolute_error": weights @ np.abs(labels - decisions).astype(float) / total,
-        "quadratic_kappa": 1 - _ratio(observed * total, expected),
+        "quadratic_kappa": 1 - ratio(observed * total, expected),
     }
 
 
 def _mean(values: np.ndarray, over: np.ndarray) -> np.ndarray:
     """Mean over the chosen rows of (R, S); NaN where one of them is, or none is chosen."""
     return values[over].mean(axis=0) if over.any() else np.full(values.shape[1], np.nan)
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole != 0)

@@ -10,7 +10,8 @@ from sklearn.calibration import calibration_curve
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.case_labels import Target
-from nnssl_plugin.tasks.classification.metrics import areas, class_metrics
+from nnssl_plugin.statistics.areas import areas
+from nnssl_plugin.tasks.classification.metrics import class_metrics
 from nnssl_plugin.tasks.classification.predictions import read_predictions, write_predictions
 from nnssl_plugin.tasks.classification.summary import (
     class_summary,

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnssl_plugin.checkpoints.sources.source import Source, read_source
-from nnssl_plugin.data.images import UnusableCase, read_image
-from nnssl_plugin.data.windows import read_window
+from nnssl_plugin.data.images import Image, UnusableCase, read_image
+from nnssl_plugin.data.windows import covering_origins, read_window
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.plans import build_network, input_channels, read_dataset_json
@@ -65,6 +64,21 @@ class PretrainedBackbone(Backbone):
         return tuple(float(size) for size in self._planned.spacing)
 
     @property
+    def file_ending(self) -> str:
+        """Of images, such as ``.nii.gz``."""
+        return self._dataset_json["file_ending"]
+
+    @property
+    def reader(self) -> str:
+        """nnU-Net's reader of the plan."""
+        return self._plans.plans["image_reader_writer"]
+
+    @property
+    def transpose_forward(self) -> tuple[int, ...]:
+        """Which axis of what the reader gives is each axis of a preprocessed image."""
+        return tuple(self._plans.transpose_forward)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.network.parameters()).device
@@ -90,17 +104,30 @@ class PretrainedBackbone(Backbone):
             return self._preprocess_array(image, spacing)
         files = [image] if isinstance(image, (str, Path)) else list(image)
         try:
-            read = read_image(
-                tuple(Path(file) for file in files),
-                plans=self._plans,
-                configuration=self._planned,
-                dataset_json=self._dataset_json,
-            )
+            read = self.read([Path(file) for file in files])
         except UnusableCase as error:
             raise UserError(
                 f"{files[0]}: {error}.", "Give one readable file per channel, in the plan's order."
             ) from error
         return np.asarray(read.data, dtype=np.float32)
+
+    def read(self, files: Sequence[Path], segmentation: Path | None = None) -> Image:
+        """The preprocessed image of a case, its labels where there are any, and what is odd about it.
+
+        Args:
+            files: one per channel.
+            segmentation: file of labels.
+
+        Raises:
+            UnusableCase: see :func:`~nnssl_plugin.data.images.read_image`.
+        """
+        return read_image(
+            tuple(files),
+            plans=self._plans,
+            configuration=self._planned,
+            dataset_json=self._dataset_json,
+            segmentation=segmentation,
+        )
 
     def windows(self, image: ImageLike, *, spacing: Sequence[float] | None = None) -> Tensor:
         """The preprocessed image in windows of the plan's patch size that cover it: (W, C, *patch_size).
@@ -113,10 +140,7 @@ class PretrainedBackbone(Backbone):
         """
         data = self.preprocess(image, spacing=spacing)
         window = (1,) * (data.ndim - 1 - len(self.patch_size)) + self.patch_size
-        covered = [max(size, wanted) for size, wanted in zip(data.shape[1:], window, strict=True)]
-        centred = [-((whole - size) // 2) for whole, size in zip(covered, data.shape[1:], strict=True)]
-        starts = compute_steps_for_sliding_window(tuple(covered), window, STEP)
-        places = np.stack(np.meshgrid(*starts, indexing="ij"), axis=-1).reshape(-1, len(window)) + centred
+        places = covering_origins(data.shape[1:], window, step=STEP)
         cut = torch.from_numpy(np.stack([read_window(data, place, window) for place in places]))
         return cut.reshape(*cut.shape[:2], *self.patch_size)
 

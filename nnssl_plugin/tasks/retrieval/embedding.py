@@ -1,0 +1,295 @@
+"""Images in, an index of vectors out: in batches over cases, the next images read while the encoder computes."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nnssl_plugin.data.images import UnusableCase, find_images
+from nnssl_plugin.data.vector_store import StoreWriter, VectorStore, writing
+from nnssl_plugin.errors import UserError
+from nnssl_plugin.features.pretrained_backbone import PretrainedBackbone
+from nnssl_plugin.tasks.retrieval.encoder import Encoder, Sums, joined, load_encoder, vector_of
+from nnssl_plugin.tasks.retrieval.inputs import CASE, LESION, WINDOWS, Prepared, Row, cut, prepare_case
+from nnssl_plugin.tasks.retrieval.standardisation import statistics_of
+
+BATCH = 4
+"""Windows of one pass."""
+SECONDS = 5.0
+"""Between two commits; a killed run repeats what came after the last."""
+AHEAD = 4
+"""Images that are read ahead of the encoder, each in a thread of its own where there are so many."""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """The images of an index, and what is known of them."""
+
+    files: dict[str, tuple[Path, ...]]
+    """Case → one file per channel."""
+    metadata: Mapping[str, Mapping[str, str]]
+    """Case → cells of the table, among them perhaps ``subject``."""
+    segmentations: dict[str, Path]
+    left_out: dict[str, str]
+    """Case or file → why it is not taken."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The vectors of a case, without its voxels."""
+
+    case: str
+    rows: tuple[dict[str, str], ...]
+    vectors: np.ndarray
+    """(rows, dimensions)."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What was done."""
+
+    folder: Path
+    done: int
+    """Cases embedded now."""
+    skipped: int
+    """Cases that were there."""
+    rows: int
+    """Vectors in the index."""
+    failed: dict[str, str]
+    warnings: dict[str, tuple[str, ...]]
+    images_per_second: float
+    drift: float | None
+    """How far the new vectors lie from the frozen statistics, see :func:`drift_of`; None for a new index."""
+
+
+def embed_images(
+    images: str | Path,
+    folder: str | Path,
+    model: str | Path,
+    *,
+    metadata: Mapping[str, Mapping[str, str]] | None = None,
+    segmentations: str | Path | None = None,
+    rows: str = CASE,
+    view: str = WINDOWS,
+    device: str = "cpu",
+    batch_size: int = BATCH,
+    threads: int = 2,
+    trust: bool = False,
+    new: bool = True,
+) -> Embedded:
+    """Add the vectors of a folder of images to an index, and make it where there is none.
+
+    Cases that are in it are skipped, so that an interrupted command goes on. When the cases of a new index are all
+    done, mean and standard deviation of its vectors are frozen: they stay when it grows, so that distances stay.
+
+    Args:
+        images: with ``CASE_0000.nii.gz`` and so on, one file per channel.
+        folder: of the index.
+        model: checkpoint, shared folder or model folder.
+        metadata: case → cells of the table, ``subject`` among them; a case without is a subject of its own.
+        segmentations: folder with ``CASE.nii.gz``, for lesions.
+        rows: what a row stands for: ``case``, ``window`` or ``lesion``.
+        view: ``windows`` at the plan's spacing, pooled inside the body, or the ``whole`` image fitted into one.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        batch_size: windows of one pass.
+        threads: that read and preprocess images.
+        trust: build the network whatever class the file names.
+        new: False: refuse where there is no index.
+
+    Raises:
+        UserError: the index was made by another encoder or of other rows, another process writes to it, or no case
+            can be used.
+    """
+    if rows == LESION and segmentations is None:
+        raise UserError("Lesions need segmentations.", "Name their folder (CASE.nii.gz) with -seg, or a dataset by -d.")
+    encoder = load_encoder(model, device=device, trust=trust)
+    cases = _cases_of(images, encoder.backbone.file_ending, metadata or {}, segmentations)
+    facts = encoder.facts | {"rows_are": rows, "view": view if rows == CASE else WINDOWS}
+    failed, start = dict(cases.left_out), {"dimensions": encoder.dimensions, "encoder": facts, "made": _made(encoder)}
+    with writing(folder, start if new else None) as store:
+        check_same_encoder(store, facts)
+        there = {row["case"] for row in store.table()}
+        waiting = [case for case in cases.files if case not in there]
+        prepare = partial(_prepare, cases=cases, backbone=encoder.backbone, rows=rows, view=facts["view"])
+        before, started = store.rows, time.perf_counter()
+        warnings = _embed(waiting, prepare, Batches(encoder, batch_size), store, cases, failed, threads=threads)
+        done = len(waiting) - len(failed.keys() & set(waiting))
+        rate = done / max(time.perf_counter() - started, 1e-9)
+        drift = _settle(store, before, failed)
+        return Embedded(store.folder, done, len(cases.files) - len(waiting), store.rows, failed, warnings, rate, drift)
+
+
+def _settle(store: StoreWriter, before: int, failed: Mapping[str, str]) -> float | None:
+    """Freeze the statistics of a new index; of one that was there, how far its new rows have drifted."""
+    if not store.rows:
+        reasons = "; ".join(f"{case}: {reason}" for case, reason in list(failed.items())[:3])
+        raise UserError("No case could be embedded.", reasons)
+    frozen = store.statistics()
+    if frozen is None:
+        store.freeze(statistics_of(store.vectors()))
+        return None
+    return drift_of(store.vectors()[before:], frozen) if store.rows > before else None
+
+
+def _cases_of(images: str | Path, ending: str, metadata: Mapping, segmentations: str | Path | None) -> Cases:
+    files, left_out = find_images(images, ending)
+    if metadata and files and not metadata.keys() & files.keys():
+        raise UserError(
+            f"The metadata name none of the cases of {images}: {next(iter(metadata))} is not {next(iter(files))}.",
+            f"The column case holds names without _0000{ending}.",
+        )
+    masks = {case: Path(segmentations) / f"{case}{ending}" for case in files} if segmentations is not None else {}
+    return Cases(files, metadata, masks, left_out)
+
+
+def check_same_encoder(store: VectorStore, facts: Mapping[str, Any]) -> None:
+    """Refuse vectors that an index cannot be compared with.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    differing = [name for name, value in facts.items() if store.facts["encoder"].get(name) != value]
+    if differing:
+        name, made = differing[0], store.facts["encoder"].get(differing[0])
+        raise UserError(
+            f"{store.folder} was made with {name} {made!r}, not {facts[name]!r}: vectors of both cannot be compared.",
+            f"Use the model and options that made it (nnssl_plugin index info --index {store.folder}), or another -o.",
+        )
+
+
+def drift_of(vectors: np.ndarray, statistics: np.ndarray) -> float:
+    """Root mean square over the dimensions of how far the mean of vectors (n, E) lies from the frozen mean, in frozen
+    standard deviations; chance alone gives about 1/√n."""
+    mean, deviation = statistics
+    usable = deviation > 0
+    shift = (np.asarray(vectors, dtype=np.float64).mean(axis=0) - mean)[usable] / deviation[usable]
+    return float(np.sqrt(np.mean(shift**2))) if usable.any() else 0.0
+
+
+def _made(encoder: Encoder) -> dict[str, Any]:
+    return {"model": str(encoder.path.resolve()), "reader": encoder.backbone.reader}
+
+
+def _prepare(case: str, *, cases: Cases, backbone: PretrainedBackbone, rows: str, view: str) -> Prepared:
+    segmentation = cases.segmentations.get(case) if rows == LESION else None
+    if rows == LESION and (segmentation is None or not segmentation.is_file()):
+        raise UnusableCase(f"it has no segmentation {segmentation or ''}".rstrip())
+    return prepare_case(case, cases.files[case], backbone, rows=rows, view=view, segmentation=segmentation)
+
+
+def _embed(waiting, prepare, batches: "Batches", store: StoreWriter, cases: Cases, failed: dict[str, str], *, threads):
+    """Embed the cases, commit what is done every few seconds; case → what is odd about it."""
+    warnings, pending, committed = {}, [], time.perf_counter()
+    for case, prepared in tqdm(_ahead(waiting, prepare, threads), total=len(waiting), desc="embed", unit="image"):
+        if isinstance(prepared, UnusableCase):
+            failed[case] = str(prepared)
+            continue
+        if prepared.warnings:
+            warnings[case] = prepared.warnings
+        pending += batches.add(prepared)
+        if time.perf_counter() - committed > SECONDS:
+            _commit(pending, store, cases, failed)
+            pending, committed = [], time.perf_counter()
+    _commit(pending + batches.flush(), store, cases, failed)
+    return warnings
+
+
+def _commit(finished: Sequence[Finished], store: StoreWriter, cases: Cases, failed: dict[str, str]) -> None:
+    usable = [found for found in finished if np.isfinite(found.vectors).all()]
+    failed |= dict.fromkeys(
+        {found.case for found in finished} - {found.case for found in usable},
+        "the model gives NaN: was its training finished?",
+    )
+    rows = []
+    for found in usable:
+        known = cases.metadata.get(found.case, {})
+        about = dict(known) | {
+            "case": found.case,
+            "subject": known.get("subject") or found.case,
+            "image": str(cases.files[found.case][0].resolve()),
+        }
+        rows += [about | row for row in found.rows]
+    if rows:
+        store.append(np.concatenate([found.vectors for found in usable]), rows)
+
+
+def _ahead(cases: Sequence[str], prepare, threads: int) -> Iterator[tuple[str, Prepared | UnusableCase]]:
+    """The prepared cases in their order, at most :data:`AHEAD` more than were asked for."""
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        waiting: deque[tuple[str, Future]] = deque()
+        for case in cases:
+            waiting.append((case, pool.submit(_or_reason, prepare, case)))
+            if len(waiting) > max(AHEAD, threads):
+                name, future = waiting.popleft()
+                yield name, future.result()
+        while waiting:
+            name, future = waiting.popleft()
+            yield name, future.result()
+
+
+def _or_reason(prepare, case: str) -> Prepared | UnusableCase:
+    try:
+        return prepare(case)
+    except UnusableCase as reason:
+        return reason
+
+
+class Batches:
+    """Windows of several cases in one pass; a case is finished when all of its windows are.
+
+    Args:
+        encoder: reads them.
+        size: windows of a pass.
+    """
+
+    def __init__(self, encoder: Encoder, size: int):
+        self.encoder, self.size = encoder, size
+        self._windows: list[
+            tuple[int, int, np.ndarray, np.ndarray]
+        ] = []  # number of the case, of the row, data, inside
+        self._open: dict[int, tuple[Prepared, list[Sums | None]]] = {}
+        self._number = 0
+
+    def add(self, prepared: Prepared) -> list[Finished]:
+        """Take the windows of a case; the cases that are finished by then."""
+        self._open[self._number] = (prepared, [None] * len(prepared.rows))
+        for number, row in enumerate(prepared.rows):
+            self._add_row(number, row, prepared)
+        self._number += 1
+        waiting = {number for number, *_ in self._windows}
+        return [self._finish(number) for number in list(self._open) if number not in waiting]
+
+    def flush(self) -> list[Finished]:
+        """The rest."""
+        self._read()
+        return [self._finish(number) for number in list(self._open)]
+
+    def _add_row(self, number: int, row: Row, prepared: Prepared) -> None:
+        for place in range(len(row.places)):
+            self._windows.append((self._number, number, *cut(prepared, row, place, self.encoder.backbone.patch_size)))
+            if len(self._windows) == self.size:
+                self._read()
+
+    def _read(self) -> None:
+        if not self._windows:
+            return
+        data, inside = (torch.from_numpy(np.stack([window[part] for window in self._windows])) for part in (2, 3))
+        sums = self.encoder.read(data, inside)
+        for place, (case, row, *_) in enumerate(self._windows):
+            own = Sums(sums.weight[place], {name: value[place] for name, value in sums.parts.items()})
+            rows = self._open[case][1]
+            rows[row] = joined(rows[row], own)
+        self._windows = []
+
+    def _finish(self, number: int) -> Finished:
+        prepared, rows = self._open.pop(number)
+        about = tuple(row.facts | {"part": row.part} for row in prepared.rows)
+        return Finished(prepared.case, about, np.stack([vector_of(sums).numpy() for sums in rows]))
