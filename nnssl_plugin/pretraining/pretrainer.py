@@ -26,6 +26,7 @@ from nnssl_plugin.data.mixture import MixedBatches
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.networks.fast_blocks import use_fast_blocks
 from nnssl_plugin.nnunet.planes import axis_letters
 from nnssl_plugin.pretraining.batch_norm import RunningStatistics, check_batch_norm
 from nnssl_plugin.pretraining.batches import PURPOSES, TRAIN, VALIDATE, batches_of, open_batches
@@ -128,9 +129,12 @@ class Pretrainer(ResumableTrainer):
     ) -> nn.Module:
         """The planned network, with the method's number of input channels in place of the dataset's."""
         channels = self.network_channels(num_input_channels)
-        return super().build_network_architecture(
+        network = super().build_network_architecture(
             plans_manager, configuration_manager, channels, num_output_channels, enable_deep_supervision
         )
+        if self.training_settings.fast:
+            use_fast_blocks(network)
+        return network
 
     def configure_optimizers(self):
         """Put the task in the network's place, the one moment between building and wrapping."""
