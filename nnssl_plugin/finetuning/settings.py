@@ -45,6 +45,9 @@ class FinetuningSettings:
     """Largest learning rate; ``null`` is nnU-Net's: 1e-2 for SGD, 3e-4 for AdamW."""
     weight_decay: NonNegative | None = None
     """``null`` is nnU-Net's: 3e-5 for SGD, 5e-2 for AdamW."""
+    fast: bool = False
+    """For CUDA: channels-last maps, and normalisation with activation as one step, in PlainConvUNet and
+    ResidualEncoderUNet, in training as in prediction. Keys, checkpoints and, to rounding, results stay."""
     seed: NaturalNumber | None = None
     """Seed of the initialisation and, without worker processes (``nnUNet_n_proc_DA=0``), of the augmentation, so that
     arms differ in their weights alone; ``null`` draws anew in every run."""

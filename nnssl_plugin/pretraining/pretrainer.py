@@ -22,6 +22,7 @@ from nnssl_plugin.data.batches import BatchStream, StepBatches
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.networks.fast_blocks import use_fast_blocks
 from nnssl_plugin.nnunet.planes import axis_letters
 from nnssl_plugin.pretraining.batch_norm import RunningStatistics, check_batch_norm
 from nnssl_plugin.pretraining.batches import TRAIN, VALIDATE, open_batches, streams_of
@@ -141,7 +142,10 @@ class Pretrainer(ResumableTrainer):
                 "CHECKPOINT -n NAME",
             )
         channels = self.network_channels(num_input_channels)
-        return super().build_network_architecture(plans_manager, configuration_manager, channels, *others, **options)
+        network = super().build_network_architecture(plans_manager, configuration_manager, channels, *others, **options)
+        if self.training_settings.fast:
+            use_fast_blocks(network)
+        return network
 
     def configure_optimizers(self):
         """Put the task in the network's place, the one moment between building and wrapping."""

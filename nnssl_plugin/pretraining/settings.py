@@ -58,6 +58,9 @@ class TrainingSettings:
     """Of networks with batch normalisation, on several ranks: ``averaged`` normalises on each rank by its own samples
     and averages the running statistics after every step; ``synchronised`` normalises by the samples of all ranks, on
     CUDA alone. Such networks take no ``chunk_size``."""
+    fast: bool = False
+    """For CUDA: channels-last maps, and normalisation with activation as one step, in PlainConvUNet and
+    ResidualEncoderUNet. Keys, checkpoints and, to rounding, results stay."""
     gradient_clip: Positive = 12.0
     """Largest norm of the gradient (12 is nnU-Net's)."""
     seed: Annotated[int, Range(ge=0)] = 12345

@@ -4,6 +4,7 @@ Med3DInsight, section III-C, which calls it PSAT. Shapes: B samples, L tokens, Q
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ class PlaneSliceAwareTransformer(nn.Module):
     """Queries that read, out of the tokens of a volume, what its slice j of plane i shows.
 
     Tokens are projected to ``dim`` and get a fixed sin-cos position on their grid. The plane-slice embedding V_p[:, i,
-    j], zero at the start, is added to tokens and queries. The mean of the queries' outputs is the embedding.
+    j], zero at the start, is added to tokens and queries, so that every attention depends on the place, the queries'
+    first one too, and belongs to its sample. The mean of the queries' outputs is the embedding.
 
     With ``output="attended"`` place and queries decide where is looked, and what is found there is all that comes out:
     tokens are read without positions and V_p, and the last block leaves out the residual of the queries.
@@ -115,10 +117,44 @@ class QueryBlock(nn.Module):
 
     def _exchange(self, queries: Tensor) -> Tensor:
         x = self.self_norm(queries)
-        return queries + self.self_attention(x, x, x, need_weights=False)[0]
+        return queries + attention(self.self_attention, x, x, x)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return self.cross_attention(self.cross_norm(queries), keys, values, need_weights=False)[0]
+        return attention(self.cross_attention, self.cross_norm(queries), keys, values)
+
+
+def attention(layer: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What ``layer`` returns without its weights, by scaled-dot-product attention on views of the projections.
+
+    The layer itself copies every projection into another order first. It must be batch-first, of one width and without
+    dropout.
+
+    Args:
+        layer: its parameters are used.
+        queries: (B, Q, dim).
+        keys: (B, L, dim).
+        values: (B, L, dim).
+
+    Returns:
+        (B, Q, dim).
+    """
+    different = _runs((queries, keys, values))
+    sizes = [layer.embed_dim * len(run) for run in different]
+    weights = layer.in_proj_weight.split(sizes)
+    biases = layer.in_proj_bias.split(sizes)
+    projected = [
+        part
+        for run, weight, bias in zip(different, weights, biases, strict=True)
+        for part in F.linear(run[0], weight, bias).chunk(len(run), -1)
+    ]
+    q, k, v = (part.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for part in projected)
+    found = F.scaled_dot_product_attention(q, k, v)
+    return layer.out_proj(found.transpose(1, 2).flatten(2))
+
+
+def _runs(inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours that are the same tensor, together: they are projected at once."""
+    return [list(run) for _, run in groupby(inputs, key=id)]
 
 
 def grid_positions(grid: Sequence[int], dim: int, device: torch.device | str) -> Tensor:

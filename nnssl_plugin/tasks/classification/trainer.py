@@ -21,6 +21,7 @@ from nnssl_plugin.data.batches import BatchStream
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.finetuning.parameter_groups import rest_at_test_mode
 from nnssl_plugin.finetuning.weights import load_planned_weights, planned_optimisation
+from nnssl_plugin.networks.fast_blocks import use_fast_blocks
 from nnssl_plugin.nnunet.case_labels import targets_block
 from nnssl_plugin.tasks.classification.batches import (
     WINDOWS,
@@ -129,6 +130,8 @@ class PretrainedClassificationTrainer(ResumableTrainer):
     def configure_optimizers(self):
         """Put the classifier in the network's place, the one moment between building and training."""
         heads = {target.name: target.outputs for target in self.targets}
+        if self.finetuning.fast:
+            use_fast_blocks(self.network)
         self.network = Classifier(
             self.network,
             input_channels=self.num_input_channels,

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
 
 from nnssl_plugin.finetuning.parameter_groups import rest_at_test_mode
-from nnssl_plugin.finetuning.settings import FinetuningSettings, read_settings
+from nnssl_plugin.finetuning.settings import FinetuningSettings, read_settings, settings_of
 from nnssl_plugin.finetuning.weights import load_planned_weights, planned_optimisation
+from nnssl_plugin.networks.fast_blocks import use_fast_blocks
 from nnssl_plugin.training.interruption import TO_BE_CONTINUED
 from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
 from nnssl_plugin.training.resumable import ResumableTrainer
@@ -49,6 +52,22 @@ class PretrainedSegmentationTrainer(ResumableTrainer):
     def initialize(self):
         self._seed(0)
         super().initialize()
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The planned network, with fast blocks where the plan says so; nnU-Net's prediction asks here, too."""
+        network = ResumableTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        if settings_of(plans_manager.plans).fast:
+            use_fast_blocks(network)
+        return network
 
     def configure_optimizers(self):
         optimizer, schedule = planned_optimisation(self.saved_network(), self.settings, epochs=self.num_epochs)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nnssl_plugin.methods.med3dinsight.psat import PlaneSliceAwareTransformer, grid_positions
+from nnssl_plugin.methods.med3dinsight.psat import PlaneSliceAwareTransformer, attention, grid_positions
 from nnssl_plugin.nnunet.planes import PLANES
 
 
@@ -215,3 +215,39 @@ def test_evaluation_mode_gives_the_same_embeddings():
     trained = psat(*inputs())
     with torch.no_grad():  # here nn.MultiheadAttention takes another path
         torch.testing.assert_close(psat.eval()(*inputs()), trained.detach())
+
+
+@pytest.mark.parametrize("same", ["all", "keys and values", "none"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_equals_the_layer(same, batch):
+    torch.manual_seed(0)
+    layer = torch.nn.MultiheadAttention(16, 4, batch_first=True).double()
+    torch.nn.init.normal_(layer.in_proj_bias)
+    queries, keys, values = (torch.randn(batch, n, 16).double().requires_grad_() for n in (5, 7, 7))
+    inputs = {"all": (queries,) * 3, "keys and values": (queries, keys, keys), "none": (queries, keys, values)}[same]
+    results = attention(layer, *inputs), layer(*inputs, need_weights=False)[0]
+    wanted = [*dict.fromkeys(inputs), *layer.parameters()]
+    gradients = [torch.autograd.grad(result.sin().sum(), wanted) for result in results]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+
+
+def test_attention_copies_less_than_the_layer():
+    layer, x = torch.nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 5, 16, requires_grad=True)
+    copies = []
+    for call in (lambda: attention(layer, x, x, x), lambda: layer(x, x, x, need_weights=False)[0]):
+        with torch.profiler.profile() as profile:
+            call().sum().backward()
+        copies.append(sum(event.count for event in profile.key_averages() if event.key == "aten::copy_"))
+    assert copies[0] < copies[1] / 2
+
+
+def test_the_first_attention_of_the_queries_depends_on_the_place():
+    psat, seen = build(layers=1), []
+    torch.nn.init.normal_(psat.plane_slice)
+    psat.blocks[0].cross_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    tokens, grid, *_ = inputs(batch=1)
+    for plane in range(2):
+        psat(tokens, grid, *place(plane, 0.0, batch=1))
+    moved = (seen[1] - seen[0]) - (psat.plane_slice[:, 1, 0] - psat.plane_slice[:, 0, 0])
+    assert moved.abs().amax() > 0.1
