@@ -89,6 +89,17 @@ def test_the_summary_stands_beside_the_tokens(summary_token):
     assert summary.shape == (3, 24) if summary_token else summary is None
 
 
+def test_the_backbone_gives_it_with_the_features():
+    backbone, x = build().eval(), torch.randn(3, 1, 4, 8, 8)
+    summary, features = backbone.summarised(x)
+    torch.testing.assert_close(summary, backbone.network.encoder(x)[0])
+    torch.testing.assert_close(features, backbone.features(x))
+    without = build(summary_token=False)
+    assert backbone.has_summary and not without.has_summary
+    with pytest.raises(UserError, match="PatchViT has no summary token"):
+        without.summarised(x)
+
+
 def test_positions_tell_every_patch_from_every_other_and_depend_on_its_place_alone():
     table = positions((3, 4, 5), 24)[0]
     assert table.shape == (60, 24) and len(table.unique(dim=0)) == 60

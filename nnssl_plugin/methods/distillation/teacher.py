@@ -68,15 +68,27 @@ def check_fits(teacher: Teacher, patch_size: tuple[int, ...], channels: int) -> 
             f"The teacher {name} reads {backbone.input_channels} channels, the dataset has {channels}.",
             "Take a teacher of one channel, which sees the first one that a case has, or of as many.",
         )
-    divisors = patch_divisors(as_architecture(teacher.source.network or {}), len(patch_size))
-    made_for = _patch_of(backbone) or patch_size
-    if made_for != patch_size or any(size % divisor for size, divisor in zip(patch_size, divisors, strict=True)):
-        fitting = list(made_for) if made_for != patch_size else fitting_patch(list(patch_size), divisors)
+    fitting = _fitting_patch(teacher, patch_size)
+    if fitting != list(patch_size):
         raise UserError(
             f"The teacher {name} does not take the plan's patch of {list(patch_size)} voxels, but {fitting}.",
             "Change the patch: nnssl_plugin plan -d ID -p PLANS -n NAME --set "
             f"'configurations.CONFIGURATION.patch_size={json.dumps(fitting, separators=(',', ':'))}'",
         )
+
+
+def _fitting_patch(teacher: Teacher, patch_size: tuple[int, ...]) -> list[int]:
+    """The patch in voxels that the teacher's network takes: the given one, or one near it."""
+    made_for = _patch_of(teacher.backbone)
+    if made_for is not None:
+        return list(made_for)
+    divisors = patch_divisors(as_architecture(teacher.source.network or {}), len(patch_size))
+    fitting = list(patch_size)
+    if any(size % divisor for size, divisor in zip(patch_size, divisors, strict=True)):
+        fitting = fitting_patch(fitting, divisors)
+    if fitting == list(teacher.backbone.strides[-1]):  # one voxel of the coarsest map has nothing to be normalised by
+        return [2 * size for size in fitting]
+    return fitting
 
 
 def _patch_of(backbone: Backbone) -> tuple[int, ...] | None:

@@ -71,6 +71,7 @@ def test_plans_that_the_teacher_cannot_read_are_refused(tmp_path):
     for patch, channels, said in (
         ((16, 20), 2, "reads 3D images, the plan has 2D"),
         ((16, 20, 12), 3, "reads 2 channels, the dataset has 3"),
+        ((4, 4, 4), 2, r"patch of \[4, 4, 4\] voxels, but \[8, 8, 8\]"),  # a single voxel of its coarsest map
         ((16, 18, 12), 2, r"does not take the plan's patch of \[16, 18, 12\] voxels, but \[16, \d+, 12\]"),
     ):
         with pytest.raises(UserError, match=said):

@@ -9,6 +9,7 @@ import torch
 from fake_dataset import NAME, fake_plan
 from method_checks import assert_resumes_exactly
 from pretraining_harness import make_trainer, run
+from published_layouts import nnfoundation_cnn, nnfoundation_vit, small_res_enc_l
 
 from nnssl_plugin.checkpoints.format.files import read_checkpoint, save_checkpoint
 from nnssl_plugin.checkpoints.format.provenance import describe_network, weights_hash
@@ -101,6 +102,32 @@ def test_a_run_does_not_go_on_with_another_teacher():
     write_teacher(seed=6)
     with pytest.raises(UserError, match=r"learned from other weights \(\w{64}\) than those of the teacher teacher.pth"):
         make_trainer(**arguments(), resume="checkpoint_final.pth")
+
+
+def with_patch(size):
+    """A plan whose windows have the size of the teacher's."""
+
+    def change(plan, configuration):
+        plan["configurations"][configuration]["patch_size"] = [size] * 3
+        return plan
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "file, patch, named",
+    [(nnfoundation_cnn, 64, "8 channels at stride [8, 8, 8]"), (nnfoundation_vit, 16, "24 channels")],
+)
+def test_a_small_network_learns_from_foundation_models_of_published_layouts(file, patch, named, monkeypatch):
+    small_res_enc_l(monkeypatch)
+    folder = Path(os.environ["nnUNet_preprocessed"], NAME)
+    folder.mkdir(parents=True)
+    save_checkpoint(file(), folder / "teacher.pth")
+    trainer = run(**arguments(stride=8), channels=1, network=with_patch(patch))
+    assert trainer.log.history()["skipped_steps"] == [0.0] and np.isfinite(trainer.log.history()["train/cosine"]).all()
+    assert named in Path(trainer.log_file).read_text()
+    said = read_checkpoint(Path(trainer.output_folder, "checkpoint_final.pth"))["provenance"]["teacher"]
+    assert said["weights_sha256"] == trainer.teacher["weights_sha256"] and "A. Author" in str(said["citations"])
 
 
 def test_a_plan_without_a_teacher_is_refused():
