@@ -12,7 +12,8 @@ from pretraining_harness import make_trainer, run
 
 from nnssl_plugin.checkpoints.format.spatial_arrays import read_spatial_arrays
 from nnssl_plugin.io.files import write_json
-from nnssl_plugin.methods.brainmvp.trainer import BrainMVPPretrainer, cost_of_templates
+from nnssl_plugin.methods.brainmvp.trainer import BrainMVPPretrainer
+from nnssl_plugin.pretraining.passes import backward, cost_of_templates
 
 SMALL = {"epochs": 1, "iterations_per_epoch": 3, "validation_iterations": 1, "batch_size": 2}
 NUMBERS = ("train/distillation", "train/cross_modal", "train/contrast", "diagnostics/template_error")
@@ -85,7 +86,7 @@ def test_a_virtual_batch_gives_templates_the_gradient_of_the_whole():
         trainer = make_trainer(**arguments({"chunk_size": chunk, "batch_size": 3}, contrast_from=0.0))
         trainer.on_train_start()
         views = trainer._views(next(trainer.dataloader_train), 0, 0)
-        trainer._backward(views, 0.5)
+        backward(trainer, views, 0.5)
         gradients.append({n: p.grad for n, p in trainer.task.named_parameters() if p.grad is not None})
         trainer.on_train_end()
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)

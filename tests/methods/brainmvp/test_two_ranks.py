@@ -7,6 +7,7 @@ from pretraining_harness import assert_same, make_trainer
 from ranks import on_two_ranks
 
 from nnssl_plugin.methods.brainmvp.trainer import BrainMVPPretrainer
+from nnssl_plugin.pretraining.passes import backward
 
 SMALL = {
     "epochs": 1,
@@ -21,7 +22,7 @@ def train(rank):
     trainer = make_trainer(trainer_class=BrainMVPPretrainer, pretraining=SMALL, channels=3)
     trainer.on_train_start()
     views = trainer._views(next(trainer.dataloader_train), 0, 0)
-    trainer._backward(views, 0.5)
+    backward(trainer, views, 0.5)
     names = ("templates", "backbone.network.encoder.stages.0.0.convs.0.conv.weight")
     parameters = dict(trainer.task.named_parameters())
     first = {"views": views, "gradients": {name: parameters[name].grad.clone() for name in names}}
@@ -42,7 +43,7 @@ def test_two_ranks_are_one_of_both_batches(nnunet_environment, monkeypatch, tmp_
     alone.initialize()
     alone.task.load_state_dict(first["weights"])
     views = {name: torch.cat([each["views"][name] for each in (first, second)]) for name in first["views"]}
-    alone._backward(views, 0.5)
+    backward(alone, views, 0.5)
     parameters = dict(alone.task.named_parameters())
     for name, gradient in first["gradients"].items():
         torch.testing.assert_close(parameters[name].grad, gradient, atol=1e-5, rtol=1e-3)
