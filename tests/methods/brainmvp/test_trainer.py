@@ -12,8 +12,8 @@ from pretraining_harness import make_trainer, run
 
 from nnssl_plugin.checkpoints.format.spatial_arrays import read_spatial_arrays
 from nnssl_plugin.io.files import write_json
-from nnssl_plugin.methods.brainmvp.trainer import BrainMVPPretrainer
-from nnssl_plugin.pretraining.passes import backward, cost_of_templates
+from nnssl_plugin.methods.brainmvp.trainer import BrainMVPPretrainer, cost_of_templates
+from nnssl_plugin.pretraining.passes import backward
 
 SMALL = {"epochs": 1, "iterations_per_epoch": 3, "validation_iterations": 1, "batch_size": 2}
 NUMBERS = ("train/distillation", "train/cross_modal", "train/contrast", "diagnostics/template_error")
