@@ -51,6 +51,8 @@ nnssl.caption(501, body_part="brain")
 print(nnssl.inspect("checkpoint_final.pth")["method"])
 backbone = nnssl.load_backbone("checkpoint_final.pth")
 vector = backbone.embed("scan.nii.gz")
+index = nnssl.load_index("my_index")  # of nnssl_plugin embed
+found = index.search(index.vectors[:1], k=10)
 nnssl.adapt("7", weights="checkpoint_final.pth", name="med3d")
 ```
 

@@ -63,8 +63,9 @@ def load_approximate(index: Index) -> tuple[Approximate, bool]:
     Raises:
         UserError: FAISS is not installed, or another process is building them.
     """
-    faiss = _faiss()
-    folder = index.store.folder
+    faiss, folder = _faiss(), index.store.folder
+    if not index.store.rows:
+        raise UserError(f"{folder} is empty.", f"Add images: nnssl_plugin index add --index {folder} -i IMAGES")
     stored = read_json(folder / FACTS_FILE, dict) if (folder / FACTS_FILE).is_file() else {}
     current = {"rows": index.store.rows, "generation": index.store.facts["generation"]}
     if stored.items() >= current.items():

@@ -1,9 +1,10 @@
 """An index of embeddings, ready to be searched: exactly, block by block, or through its approximate neighbours."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.tasks.retrieval.encoder import MAXIMUM
 from nnssl_plugin.tasks.retrieval.standardisation import BLOCK, Standardisation
 
-MOST_SCORES = 2**24
-"""Scores that are held at once (64 MiB)."""
+MOST_SCORES = 2**20
+"""Scores that are held at once (4 MiB, which a processor's cache holds)."""
+FIRST_BLOCK = 1024
 CONDITION = re.compile(r"\s*([^!=]+?)\s*(!?=)\s*(.*?)\s*")
 
 
@@ -94,17 +96,17 @@ class Index:
             UserError: the vectors have another length or are not finite, or ``k`` is below 1.
         """
         queries = self.prepared(vectors, k)
-        best = [_Best(k) for _ in queries]
-        step = max(1, min(BLOCK * 4, MOST_SCORES // len(queries))) if len(queries) else BLOCK
-        hidden = [self.rows_of(subject) for subject in subjects or [None] * len(queries)]
-        for start in range(0, len(self.vectors), step):
-            scores = self.scores(queries, start, start + step)
+        best, worst = [_Best(k) for _ in queries], np.full(len(queries), -np.inf, dtype=np.float32)
+        hidden = {number: self.rows_of(subject) for number, subject in enumerate(subjects or ()) if subject}
+        for start, end in _blocks(len(self.vectors), max(1, MOST_SCORES // max(len(queries), 1))):
+            scores = self.scores(queries, start, end)
             if among is not None:
-                scores[:, ~among[start : start + step]] = -np.inf
-            for query, own in enumerate(hidden):
-                scores[query, own[(own >= start) & (own < start + step)] - start] = -np.inf
-                best[query].add(scores[query], start)
-        found = [each.sorted() for each in best]
+                scores[:, ~among[start:end]] = -np.inf
+            for query, own in hidden.items():
+                scores[query, own[(own >= start) & (own < end)] - start] = -np.inf
+            for number in np.flatnonzero(scores.max(axis=1) > worst):
+                worst[number] = best[number].add(scores[number], start)
+        found = [each.padded() for each in best]
         rows, scores = (np.array([each[part] for each in found]).reshape(-1, k) for part in (0, 1))
         return Neighbours(rows.astype(int), (1 - scores).astype(np.float32))
 
@@ -155,7 +157,8 @@ class _Best:
         self.k = k
         self.rows, self.scores = np.empty(0, dtype=int), np.empty(0, dtype=np.float32)
 
-    def add(self, scores: np.ndarray, start: int) -> None:
+    def add(self, scores: np.ndarray, start: int) -> float:
+        """Take the scores of the rows from ``start`` on; the score that a later row has to exceed."""
         worst = self.scores[-1] if len(self.scores) == self.k else -np.inf
         better = np.flatnonzero(scores > worst)
         if len(better) > 4 * self.k:
@@ -165,12 +168,18 @@ class _Best:
         values = np.concatenate((self.scores, scores[better]))
         order = np.lexsort((rows, -values))[: self.k]
         self.rows, self.scores = rows[order], values[order]
+        return self.scores[-1] if len(self.scores) == self.k else -np.inf
 
-    def sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        missing = self.k - len(self.rows)
-        return np.pad(self.rows, (0, missing), constant_values=-1), np.pad(
-            self.scores, (0, missing), constant_values=-np.inf
-        )
+    def padded(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and scores (k,); −1 and −∞ where there are no more."""
+        missing = (0, self.k - len(self.rows))
+        return np.pad(self.rows, missing, constant_values=-1), np.pad(self.scores, missing, constant_values=-np.inf)
+
+
+def _blocks(rows: int, size: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each block; the first is short, as it shows what later rows have to exceed."""
+    edges = [0, *range(min(FIRST_BLOCK, size), rows, min(size, 4 * BLOCK)), rows]
+    return ((start, end) for start, end in pairwise(edges) if start < end)
 
 
 def load_index(folder: str | Path) -> Index:
