@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,12 +103,13 @@ def _by_measure(panel: Panel, names: Iterable[str]) -> list[Panel]:
         return [panel]
     measures = dict.fromkeys(parts[1] for parts in shown)
     return [
-        panel._replace(
-            title=f"{panel.title}: {measure}",
-            shows=lambda name, measure=measure: panel.shows(name) and name.split("/")[1] == measure,
-        )
+        panel._replace(title=f"{panel.title}: {measure}", shows=partial(_shows_measure, panel, measure))
         for measure in measures
     ]
+
+
+def _shows_measure(panel: Panel, measure: str, name: str) -> bool:
+    return panel.shows(name) and name.split("/")[1] == measure
 
 
 def _draw_lines(axis, panel: Panel, series: dict[str, np.ndarray]) -> None:
