@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.networks.construction import refuse_deep_supervision
 from nnssl_plugin.networks.families.patch_vit import PATCH_VIT
 
 CONVOLUTIONS = {
@@ -267,9 +268,4 @@ def _check(patch_size: Sequence[int], deep_supervision: bool) -> None:
             f"The patch {list(patch_size)} of PatchViT is not two or three powers of two, one per axis.",
             "Set it in the plan, for example patch_size: [4, 16, 16].",
         )
-    if deep_supervision:
-        raise UserError(
-            "PatchViT has no deep supervision, which this trainer asks for.",
-            "Train with -tr PretrainedSegmentationTrainer; from random weights with the plan of "
-            "nnssl_plugin adapt --from-scratch.",
-        )
+    refuse_deep_supervision("PatchViT", deep_supervision)

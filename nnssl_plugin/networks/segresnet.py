@@ -6,7 +6,7 @@ this package imports this module but a plan that names its class: MONAI is optio
 
 from torch import nn
 
-from nnssl_plugin.errors import UserError
+from nnssl_plugin.networks.construction import need_monai, refuse_deep_supervision
 from nnssl_plugin.networks.families.segresnet import SEG_RES_NET
 
 try:
@@ -33,15 +33,6 @@ class SegResNetDS(MonaiSegResNetDS or nn.Module):
     keys_to_in_proj = SEG_RES_NET.image_layers
 
     def __init__(self, input_channels: int, num_classes: int, **arguments):
-        if MonaiSegResNetDS is None:
-            raise UserError(
-                "The plan's network, SegResNetDS, needs MONAI, which cannot be imported.",
-                'pip install "nnssl_plugin[monai]"',
-            )
-        if arguments.pop("deep_supervision", False):
-            raise UserError(
-                "SegResNetDS is trained without deep supervision here, which this trainer asks for.",
-                "Train with -tr PretrainedSegmentationTrainer; from random weights with the plan of "
-                "nnssl_plugin adapt --from-scratch.",
-            )
+        need_monai(MonaiSegResNetDS, "SegResNetDS", "monai")
+        refuse_deep_supervision("SegResNetDS", arguments.pop("deep_supervision", False))
         super().__init__(in_channels=input_channels, out_channels=num_classes, **arguments)

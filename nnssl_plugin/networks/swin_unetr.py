@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from nnssl_plugin.errors import UserError
+from nnssl_plugin.networks.construction import need_monai, refuse_deep_supervision
 from nnssl_plugin.networks.families.swin_unetr import SWIN_UNETR
 
 try:
@@ -35,17 +35,8 @@ class SwinUNETR(MonaiSwinUNETR or nn.Module):
     keys_to_in_proj = SWIN_UNETR.image_layers
 
     def __init__(self, input_channels: int, num_classes: int, **arguments):
-        if MonaiSwinUNETR is None:
-            raise UserError(
-                "The plan's network, SwinUNETR, needs MONAI, which cannot be imported.",
-                'pip install "nnssl_plugin[swin]"',
-            )
-        if arguments.pop("deep_supervision", False):
-            raise UserError(
-                "SwinUNETR has no deep supervision, which this trainer asks for.",
-                "Train with -tr PretrainedSegmentationTrainer; from random weights with the plan of "
-                "nnssl_plugin adapt --from-scratch.",
-            )
+        need_monai(MonaiSwinUNETR, "SwinUNETR", "swin")
+        refuse_deep_supervision("SwinUNETR", arguments.pop("deep_supervision", False))
         with _RatesAsNumbers():
             super().__init__(in_channels=input_channels, out_channels=num_classes, **arguments)
 

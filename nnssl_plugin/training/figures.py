@@ -103,15 +103,12 @@ def _by_measure(panel: Panel, names: Iterable[str]) -> list[Panel]:
         return [panel]
     measures = dict.fromkeys(parts[1] for parts in shown)
     return [
-        panel._replace(
-            title=f"{panel.title}: {measure}",
-            shows=partial(_of_measure, panel, measure),
-        )
+        panel._replace(title=f"{panel.title}: {measure}", shows=partial(_shows_measure, panel, measure))
         for measure in measures
     ]
 
 
-def _of_measure(panel: Panel, measure: str, name: str) -> bool:
+def _shows_measure(panel: Panel, measure: str, name: str) -> bool:
     return panel.shows(name) and name.split("/")[1] == measure
 
 

@@ -198,7 +198,7 @@ def test_a_patch_that_cannot_be_halved_is_refused(patch):
 
 
 def test_deep_supervision_is_refused():
-    with pytest.raises(UserError, match="no deep supervision"):
+    with pytest.raises(UserError, match="without deep supervision"):
         build(deep_supervision=True)
 
 

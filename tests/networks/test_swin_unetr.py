@@ -191,7 +191,7 @@ def test_there_is_no_deep_supervision(image):
     build_with = [CLASS, ARGUMENTS, [], 1, 2]
     network = get_network_from_plans(*build_with, deep_supervision=False)  # as nnU-Net predicts
     assert network(image).shape == (1, 2, *PATCH)
-    with pytest.raises(UserError, match="no deep supervision") as error:
+    with pytest.raises(UserError, match="without deep supervision") as error:
         get_network_from_plans(*build_with, deep_supervision=True)
     assert "PretrainedSegmentationTrainer" in error.value.remedy
 
