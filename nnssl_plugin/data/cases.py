@@ -84,6 +84,23 @@ class Cases:
         return CaseFacts(foreground, tuple(slices))
 
 
+def largest_shape(folder: str | Path) -> tuple[int, int, int]:
+    """The smallest size, in voxels along the plan's axes, into which every preprocessed case of a configuration fits.
+
+    Args:
+        folder: nnU-Net's folder of preprocessed cases.
+
+    Raises:
+        UserError: when it holds no case.
+    """
+    dataset = infer_dataset_class(str(folder))(str(folder))
+    shapes = [dataset.load_case(case)[0].shape[1:] for case in dataset.identifiers]
+    if not shapes:
+        raise UserError(f"{folder} holds no preprocessed case.", "nnUNetv2_plan_and_preprocess -d ID -c 3d_fullres")
+    first, second, third = (max(sizes) for sizes in zip(*shapes, strict=True))
+    return int(first), int(second), int(third)
+
+
 def available_channels(raw_folder: str | Path, identifiers: Sequence[str], channels: int) -> dict[str, np.ndarray]:
     """Which channels each case really has, (channels,) bool, from ``modalities.json`` of the raw dataset.
 

@@ -43,18 +43,20 @@ def info_nce(
         return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 
-def symmetric_info_nce(first: Tensor, second: Tensor, *, temperature: float) -> Tensor:
+def symmetric_info_nce(first: Tensor, second: Tensor, *, temperature: float, groups: Tensor | None = None) -> Tensor:
     """InfoNCE between two views of a batch, where the other samples are the negatives, mean of both directions.
 
-    Source: Radford et al., CLIP, ICML 2021; BrainMVP, section 3.3, its contrastive term.
+    Source: Radford et al., CLIP, ICML 2021; BrainMVP, Eqs. 4 and 5, whose negatives have the same modality.
 
     Args:
         first: (B, D).
         second: (B, D), in the same order.
         temperature: τ > 0.
+        groups: (B,) whole numbers: the negatives of a sample are those of its own group, and a sample whose group is
+            below 0 takes no part. ``None``: all are one group.
 
     Returns:
-        () at least 0; log B if all similarities are equal, 0 without signal for B = 1.
+        () at least 0; log B if all similarities are equal, 0 without signal where each is alone in its group.
 
     Raises:
         ValueError: for a temperature that is not above 0.
@@ -62,7 +64,12 @@ def symmetric_info_nce(first: Tensor, second: Tensor, *, temperature: float) -> 
     _check(temperature)
     with torch.autocast(first.device.type, enabled=False):
         first, second = _full_precision(first, second)
-        return -log_dual_softmax(first @ second.T, temperature).diagonal().mean() / 2
+        if groups is None:
+            return -log_dual_softmax(first @ second.T, temperature).diagonal().mean() / 2
+        logits = (first @ second.T / temperature).masked_fill(groups[:, None] != groups, -math.inf)
+        both = logits.logsumexp(1) + logits.logsumexp(0) - 2 * logits.diagonal()
+        counted = groups >= 0
+        return torch.where(counted, both, 0.0).sum() / (2 * counted.sum().clamp(min=1))
 
 
 def nt_xent(first: Tensor, second: Tensor, *, temperature: float, apart: Tensor | None = None) -> Tensor:

@@ -4,6 +4,8 @@ A subject is a trunk from abdomen to lungs: skin and fat, muscle, spine with its
 spleen and kidneys. Every organ has a place, size, tilt and outline of its own; all are bent by one smooth displacement,
 seen through one or several contrasts with a bias field and noise. The liver is labelled 1, both kidneys 2; they are
 present in every subject.
+
+A second anatomy is a head after skull stripping in four contrasts, for what learns across modalities.
 """
 
 from collections.abc import Sequence
@@ -58,6 +60,96 @@ CONTRASTS = np.array(
 )
 """Intensity of each tissue (0 is air) in each channel, as different sequences show the same anatomy; the first is like
 T1 with contrast agent and suppressed fat."""
+
+
+MODALITIES = ("T1", "T1CE", "T2", "FLAIR")
+"""Contrasts of the head."""
+HEAD = (
+    Organ(1, (0.0, 0.0, 0.0), (0.92, 0.96, 0.90)),  # fluid around the brain
+    Organ(2, (0.0, 0.0, 0.0), (0.86, 0.90, 0.84)),  # grey matter
+    Organ(3, (0.02, 0.02, -0.38), (0.62, 0.70, 0.36)),  # white matter of each side
+    Organ(3, (0.02, 0.02, 0.38), (0.62, 0.70, 0.36)),
+    Organ(1, (0.10, 0.0, -0.16), (0.26, 0.44, 0.10)),  # ventricles
+    Organ(1, (0.10, 0.0, 0.16), (0.26, 0.44, 0.10)),
+    Organ(4, (-0.10, 0.05, -0.34), (0.17, 0.20, 0.12)),  # nuclei
+    Organ(4, (-0.10, 0.05, 0.34), (0.17, 0.20, 0.12)),
+    Organ(2, (-0.62, -0.52, 0.0), (0.24, 0.30, 0.44)),  # cerebellum
+)
+LESION = (Organ(5, (0, 0, 0), (0.30, 0.30, 0.28), label=1), Organ(6, (0, 0, 0), (0.15, 0.15, 0.14), label=2))
+"""Oedema (1) and its core (2), somewhere in the brain of each subject."""
+HEAD_CONTRASTS = np.array(
+    [
+        [0, 0.18, 0.55, 0.80, 0.65, 0.48, 0.40],
+        [0, 0.18, 0.55, 0.80, 0.65, 0.48, 1.10],
+        [0, 1.10, 0.65, 0.42, 0.52, 0.90, 0.80],
+        [0, 0.15, 0.62, 0.50, 0.55, 1.05, 0.75],
+    ]
+)
+"""Intensity of each tissue of the head in each of :data:`MODALITIES`."""
+
+
+def head(
+    rng: np.random.Generator, *, shape: Sequence[int], spacing_mm: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """One subject's head in all of :data:`MODALITIES`, 0 outside of the brain, another at each call.
+
+    Args:
+        rng: the only source of randomness.
+        shape: voxels (z, y, x), at least 16 each.
+        spacing_mm: voxel size (z, y, x) in mm.
+
+    Returns:
+        the image (4, z, y, x) float32 in arbitrary units, and the labels (z, y, x) uint8: 0, oedema 1, core 2.
+
+    Raises:
+        ValueError: for a smaller shape.
+    """
+    if min(shape) < 16:
+        raise ValueError(f"a phantom needs at least 16 voxels along each axis, not {tuple(shape)}")
+    grid = _bent_grid(rng, shape, spacing_mm, size=rng.uniform(0.92, 1.0, 3), bend=0.03)
+    tissue, labels = _painted(rng, HEAD, grid, spread=0.25)
+    place = np.array([rng.uniform(-0.2, 0.4), rng.uniform(-0.4, 0.4), rng.choice([-1, 1]) * rng.uniform(0.25, 0.5)])
+    for part in LESION:
+        where = _individual(rng, part._replace(centre=tuple(place)), grid, spread=0.5) & (tissue > 0)
+        tissue[where], labels[where] = part.tissue, part.label
+    image = np.stack([_seen(rng, contrast[tissue], spacing_mm) for contrast in HEAD_CONTRASTS])
+    return np.where(tissue > 0, image, 0).astype(np.float32), labels
+
+
+def write_heads(
+    folder: str | Path,
+    count: int,
+    *,
+    seed: int,
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    labels_folder: str | Path | None = None,
+    complete: bool = True,
+) -> list[Path]:
+    """Write ``count`` heads as ``head_000/T1.nii.gz`` and so on, in RAS; subject *i* depends on ``(seed, i)`` alone.
+
+    Args:
+        folder: where the folders of the subjects go.
+        count: number of subjects.
+        seed: another seed gives other subjects.
+        shape: voxels (z, y, x).
+        spacing_mm: voxel size (z, y, x) in mm.
+        labels_folder: where the labels go, as ``head_000.nii.gz``; ``None`` writes no labels.
+        complete: otherwise subject *i* lacks modality *i* modulo 4.
+
+    Returns:
+        the paths of the images.
+    """
+    paths = []
+    for index in range(count):
+        image, labels = head(np.random.default_rng((seed, index)), shape=shape, spacing_mm=spacing_mm)
+        for number, (name, values) in enumerate(zip(MODALITIES, image, strict=True)):
+            if complete or number != index % len(MODALITIES):
+                paths.append(Path(folder, f"head_{index:03d}", f"{name}.nii.gz"))
+                _write(paths[-1], values, spacing_mm)
+        if labels_folder is not None:
+            _write(Path(labels_folder, f"head_{index:03d}.nii.gz"), labels, spacing_mm)
+    return paths
 
 
 def phantom(
@@ -127,25 +219,32 @@ def write_phantoms(
 
 def _anatomy(rng, shape, spacing_mm):
     """Tissue and label of each voxel."""
-    axes = [np.linspace(-1, 1, n) for n in shape]
-    body = np.array([1, *rng.uniform(0.80, 0.94, 2)])
-    grid = np.stack(np.meshgrid(*axes, indexing="ij")) / body[:, None, None, None]
-    grid += np.stack([0.05 * _smooth_noise(rng, shape, spacing_mm, length=0.2) for _ in range(3)])
+    grid = _bent_grid(rng, shape, spacing_mm, size=np.array([1, *rng.uniform(0.80, 0.94, 2)]), bend=0.05)
+    return _painted(rng, (BODY, *ORGANS), grid)
 
-    tissue = np.zeros(shape, np.uint8)
-    labels = np.zeros(shape, np.uint8)
-    for organ in (BODY, *ORGANS):
-        where = _individual(rng, organ, grid)
+
+def _bent_grid(rng, shape, spacing_mm, *, size, bend):
+    """Place (3, *shape) of each voxel in a body of half axes 1: its size, and one smooth displacement."""
+    axes = [np.linspace(-1, 1, n) for n in shape]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij")) / size[:, None, None, None]
+    return grid + np.stack([bend * _smooth_noise(rng, shape, spacing_mm, length=0.2) for _ in range(3)])
+
+
+def _painted(rng, organs, grid, *, spread=1.0):
+    """Tissue and label of each voxel, later organs on top."""
+    tissue, labels = (np.zeros(grid.shape[1:], np.uint8) for _ in range(2))
+    for organ in organs:
+        where = _individual(rng, organ, grid, spread)
         tissue[where] = organ.tissue
         labels[where] = organ.label
     return tissue, labels
 
 
-def _individual(rng, organ, grid):
-    """Where one subject's organ lies: moved, resized, leaning, bent and tapered at random."""
-    centre = organ.centre + rng.normal(0, 0.035, 3)
-    radii = organ.radii * rng.uniform(0.84, 1.16, 3)
-    lean, bend, taper = rng.normal(0, 0.18, 3)
+def _individual(rng, organ, grid, spread=1.0):
+    """Where one subject's organ lies: moved, resized, leaning, bent and tapered at random, more or less."""
+    centre = organ.centre + spread * rng.normal(0, 0.035, 3)
+    radii = organ.radii * rng.uniform(1 - 0.16 * spread, 1 + 0.16 * spread, 3)
+    lean, bend, taper = spread * rng.normal(0, 0.18, 3)
     z, y, x = (grid - centre[:, None, None, None]) / radii[:, None, None, None]
     y = y + lean * z + bend * (z * z - 0.3)
     x = x * (1 + taper * z)

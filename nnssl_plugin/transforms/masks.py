@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -44,6 +45,57 @@ def random_block_mask(
     n_blocks = math.prod(grid)
     kept = math.floor(n_blocks * (1 - ratio) + 1e-9)  # 10 · (1 − 0.9) is 0.9999…98 in floating point
     return mask_all_but(random_ids(batch, n_blocks, kept, generator=generator, device=device), spatial, edges)
+
+
+def random_cubes_mask(
+    batch: int,
+    spatial: Sequence[int],
+    *,
+    edge: int,
+    ratio: float,
+    generator: torch.Generator,
+    device: torch.device | str,
+) -> Tensor:
+    """Mask cubes around random voxels, which may overlap, until their share is reached (BrainMVP, Algorithm 1).
+
+    "while p_mask < p_total · p*: select randomly (x, y, z), mask an area of size r × r × r centered at (x, y, z)". The
+    loop in fixed work: a random number for each voxel says when it is drawn (to draw one twice changes nothing), the
+    least number within reach says when a voxel is masked first, and the loop ends at the ⌈p* · n⌉-th of these moments.
+
+    Args:
+        batch: number of samples B.
+        spatial: size of the image in voxels, (H, W) or (D, H, W).
+        edge: r in voxels; a cube around voxel v holds v − r // 2 … v − r // 2 + r − 1, cut where the image ends.
+        ratio: p*, share of the voxels that is masked at least, in [0, 1]; the last cube may bring more.
+        generator: source of the random numbers, on ``device``.
+        device: where the mask is made.
+
+    Returns:
+        (B, 1, *spatial) bool, True = masked.
+
+    Raises:
+        ValueError: for a ratio outside [0, 1], or an edge below 1.
+    """
+    if edge < 1 or not 0 <= ratio <= 1:
+        raise ValueError(f"edge must be at least 1 and ratio in [0, 1], not {edge} and {ratio}")
+    wanted = math.ceil(math.prod(spatial) * ratio - 1e-9)
+    if wanted == 0:
+        return torch.zeros(batch, 1, *spatial, dtype=torch.bool, device=device)
+    drawn = torch.rand(batch, 1, *spatial, generator=generator, device=device)
+    masked_at = _least_within_reach(drawn, edge)
+    last = masked_at.flatten(1).kthvalue(wanted, dim=1).values
+    return masked_at <= last.reshape(batch, *[1] * (len(spatial) + 1))
+
+
+def _least_within_reach(values: Tensor, edge: int) -> Tensor:
+    """The least of the values (B, 1, *spatial) around whose voxels lies a cube that holds the voxel; one axis at a
+    time."""
+    before, after = edge - 1 - edge // 2, edge // 2
+    for axis in range(2, values.ndim):
+        rows = F.pad(values.movedim(axis, -1), (before, after), value=math.inf)
+        least = -F.max_pool1d(-rows.flatten(0, -2)[:, None], edge, stride=1)[:, 0]
+        values = least.unflatten(0, rows.shape[:-1]).movedim(-1, axis)
+    return values
 
 
 def random_ids(batch: int, total: int, kept: int, *, generator: torch.Generator, device: torch.device | str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -45,3 +46,31 @@ def cut_placed(values: Tensor, origin: Sequence[int], extent: Sequence[int], cas
 def on_case(values: Tensor, case_shape: Sequence[int]) -> Tensor:
     """An array (..., *grid) laid on a whole case: (..., *case_shape), 0 where it does not reach."""
     return cut_placed(values, (0,) * len(case_shape), case_shape, case_shape)
+
+
+def placed_windows(values: Tensor, number: Tensor, origin: Tensor, case_shape: Tensor, size: Sequence[int]) -> Tensor:
+    """For each sample of a batch, what of one of several arrays lies in its window: :func:`cut_placed` on the device.
+
+    The gradient is one array of the size of ``values``, whatever the number of samples.
+
+    Args:
+        values: (S, *grid).
+        number: (B,) long, which of the S.
+        origin: (B, d) whole numbers, first voxel of each window in its case.
+        case_shape: (B, d) whole numbers, size of each case.
+        size: of a window, in voxels.
+
+    Returns:
+        (B, *size), 0 where an array does not reach.
+    """
+    batch, grid, dims = len(number), values.shape[1:], len(size)
+    index = number.reshape(batch, *[1] * dims)
+    inside = torch.ones_like(index, dtype=torch.bool)
+    for axis, (length, wanted) in enumerate(zip(grid, size, strict=True)):
+        start = origin[:, axis].long() + (length - case_shape[:, axis].long()).div(2, rounding_mode="floor")
+        place = start[:, None] + torch.arange(wanted, device=start.device)
+        place = place.reshape(batch, *(wanted if a == axis else 1 for a in range(dims)))
+        inside = inside & (place >= 0) & (place < length)
+        index = index * length + place.clamp(0, length - 1)
+    cut = values.flatten().index_select(0, index.flatten()).unflatten(0, index.shape)
+    return torch.where(inside, cut, 0.0)

@@ -409,3 +409,36 @@ def test_nothing_waits_for_the_device():
         queue.enqueue(features[0], applied)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def naive_info_nce_within_groups(first, second, groups, temperature):
+    """Eqs. 4 and 5 of BrainMVP, a pair at a time; negatives share the modality, i.e. the group."""
+    losses = []
+    for i, group in enumerate(groups.tolist()):
+        if group < 0:
+            continue
+        others = [j for j, other in enumerate(groups.tolist()) if other == group]
+        for one, another in ((first, second), (second, first)):
+            scores = torch.stack([one[i] @ another[j] / temperature for j in others])
+            losses.append(scores.logsumexp(0) - scores[others.index(i)])
+    return sum(losses) / len(losses) if losses else 0 * (first.sum() + second.sum())
+
+
+@pytest.mark.parametrize("groups", [[0, 0, 0, 0], [1, 0, 1, -1, 0, -1], [2], [-1, -1], [0, 1, 2]])
+def test_negatives_of_symmetric_info_nce_come_from_the_own_group(groups):
+    groups = torch.tensor(groups)
+
+    def draw(generator):
+        return [torch.randn(len(groups), 5, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+    assert_equals_naive_loop(
+        lambda *pair: symmetric_info_nce(*pair, temperature=0.3, groups=groups),
+        lambda *pair: naive_info_nce_within_groups(*pair, groups, 0.3),
+        draw,
+    )
+
+
+def test_one_group_is_no_group():
+    first, second = torch.randn(2, 5, 4)
+    whole, grouped = (symmetric_info_nce(first, second, temperature=0.2, groups=g) for g in (None, torch.ones(5)))
+    torch.testing.assert_close(whole, grouped)

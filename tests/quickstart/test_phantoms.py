@@ -5,7 +5,7 @@ import pytest
 import SimpleITK
 from scipy.ndimage import label
 
-from nnssl_plugin.quickstart.phantoms import CONTRASTS, phantom, write_phantoms
+from nnssl_plugin.quickstart.phantoms import CONTRASTS, MODALITIES, head, phantom, write_heads, write_phantoms
 
 SMALL = {"shape": (20, 24, 28), "spacing_mm": (2.0, 1.5, 1.0)}
 
@@ -97,3 +97,24 @@ def test_files_are_read_by_another_library_with_their_grid(tmp_path):
     np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(read), image[1])
     read = SimpleITK.ReadImage(str(tmp_path / "labels" / "phantom_000.nii.gz"))
     np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(read), labels)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_heads_have_four_contrasts_of_one_anatomy_and_a_lesion(seed):
+    image, labels = head(np.random.default_rng(seed), shape=(32, 36, 32), spacing_mm=(4, 4, 4))
+    again, _ = head(np.random.default_rng(seed), shape=(32, 36, 32), spacing_mm=(4, 4, 4))
+    assert image.shape == (4, 32, 36, 32) and image.dtype == np.float32 and np.array_equal(image, again)
+    assert ((image > 0) == (image[:1] > 0)).all() and (image[:, labels > 0] > 0).all()
+    oedema, core = (labels == 1), (labels == 2)
+    assert oedema.sum() > core.sum() > 20
+    t1, t1ce, _, flair = (each[core].mean() / each[image[0] > 0].mean() for each in image)
+    assert t1ce > 1.3 and t1 < 1 and flair > 1, "the core takes up contrast agent"
+
+
+def test_every_head_can_lack_another_modality(tmp_path):
+    paths = write_heads(tmp_path, 5, seed=0, shape=(16, 18, 17), spacing_mm=(4, 4, 4), complete=False)
+    there = [{path.name.removesuffix(".nii.gz") for path in folder.iterdir()} for folder in sorted(tmp_path.iterdir())]
+    lacking = [set(MODALITIES) - names for names in there]
+    assert lacking == [{"T1"}, {"T1CE"}, {"T2"}, {"FLAIR"}, {"T1"}] and len(paths) == 15
+    with pytest.raises(ValueError, match="at least 16"):
+        head(np.random.default_rng(0), shape=(8, 18, 17), spacing_mm=(4, 4, 4))

@@ -3,11 +3,19 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnssl_plugin.transforms.masks import fill_masked, inside_case, mask_all_but, random_block_mask, random_ids
+from nnssl_plugin.transforms.masks import (
+    fill_masked,
+    inside_case,
+    mask_all_but,
+    random_block_mask,
+    random_cubes_mask,
+    random_ids,
+)
 
 
 def mask_of(batch, spatial, *, block, ratio, seed=0):
@@ -123,3 +131,41 @@ def test_voxels_of_the_case(dimensions):
             place = [int(origin[sample, axis]) + voxel[axis] for axis in range(dimensions)]
             expected = all(0 <= p < shape[sample, axis] for axis, p in enumerate(place))
             assert bool(inside[(sample, 0, *voxel)]) == expected
+
+
+def cubes_one_by_one(drawn, edge, ratio):
+    """BrainMVP's Algorithm 1 as printed, whose random places come in the order of ``drawn``."""
+    mask = torch.zeros(drawn.shape, dtype=torch.bool)
+    for place in drawn.flatten().argsort().tolist():
+        if mask.sum() >= ratio * mask.numel() - 1e-9:
+            break
+        centre = [int(c) for c in np.unravel_index(place, drawn.shape)]
+        mask[tuple(slice(max(c - edge // 2, 0), c - edge // 2 + edge) for c in centre)] = True
+    return mask
+
+
+@pytest.mark.parametrize(("spatial", "edge"), [((9, 14), 4), ((8, 11, 7), 3), ((12, 9, 16), 8), ((5, 4, 3), 1)])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.875, 1.0])
+def test_cubes_are_masked_until_their_share_is_reached(spatial, edge, ratio):
+    arguments = {"edge": edge, "ratio": ratio, "device": "cpu"}
+    masks = random_cubes_mask(2, spatial, generator=torch.Generator().manual_seed(3), **arguments)
+    drawn = torch.rand(2, 1, *spatial, generator=torch.Generator().manual_seed(3))
+    assert masks.shape == (2, 1, *spatial) and masks.dtype == torch.bool
+    for mask, each in zip(masks, drawn, strict=True):
+        assert torch.equal(mask[0], cubes_one_by_one(each[0], edge, ratio))
+
+
+def test_cubes_differ_between_samples_and_bring_little_more_than_their_share():
+    mask = random_cubes_mask(
+        3, (32, 32, 32), edge=8, ratio=0.875, generator=torch.Generator().manual_seed(0), device="cpu"
+    )
+    share = mask.flatten(1).double().mean(1)
+    assert (share >= 0.875).all() and (share <= 0.875 + 8**3 / 32**3).all()
+    assert not torch.equal(mask[0], mask[1])
+
+
+@pytest.mark.parametrize("wrong", [{"edge": 0}, {"ratio": 1.1}])
+def test_cubes_that_cannot_be_are_refused(wrong):
+    arguments = {"edge": 4, "ratio": 0.5} | wrong
+    with pytest.raises(ValueError, match="edge"):
+        random_cubes_mask(1, (8, 8), **arguments, generator=torch.Generator(), device="cpu")

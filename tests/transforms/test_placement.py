@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from nnssl_plugin.transforms.placement import centre_offset, cut_placed, on_case
+from nnssl_plugin.transforms.placement import centre_offset, cut_placed, on_case, placed_windows
 
 
 def naive(values, origin, extent, case_shape):
@@ -46,3 +46,21 @@ def test_the_centre_of_the_array_is_the_centre_of_the_case():
         (place,) = on_case(values, case)[0].nonzero().tolist()
         assert place == [size // 2 for size in case]
     assert centre_offset((9, 9), (4, 12)) == (2, -2)
+
+
+def test_windows_of_a_batch_are_those_of_each_sample_and_so_are_their_gradients():
+    values = torch.rand(3, 7, 6, 5, dtype=torch.float64)
+    origin = torch.tensor([[0, 0, 0], [2, -1, 1], [30, 0, 0], [-2, 3, 1]])
+    case_shape = torch.tensor([[7, 6, 5], [9, 8, 9], [40, 6, 5], [4, 5, 2]])
+    number, weight = torch.tensor([2, 0, 1, 2]), torch.rand(4, 4, 3, 6, dtype=torch.float64)
+    results = []
+    for together in (True, False):
+        arrays = values.clone().requires_grad_()
+        if together:
+            cut = placed_windows(arrays, number, origin.float(), case_shape.float(), (4, 3, 6))
+        else:
+            each = zip(number.tolist(), origin.tolist(), case_shape.tolist(), strict=True)
+            cut = torch.stack([cut_placed(arrays[n], o, (4, 3, 6), shape) for n, o, shape in each])
+        (cut * weight).sum().backward()
+        results.append((cut.detach(), arrays.grad))
+    torch.testing.assert_close(*results)

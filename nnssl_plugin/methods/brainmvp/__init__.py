@@ -1,1 +1,1 @@
-"""BrainMVP: masked reconstruction across modalities, and a learned template of each (Rui et al. 2024)."""
+"""BrainMVP (Rui et al.): learning across the modalities of a case, and a template of each modality."""

@@ -15,6 +15,7 @@ from nnssl_plugin.methods.mae.heads import TokenDecoder
 from nnssl_plugin.methods.mae.settings import Settings
 from nnssl_plugin.methods.mae.views import block_edge, visible_count
 from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.objectives.reconstruction import mean_square
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms, Views
 from nnssl_plugin.transforms.masks import fill_masked, inside_case, mask_all_but, random_ids
 
@@ -119,18 +120,6 @@ class MAE(PretextTask):
         if self.token_decoder is not None:
             return self.backbone.strides[-1]
         return (self.settings.block or block_edge(size),) * len(size)
-
-
-def mean_square(restored: Tensor, image: Tensor, counted: Tensor) -> Tensor:
-    """Mean square (B,) of the error over the voxels that count; 0 where none does.
-
-    Args:
-        restored: (B, C, *spatial), or broadcastable to it.
-        image: (B, C, *spatial).
-        counted: (B, C, *spatial) bool.
-    """
-    error = torch.where(counted, restored - image, 0.0).square()
-    return error.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
 
 
 def _of_the_case(views: Views) -> Tensor:

@@ -12,9 +12,10 @@ from method_checks import (
 )
 from small_mae import KINDS, SIZES, make_batch, small_backbone, views_of
 
-from nnssl_plugin.methods.mae.objective import MAE, mean_square
+from nnssl_plugin.methods.mae.objective import MAE
 from nnssl_plugin.methods.mae.settings import Settings
 from nnssl_plugin.networks.backbone import Backbone
+from nnssl_plugin.objectives.reconstruction import mean_square
 from nnssl_plugin.pretraining.virtual_batch import backward_in_chunks
 
 
