@@ -1,7 +1,7 @@
 """What frozen features of an M3Ret checkpoint tell of images, beside those of an untrained network and of intensities.
 
     python benchmarks/frozen_features.py -w …/fold_all/checkpoint_final.pth -d 512 -p sized -c 2d --classes class
-    python benchmarks/frozen_features.py -w …/fold_all/checkpoint_final.pth -d 511 -p m3-mae -c 3d_fullres --csv kinds.csv
+    python benchmarks/frozen_features.py -w …/checkpoint_final.pth -d 511 -p m3-mae -c 3d_fullres --csv kinds.csv
 
 Every case is shown whole, by the rules that the checkpoint's method has for its inputs. A linear probe (standardised
 features, logistic regression) is scored by five folds, which keep the cases of a subject together where a csv with the
