@@ -35,7 +35,6 @@ from torch import Tensor, nn
 
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.pretraining.passes import backward
 
 TRAIN = 0
 WARM_UP = 1
@@ -159,7 +158,7 @@ class Round:
             calls = RecordedCalls(task, self.views)
         self._time("floor", lambda: self._backward(calls.replay))
         self._time("backbone", lambda: self._backward(lambda: calls.replay(Backbone)))
-        self._time("whole", lambda: backward(trainer, self.views, 0.0))
+        self._time("whole", lambda: trainer._backward(self.views, 0.0))
         total = torch.zeros((), device=trainer.device)
         self._time("optimiser", lambda: task.after_step(0.0, trainer._update(total)))
         self._time("bare", lambda: self._backward(self._bare))

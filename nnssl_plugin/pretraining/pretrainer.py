@@ -30,7 +30,7 @@ from nnssl_plugin.pretraining.datasets import PlannedDataset, check_sources, dat
 from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_entry
 from nnssl_plugin.pretraining.optimisation import optimisation_of
 from nnssl_plugin.pretraining.passes import backward, first_chunk, forward
-from nnssl_plugin.pretraining.pretext import PretextTask
+from nnssl_plugin.pretraining.pretext import PretextTask, Terms
 from nnssl_plugin.pretraining.provenance import describe_run, describe_weights
 from nnssl_plugin.pretraining.settings import TrainingSettings, changed_settings, read_settings
 from nnssl_plugin.pretraining.skipped_steps import FILE as SKIPPED
@@ -220,7 +220,7 @@ class Pretrainer(ResumableTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         self.running_statistics.remember()
         views = self._views(batch, TRAIN, self.step)
-        terms = backward(self, views, progress)
+        terms = self._backward(views, progress)
         applied = self._update(terms["total"])
         self.running_statistics.settle(applied)
         self.task.after_step(progress, applied)
@@ -246,6 +246,10 @@ class Pretrainer(ResumableTrainer):
         entropy = [self.training_settings.seed, purpose, self.local_rank, step]
         seed, dropout_seed = np.random.SeedSequence(entropy).generate_state(2, np.uint64) >> np.uint64(1)
         return int(seed), int(dropout_seed)
+
+    def _backward(self, views: dict[str, Tensor], progress: float) -> Terms:
+        """Forward and backward of the batch; the terms of the loss."""
+        return backward(self, views, progress)
 
     def precision(self):
         """nnU-Net's rule: mixed precision on CUDA only."""
