@@ -1,13 +1,14 @@
 """A server with the OpenAI interface on loopback, that answers, or misbehaves on purpose."""
 
 import base64
+import gzip
 import hashlib
 import io
 import json
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image
@@ -135,6 +136,17 @@ def _drip(handler):
         time.sleep(0.05)
 
 
+def _endless(handler, status):
+    """Bytes until the connection ends, of a stated length that nobody has room for."""
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(1 << 40))
+    handler.end_headers()
+    handler.close_connection = True
+    with suppress(OSError):
+        while True:
+            handler.wfile.write(bytes(1 << 16))
+
+
 MISBEHAVIOURS = {
     "busy": lambda handler: handler.reply(429, error("slow down"), Retry_After="0.3"),
     "busy, says not how long": lambda handler: handler.reply(429, error("slow down")),
@@ -157,6 +169,9 @@ MISBEHAVIOURS = {
     "no model": lambda handler: handler.reply(404, error("there is no model m")),
     "no money": lambda handler: handler.reply(429, error("pay first", "insufficient_quota")),
     "tomorrow": lambda handler: handler.reply(429, error("tomorrow"), Retry_After="86400"),
+    "endless": lambda handler: _endless(handler, 200),
+    "endless error": lambda handler: _endless(handler, 500),
+    "bomb": lambda handler: handler.reply(200, gzip.compress(bytes(1 << 24)), Content_Encoding="gzip"),
 }
 """What a server may do instead of answering."""
 PASSING = tuple(MISBEHAVIOURS)[:16]

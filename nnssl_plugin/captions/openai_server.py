@@ -21,6 +21,7 @@ import numpy as np
 from nnssl_plugin.captions.captioners import TRANSPORT, Answer, CaptionerStopped, SliceFacts, SliceFailed
 from nnssl_plugin.captions.endpoint import find_endpoint
 from nnssl_plugin.captions.rendering import png
+from nnssl_plugin.captions.transport import HEADERS, limit_answer
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import atomic_path
 from nnssl_plugin.io.text import printable
@@ -155,11 +156,15 @@ class OpenAICaptioner:
     def _make_client(self) -> Any:
         """A client that follows no redirect, and on this computer asks no proxy: both could lead elsewhere."""
         transport = self._openai.DefaultAsyncHttpxClient(
-            follow_redirects=False, trust_env=not self._endpoint.is_local, timeout=self.options.timeout
+            follow_redirects=False,
+            trust_env=not self._endpoint.is_local,
+            timeout=self.options.timeout,
+            event_hooks={"response": [limit_answer]},
         )
         return self._openai.AsyncOpenAI(
             base_url=self._endpoint.url,
             api_key=os.environ.get(self.options.key_variable) or "none",
+            default_headers=HEADERS,
             max_retries=0,
             http_client=transport,
         )

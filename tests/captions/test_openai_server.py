@@ -95,6 +95,18 @@ def test_a_slice_that_never_gets_a_text_fails_alone(wrong, make, quick):
 
 
 @pytest.mark.parametrize(
+    ("wrong", "said"), [("endless", "more than"), ("endless error", "more than"), ("bomb", "compressed")]
+)
+def test_answers_are_read_up_to_a_limit_and_never_unpacked(wrong, said, make, quick):
+    with (
+        running(misbehaviour=lambda total, of_picture: wrong) as server,
+        pytest.raises(SliceFailed, match=f"2 attempts, the last: .*{said}"),
+    ):
+        make(server, timeout=20, attempts=2).ask(picture(), FACTS)
+    assert server.asked.total() == 2
+
+
+@pytest.mark.parametrize(
     ("wrong", "raised", "said"),
     [
         ("refused picture", SliceFailed, "status 400: .*the picture is not liked"),

@@ -52,10 +52,11 @@ def test_every_command_of_the_page_runs(export, tmp_path, repository):
         device = ["-device", "cpu"] if key == "nnUNetv2_train" else []
         command(tmp_path, *words, *extra.get(key, []), *device)
         ran.append(key)
-    assert ran.count("prepare") == 3 and "nnUNetv2_train" in ran
+    assert ran.count("prepare") == 4 and "nnUNetv2_train" in ran
     fold = "Dataset501_Export/MAEPretrainer__trial__3d_fullres/fold_all/checkpoint_final.pth"
     assert (tmp_path / "nnUNet_results" / fold).is_file()
-    assert len(list((tmp_path / "nnUNet_raw" / "Dataset007_Tumours" / "labelsTr").iterdir())) == 5
+    for dataset in ("Dataset007_Tumours", "Dataset503_Brain"):
+        assert len(list((tmp_path / "nnUNet_raw" / dataset / "labelsTr").iterdir())) == 5
 
 
 @pytest.fixture
