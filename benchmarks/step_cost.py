@@ -183,8 +183,9 @@ class Round:
 
     def _bare(self) -> Tensor:
         patch = self.trainer.configuration_manager.patch_size
-        image = self.batch["image"].to(self.trainer.device)
-        network = self.trainer.task.backbone.network.requires_grad_(True)
+        backbone = self.trainer.task.backbone
+        image = self.batch["image"][:, : backbone.input_channels].to(self.trainer.device)
+        network = backbone.network.requires_grad_(True)
         return network(image[(..., *(slice(size) for size in patch))]).float().mean()
 
 

@@ -179,7 +179,7 @@ class BrainMVP(PretextTask):
             "with its template": by_template,
             "restored from it": from_template,
             "with another modality": by_other,
-            "restored of that": from_other,
+            "restored from that": from_other,
         }
         return {
             "templates": list(zip(self.modalities, scaled_to_range(self.templates), strict=True)),
