@@ -1,5 +1,6 @@
 """The two copies of an image, in which templates stand for some of its modalities (BrainMVP, appendix A)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnssl_plugin.methods.brainmvp.finetuning.settings import Settings
-from nnssl_plugin.transforms.masks import fill_masked, random_block_mask
+from nnssl_plugin.transforms.masks import fill_masked, random_cubes_mask
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ class Mixing:
             known = torch.tensor(self.known, device=images.device)
             replaced = replaced_modalities(present, known, self.settings.most_replaced, generator)
             return fill_masked(images, replaced.reshape(*replaced.shape, *(1,) * (images.ndim - 2)), templates)
-        windows = images.ndim - 2 - self.dimensions
-        masked = random_block_mask(
-            len(images),
-            images.shape[2:],
-            block=(1,) * windows + (self.settings.block,) * self.dimensions,
+        spatial = images.shape[-self.dimensions :]
+        masked = random_cubes_mask(
+            math.prod(images.shape[: -self.dimensions]),
+            spatial,
+            edge=self.settings.block,
             ratio=self.settings.masked,
             generator=generator,
             device=images.device,
         )
-        return fill_masked(images, masked, templates)
+        return fill_masked(images, masked.reshape(images.shape), templates)
 
 
 def replaced_modalities(present: Tensor, known: Tensor, most: int, generator: torch.Generator) -> Tensor:
