@@ -21,7 +21,7 @@ from skimage.measure import label, regionprops
 from skimage.transform import resize
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
@@ -73,7 +73,7 @@ def detector(encoder: Path | None, *, classes: int, size: int) -> FasterRCNN:
         missing, unexpected = resnet.load_state_dict(weights, strict=False)
         if unexpected or set(missing) != {"fc.weight", "fc.bias"}:
             raise SystemExit(f"{encoder} is not an encoder of torchvision's: {missing} {unexpected}")
-    backbone = _resnet_fpn_extractor(resnet, trainable_layers=5)
+    backbone = BackboneWithFPN(resnet, {f"layer{n}": str(n - 1) for n in (1, 2, 3, 4)}, [256, 512, 1024, 2048], 256)
     return FasterRCNN(
         backbone,
         num_classes=classes + 1,

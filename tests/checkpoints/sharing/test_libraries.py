@@ -8,7 +8,7 @@ from small_planar import NETWORKS, with_planar
 from small_pretraining import pretrain_one_step
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from nnssl_plugin.checkpoints.sharing.export import export_checkpoint
@@ -55,7 +55,8 @@ def test_torchvisions_resnet_and_detector_take_the_encoder(channels, nnunet_envi
     image = torch.randn(1, channels, 64, 64)
     shown = image.expand(1, 3, 64, 64)
     maps = network.encoder(image)
-    backbone = _resnet_fpn_extractor(resnet, trainable_layers=5)
+    layers = {f"layer{number}": str(number - 1) for number in (1, 2, 3, 4)}
+    backbone = BackboneWithFPN(resnet, layers, [256, 512, 1024, 2048], 256)
     for number, found in enumerate(backbone.body(shown).values()):
         torch.testing.assert_close(found, maps[number + 1], rtol=1e-4, atol=1e-5)
     detector = FasterRCNN(backbone, num_classes=2, min_size=64, max_size=64).eval()
