@@ -36,6 +36,8 @@ FAMILIES = {
     "SwinUNETR": "SwinUNETR",
     "PatchViT": "PatchViT",
     "SegResNetDS": "SegResNet",
+    "ResNetUNet": "ResNet U-Net",
+    "SAMUNet": "SAM's ViT",
 }
 """Class of a network → how tables call it."""
 API_HEAD = """# Python API

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "Primus", "SwinUNETR", "SegResNetDS", "PatchViT")
 """Families of networks whose features, tokens and reconstructions can be read, by the names of their classes."""
+PLANAR_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "ResNetUNet", "SAMUNet", "PatchViT")
+"""Those of them that serve 2D configurations, with those that serve nothing else."""
 
 
 @dataclass(frozen=True)
@@ -332,6 +334,7 @@ METHODS = {
             "lvm-med-paper": "the numbers that the paper states: noise of scale 1, batches of 200 on each of 16 ranks, "
             "100 epochs. [Not all of it is literal](#how-literal-the-papers-presets-are)",
         },
+        networks=PLANAR_NETWORKS,
     ),
 }
 """Name → method; its folder is that of its trainer."""

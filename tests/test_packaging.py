@@ -96,4 +96,4 @@ def test_presets_are_json_with_settings_or_a_network(repository):
     presets = sorted((repository / "plans").glob("*.json"))
     assert presets
     for path in presets:
-        assert {"pretraining", "architecture"} & set(json.loads(path.read_text())), path.name
+        assert {"pretraining", "architecture", "architecture_2d"} & set(json.loads(path.read_text())), path.name

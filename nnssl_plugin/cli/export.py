@@ -9,7 +9,7 @@ is named in it and no path of this machine; the optimiser stays behind. With --s
 without this package.
 """
 
-FORMATS = ("safetensors", "nnunet", "nnssl")
+FORMATS = ("safetensors", "nnunet", "nnssl", "torchvision", "timm")
 
 
 def add_arguments(parser):
@@ -25,7 +25,8 @@ def add_arguments(parser):
         choices=FORMATS,
         default="safetensors",
         help="safetensors: import takes it back (default); nnunet: a file for -pretrained_weights; "
-        "nnssl: for the fine-tuning commands of nnssl and nnU-Net",
+        "nnssl: for the fine-tuning commands of nnssl and nnU-Net; torchvision, timm: the encoder of ResNetUNet or "
+        "SAMUNet for their own models",
     )
     parser.add_argument(
         "--results",

@@ -34,6 +34,7 @@ from nnssl_plugin.checkpoints.format.shared_folder import (
 )
 from nnssl_plugin.checkpoints.format.spatial_arrays import as_state, spatial_arrays_of
 from nnssl_plugin.checkpoints.format.tensors import check_finite
+from nnssl_plugin.checkpoints.sharing.libraries import TIMM, TORCHVISION, Library, weights_for
 from nnssl_plugin.checkpoints.sharing.model_card import PaperLike, model_card, read_results
 from nnssl_plugin.checkpoints.sources.description import ENTRIES, check_fields, check_plan, check_provenance, unreadable
 from nnssl_plugin.checkpoints.sources.state_dicts import is_state_dict
@@ -58,7 +59,7 @@ LOCAL_PATH = re.compile(r"(?<![\w:/.)\]}])(?:~[\w-]*[/\\]|/(?=\w)|[A-Za-z]:[/\\]
 REMOVED = "(a path on the exporting machine, removed)"
 PLACE_OF_PLANS = "init_args.plans"
 """Where an entry with such a value is left out, so that its default holds, rather than replaced."""
-PRETRAINED, NNSSL_CHECKPOINT = "pretrained_weights.pth", "checkpoint_final.pth"
+PRETRAINED, NNSSL_CHECKPOINT, ENCODER = "pretrained_weights.pth", "checkpoint_final.pth", "encoder.pth"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def export_checkpoint(
         path: the checkpoint (``checkpoint_final.pth`` of a pretraining).
         folder: the folder to write.
         layout: ``safetensors`` (``nnssl_plugin import`` takes it back), ``nnunet`` (one file for stock nnU-Net's
-            ``-pretrained_weights``) or ``nnssl`` (a repository as nnssl and nnU-Net's fine-tuning read it).
+            ``-pretrained_weights``), ``nnssl`` (a repository as nnssl and nnU-Net's fine-tuning read it), or
+            ``torchvision`` or ``timm`` (the encoder alone in their names).
         results: ``[NAME=]summary.json`` of nnU-Net, whose means the model card shows.
         licence: SPDX identifier of the weights' licence; default: what the provenance says.
         papers: method → its paper, for the BibTeX entries.
@@ -250,9 +252,21 @@ def _write_nnssl(content: Mapping[str, Any], folder: Path) -> None:
     write_json(folder / "config.json", block["architecture_plans"])
 
 
+def _write_for(library: Library) -> Callable[[Mapping[str, Any], Path], None]:
+    """What writes the encoder for a library: a plain state dict, and the plan that tells its preprocessing."""
+
+    def write(content: Mapping[str, Any], folder: Path) -> None:
+        save_checkpoint(weights_for(library, content), folder / ENCODER)
+        write_json(folder / PLANS, content["init_args"]["plans"])
+
+    return write
+
+
 WRITERS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {
     "safetensors": _write_shared,
     "nnunet": _write_nnunet,
     "nnssl": _write_nnssl,
+    "torchvision": _write_for(TORCHVISION),
+    "timm": _write_for(TIMM),
 }
 """``--format`` → what writes its files."""

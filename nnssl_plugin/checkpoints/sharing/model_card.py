@@ -70,6 +70,23 @@ nnUNetv2_preprocess_like_nnssl -d TARGET_ID -n {method} -pc checkpoint_final.pth
 ```
 
 The files are those that nnssl's repositories have, for the fine-tuning commands of nnssl and of nnU-Net.""",
+    "torchvision": """```python
+import torch, torchvision
+
+network = torchvision.models.resnet50(weights=None)
+print(network.load_state_dict(torch.load("encoder.pth", weights_only=True), strict=False))  # misses fc alone
+```
+
+Images are normalised as `plans.json` says, not with ImageNet's means. A smaller ResNet than ResNet-50 is built with the
+`blocks` and `width_per_group` of that plan.""",
+    "timm": """```python
+import timm, torch
+
+network = timm.create_model("samvit_base_patch16", num_classes=0, neck_chans=None)  # neck_chans: that of plans.json
+network.load_state_dict(torch.load("encoder.pth", weights_only=True))
+```
+
+Images are normalised as `plans.json` says, not with ImageNet's means.""",
 }
 """Layout of the folder → how to get started with it."""
 NEEDED = (

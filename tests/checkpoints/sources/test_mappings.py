@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import timm
 import torch
+import torchvision
 from dynamic_network_architectures.building_blocks.eva import Eva
 from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd, PatchDecode, PatchEmbed
 from monai.networks.nets.segresnet_ds import SegResNetDS
@@ -22,6 +23,8 @@ from nnssl_plugin.checkpoints.sources.source import read_source
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.patch_vit import PatchViT
+from nnssl_plugin.networks.resnet_unet import ResNetUNet
+from nnssl_plugin.networks.sam_unet import SAMUNet
 
 IMPORTED = ["conv_op", "norm_op", "dropout_op", "nonlin"]
 VALID = {"format": FORMAT, "name": "mine", "rename": [["^enc\\.", "encoder."]], "drop": ["^head\\."]}
@@ -235,6 +238,42 @@ def test_ct_fm(layout, tmp_path, monkeypatch):
     assert all(key.startswith("encoder.") for key in source.weights) and source.input_channels == 1
     assert built(source.network).state_dict().keys() == network.state_dict().keys()
     assert source.provenance["spacing_mm"] == [3, 1, 1] and source.provenance["channels"] == ["CT"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["torchvision, LVM-Med", "parallel"])
+def test_resnet_50_in_torchvisions_names(prefix, tmp_path, monkeypatch):
+    """LVM-Med's file holds no ``fc``; ``segmentation_models_pytorch`` loads it strictly into torchvision's names."""
+    monkeypatch.setattr(content, "LARGEST_REPEATED", 2**34)  # the tensors of this test store one number each
+    weights = layout_of(without_memory(torchvision.models.resnet50, weights=None))
+    source = save_and_read(prefixed(prefix, weights), tmp_path, "torchvision-resnet50")
+    network = without_memory(ResNetUNet, 3, 2, **source.network["kwargs"])
+    assert fits(network.encoder, source.weights, "encoder.")
+    assert all(key.startswith("encoder.") for key in source.weights) and source.input_channels == 3
+
+
+SAM_LAYOUTS = {
+    "timm": ("sam-vit-b", True, lambda encoder: encoder),
+    "segment_anything": ("sam-vit-b", True, lambda encoder: prefixed("image_encoder.", with_lin(encoder)) | SAM_REST),
+    "LVM-Med": ("lvm-med-vit-b", False, lambda encoder: with_lin(encoder)),
+}
+"""timm's ``samvit_base_patch16``, Meta's ``sam_vit_b_01ec64.pth``, and LVM-Med's ``ImageEncoderViT`` without absolute
+positions (``model/unet_vit.py``)."""
+SAM_REST = {"prompt_encoder.no_mask_embed.weight": torch.zeros(1, 256), "mask_decoder.iou_token.weight": torch.zeros(1)}
+
+
+def with_lin(encoder):
+    return {re.sub(r"\.mlp\.fc(\d)\.", r".mlp.lin\1.", key): value for key, value in encoder.items()}
+
+
+@pytest.mark.parametrize("layout", SAM_LAYOUTS)
+def test_sams_vit_b(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "LARGEST_REPEATED", 2**34)
+    name, positions, arranged = SAM_LAYOUTS[layout]
+    theirs = without_memory(timm.create_model, "samvit_base_patch16", num_classes=0, use_abs_pos=positions)
+    source = save_and_read(arranged(layout_of(theirs)), tmp_path, name)
+    network = without_memory(SAMUNet, 3, 2, **source.network["kwargs"])
+    assert fits(network.vit, source.weights, "vit.")
+    assert all(key.startswith("vit.") for key in source.weights) and source.input_channels == 3
 
 
 def test_rules_apply_one_after_the_other(tmp_path):

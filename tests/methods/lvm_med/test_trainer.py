@@ -7,6 +7,7 @@ import pytest
 import torch
 from method_checks import assert_resumes_exactly
 from pretraining_harness import make_trainer, run
+from small_planar import NETWORKS, with_planar
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.methods.lvm_med.trainer import LVMMedPretrainer
@@ -67,6 +68,16 @@ def test_trains_the_encoder_alone(residual, channels, batch_norm):
     assert weights <= moved and all("encoder." in key for key in moved)
     assert trainer.dataloader_train.batches[0]["image"].shape == (4, channels, 16, 16)
     assert_finite(trainer)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_trains_the_papers_encoders_on_pictures_of_three_channels(name):
+    planned = make_trainer(**arguments(), channels=3)
+    plan = with_planar(planned.plans_manager.plans, name) | {"continue_training": False}
+    trainer = LVMMedPretrainer(plan, "2d", "all", planned.dataset_json, torch.device("cpu"))
+    trainer.run_training()
+    assert_finite(trainer)
+    assert trainer.running_statistics._layers or name == "SAMUNet"
 
 
 def test_no_window_lacks_foreground_and_neighbouring_slices_share_a_graph():
