@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 STS, BUSI = "Dataset601_STS", "Dataset602_BUSI"
-WIDTHS = [16, 32, 64, 128]
+WIDTHS = [8, 16, 32, 64]
 PATCHES = {STS: [32, 32, 32], BUSI: [128, 128]}
 SPACINGS = {STS: [4.0, 4.0, 4.0], BUSI: [1.0, 1.0]}
 CONFIGURATIONS = {STS: "3d_fullres", BUSI: "2d"}
@@ -110,7 +110,7 @@ def plan(dataset: str, epochs: int) -> None:
     content["configurations"] = {configuration: planned}
     write_json(path, content)
     _run("nnUNetv2_preprocess", "-d", number, "-c", configuration, "-np", "1")
-    settings = [f"epochs={epochs}", "iterations_per_epoch=50", "warmup_epochs=3", "batch_size=8"]
+    settings = [f"epochs={epochs}", "iterations_per_epoch=50", "warmup_epochs=3", "batch_size=4"]
     _run(
         "nnssl_plugin", "plan", "-d", number, "-n", "mae", "--preset", "mae",
         "--set", *(f"pretraining.{setting}" for setting in settings),
@@ -137,7 +137,7 @@ def untrained(dataset: str, folder: Path) -> Path:
 
 def pretrained(dataset: str) -> Path:
     """The checkpoint of MAE."""
-    folder = f"MAEPretrainer__nnUNetPlans-mae__{CONFIGURATIONS[dataset]}"
+    folder = f"MAEPretrainer__mae__{CONFIGURATIONS[dataset]}"
     return Path(os.environ["nnUNet_results"], dataset, folder, "fold_all", "checkpoint_final.pth")
 
 
@@ -165,9 +165,10 @@ def evaluate(dataset: str, raw: Path, work: Path, epochs: int) -> None:
     """Train, embed and evaluate one dataset."""
     number = dataset[7:10]
     if not pretrained(dataset).is_file():
-        plan(dataset, epochs)
+        if not Path(os.environ["nnUNet_preprocessed"], dataset, "mae.json").is_file():
+            plan(dataset, epochs)
         _run("nnssl_plugin", "train", number, CONFIGURATIONS[dataset], "all",
-             "-tr", "MAEPretrainer", "-p", "nnUNetPlans-mae", "-device", "cpu")  # fmt: skip
+             "-tr", "MAEPretrainer", "-p", "mae", "-device", "cpu")  # fmt: skip
     indexes = {name: work / f"{dataset}_{name}" for name in ("mae", "untrained", "intensities")}
     for name, weights in (("mae", pretrained(dataset)), ("untrained", untrained(dataset, work))):
         _run("nnssl_plugin", "embed", "-m", str(weights), "-i", str(raw / "imagesTr"), "-o", str(indexes[name]),

@@ -14,8 +14,8 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.tasks.retrieval.encoder import MAXIMUM
 from nnssl_plugin.tasks.retrieval.standardisation import BLOCK, Standardisation
 
-MOST_SCORES = 2**20
-"""Scores that are held at once (4 MiB, which a processor's cache holds)."""
+MOST_SCORES = 2**22
+"""Scores that are held at once (16 MiB)."""
 FIRST_BLOCK = 1024
 CONDITION = re.compile(r"\s*([^!=]+?)\s*(!?=)\s*(.*?)\s*")
 

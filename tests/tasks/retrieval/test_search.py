@@ -43,7 +43,7 @@ def naive(vectors, queries, k, standardise):
 
 
 @pytest.mark.parametrize("parts", [("mean", "maximum"), ("summary", "mean")])
-@pytest.mark.parametrize("most", [2**20, 40])
+@pytest.mark.parametrize("most", [2**22, 40])
 def test_exact_search_is_that_of_a_loop(tmp_path, monkeypatch, parts, most):
     monkeypatch.setattr(index, "MOST_SCORES", most)  # blocks of a few rows
     rng = np.random.default_rng(0)
