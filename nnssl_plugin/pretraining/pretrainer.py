@@ -27,6 +27,7 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.fast_blocks import use_fast_blocks
+from nnssl_plugin.networks.recomputing import recompute_activations
 from nnssl_plugin.nnunet.planes import axis_letters
 from nnssl_plugin.pretraining.batch_norm import RunningStatistics, check_batch_norm
 from nnssl_plugin.pretraining.batches import PURPOSES, TRAIN, VALIDATE, batches_of, open_batches
@@ -134,6 +135,8 @@ class Pretrainer(ResumableTrainer):
         )
         if self.training_settings.fast:
             use_fast_blocks(network)
+        if self.training_settings.recompute:
+            recompute_activations(network)
         return network
 
     def configure_optimizers(self):
