@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 """Calls in which the host waits for the device."""
@@ -46,3 +47,8 @@ def work_of(work: Callable[[], Any], device: str) -> dict[str, float]:
         "kernel_ms": sum(each.self_device_time_total for each in events) / 1000,
         "waits": sum(each.count for each in events if each.key in WAITS),
     }
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors in a value, of an operator's arguments or results."""
+    return [each for each in tree_leaves(value) if isinstance(each, torch.Tensor)]

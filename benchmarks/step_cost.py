@@ -16,7 +16,8 @@ Ratios are medians of the ratios round by round, which holds where the machine's
 share the processor, ``--clock process`` counts this process's own seconds (take one thread: those of all are added
 up). Parts are shares of the step: heads = floor - backbone; objective = forward and backward of the whole task - floor
 (of S2DC: the correspondences and the losses). Batches are made in this process (no workers), so the share of data is
-what training waits for at worst.
+what training waits for at worst. Below the table stands what one step asks of the device: operators on a CPU; launches,
+milliseconds of kernels and waits of the host on CUDA.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device_work import work_of
 from torch import Tensor, nn
 
 from nnssl_plugin.io.files import read_json, write_json
@@ -198,7 +200,9 @@ def measure(args: argparse.Namespace, plan_name: str) -> dict:
         rounds.append(Round(trainer, args.device, args.clock).run())
         for parameter in frozen:  # the bare network was timed with everything trained
             parameter.requires_grad_(False)
+    batch = next(trainer.dataloader_train)
     return summarise(rounds[WARM_UP:]) | {
+        "work": work_of(lambda: trainer.train_step(batch), args.device),
         "plan": plan_name,
         "batch": trainer.batch_size,
         "patch": list(trainer.configuration_manager.patch_size),
@@ -259,6 +263,9 @@ def main() -> None:
         os.environ |= {"nnUNet_results": scratch, "nnUNet_n_proc_DA": "0"}
         results = [measure(args, plan_name) for plan_name in args.p]
     print(table(results))
+    for result in results:
+        told = ", ".join(f"{name} {value:.4g}" for name, value in result["work"].items())
+        print(f"{result['plan']}, one step: {told}")
     setting = vars(args) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
     clock = f"{args.clock} clock, {setting['threads']} threads"
     print(f"{args.tr}, {args.device}, {clock}, torch {torch.__version__}, {args.rounds} rounds")

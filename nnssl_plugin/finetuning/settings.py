@@ -48,6 +48,9 @@ class FinetuningSettings:
     fast: bool = False
     """For CUDA: channels-last maps, and normalisation with activation as one step, in PlainConvUNet and
     ResidualEncoderUNet, in training as in prediction. Keys, checkpoints and, to rounding, results stay."""
+    recompute: bool = False
+    """Activation checkpointing: stages of U-Nets and blocks of transformers keep their inputs alone, and compute the
+    rest again in the backward pass, for less memory at the time of one more forward. Results stay."""
     seed: NaturalNumber | None = None
     """Seed of the initialisation and, without worker processes (``nnUNet_n_proc_DA=0``), of the augmentation, so that
     arms differ in their weights alone; ``null`` draws anew in every run."""

@@ -110,6 +110,15 @@ class SummaryReader(Protocol):
         ...
 
 
+@runtime_checkable
+class RecomputedReader(Protocol):
+    """What the reader of a network offers beside :class:`Reader`, whose parts may forget their activations."""
+
+    def recomputed(self) -> list[nn.Module]:
+        """Modules that compute their activations again in the backward pass, one by one."""
+        ...
+
+
 @dataclass(frozen=True)
 class StageKeys:
     """How keys of a state dict number the stages, for networks that may differ in the number of them.

@@ -23,6 +23,7 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.networks.fast_blocks import use_fast_blocks
+from nnssl_plugin.networks.recomputing import recompute_activations
 from nnssl_plugin.nnunet.planes import axis_letters
 from nnssl_plugin.pretraining.batch_norm import RunningStatistics, check_batch_norm
 from nnssl_plugin.pretraining.batches import TRAIN, VALIDATE, open_batches, streams_of
@@ -145,6 +146,8 @@ class Pretrainer(ResumableTrainer):
         network = super().build_network_architecture(plans_manager, configuration_manager, channels, *others, **options)
         if self.training_settings.fast:
             use_fast_blocks(network)
+        if self.training_settings.recompute:
+            recompute_activations(network)
         return network
 
     def configure_optimizers(self):

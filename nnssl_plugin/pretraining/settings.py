@@ -61,6 +61,9 @@ class TrainingSettings:
     fast: bool = False
     """For CUDA: channels-last maps, and normalisation with activation as one step, in PlainConvUNet and
     ResidualEncoderUNet. Keys, checkpoints and, to rounding, results stay."""
+    recompute: bool = False
+    """Activation checkpointing: stages of U-Nets and blocks of transformers keep their inputs alone, and compute the
+    rest again in the backward pass, for less memory at the time of one more forward. Results stay."""
     gradient_clip: Positive = 12.0
     """Largest norm of the gradient (12 is nnU-Net's)."""
     seed: Annotated[int, Range(ge=0)] = 12345

@@ -130,3 +130,11 @@ def test_the_correspondence_has_a_share_of_the_step():
     )
     assert result["tokens"] == 64 and 0 < result["share"] < 1
     assert 0 < result["matches_per_sample"] <= 64
+
+
+def test_operators_are_counted_forward_and_backward_without_views():
+    device_work = __import__("device_work")
+    x = torch.ones(3, requires_grad=True)
+    forward = device_work.work_of(lambda: (2 * x).view(1, 3), "cpu")
+    both = device_work.work_of(lambda: (2 * x).sum().backward(), "cpu")
+    assert forward == {"operators": 1} and both["operators"] > 2

@@ -86,6 +86,10 @@ class PatchViTReader:
         """Modules that are worth compiling one by one."""
         return [*self.network.encoder.blocks, self.network.decoder]
 
+    def recomputed(self) -> list[nn.Module]:
+        """The transformer's blocks, and the decoder."""
+        return [*self.network.encoder.blocks, self.network.decoder]
+
 
 def _is_patch_vit(network: nn.Module) -> bool:
     return hasattr(network, "head") and hasattr(getattr(network, "encoder", None), "patch_embed")

@@ -121,6 +121,10 @@ class PrimusReader:
         """Modules that are worth compiling one by one."""
         return [self.network.eva, *self.network.up_projection.decode[:-1]]
 
+    def recomputed(self) -> list[nn.Module]:
+        """The transformer's blocks, and the steps of the up-projection before the last one."""
+        return [*self.network.eva.blocks, *self.network.up_projection.decode[:-1]]
+
     @property
     def _registers(self) -> int:
         """Tokens that stand before those of the patches."""

@@ -72,6 +72,12 @@ class UNetReader:
         """Modules that are worth compiling one by one."""
         return [self.network.encoder, *self.network.decoder.stages]
 
+    def recomputed(self) -> list[nn.Module]:
+        """The stages of encoder and decoder."""
+        stem = getattr(self.network.encoder, "stem", None)
+        first = [] if stem is None else [stem]
+        return [*first, *self.network.encoder.stages, *self.network.decoder.stages]
+
 
 def _is_unet(network: nn.Module) -> bool:
     return hasattr(network, "encoder") and hasattr(getattr(network, "decoder", None), "transpconvs")

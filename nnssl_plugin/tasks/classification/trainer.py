@@ -22,6 +22,7 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.finetuning.parameter_groups import rest_at_test_mode
 from nnssl_plugin.finetuning.weights import load_planned_weights, planned_optimisation
 from nnssl_plugin.networks.fast_blocks import use_fast_blocks
+from nnssl_plugin.networks.recomputing import recompute_activations
 from nnssl_plugin.nnunet.case_labels import targets_block
 from nnssl_plugin.tasks.classification.batches import (
     WINDOWS,
@@ -132,6 +133,8 @@ class PretrainedClassificationTrainer(ResumableTrainer):
         heads = {target.name: target.outputs for target in self.targets}
         if self.finetuning.fast:
             use_fast_blocks(self.network)
+        if self.finetuning.recompute:
+            recompute_activations(self.network)
         self.network = Classifier(
             self.network,
             input_channels=self.num_input_channels,

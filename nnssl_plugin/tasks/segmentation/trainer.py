@@ -14,6 +14,7 @@ from nnssl_plugin.finetuning.parameter_groups import rest_at_test_mode
 from nnssl_plugin.finetuning.settings import FinetuningSettings, read_settings, settings_of
 from nnssl_plugin.finetuning.weights import load_planned_weights, planned_optimisation
 from nnssl_plugin.networks.fast_blocks import use_fast_blocks
+from nnssl_plugin.networks.recomputing import recompute_activations
 from nnssl_plugin.training.interruption import TO_BE_CONTINUED
 from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
 from nnssl_plugin.training.resumable import ResumableTrainer
@@ -65,8 +66,11 @@ class PretrainedSegmentationTrainer(ResumableTrainer):
         network = ResumableTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
-        if settings_of(plans_manager.plans).fast:
+        settings = settings_of(plans_manager.plans)
+        if settings.fast:
             use_fast_blocks(network)
+        if settings.recompute:
+            recompute_activations(network)
         return network
 
     def configure_optimizers(self):
