@@ -33,11 +33,14 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--epochs", type=int, default=30, help="of 50 steps (default: 30)")
+    parser.add_argument("--only", choices=(STS, BUSI), help="one of the two sets")
     args = parser.parse_args()
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (args.work / name).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str((args.work / name).resolve())
     for dataset, write in ((STS, write_sts), (BUSI, write_busi)):
+        if args.only not in (None, dataset):
+            continue
         raw = Path(os.environ["nnUNet_raw"], dataset)
         if not raw.is_dir():
             write(args.data, raw)
