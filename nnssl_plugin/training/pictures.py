@@ -40,6 +40,8 @@ INCHES = 3.0
 """Longest side of a slice; all slices of a file have one scale."""
 SMALLEST = 0.5
 """Inches that a thin slice is given at least."""
+TITLE = 10
+"""Points of a title, whatever another program in this process has set: columns are as wide as titles need."""
 
 
 def draw_pictures(
@@ -79,7 +81,7 @@ def draw_pictures(
             panel = page.panel(row, column)
             drawn = each.draw(panel, cut, grey, aspect=spacing[up] / spacing[across])
             if row == 0:
-                panel.set_title(page.titles[column], fontsize="medium")
+                panel.set_title(page.titles[column], fontsize=TITLE)
             if letters is not None:
                 ends = letters[-len(size) :]
                 _orient(panel, ends[up], ends[across], labelled=column == 0)

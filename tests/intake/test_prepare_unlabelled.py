@@ -14,7 +14,7 @@ import pytest
 import SimpleITK
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.intake import case_ledger, examination
+from nnssl_plugin.intake import case_ledger, examination, workers
 from nnssl_plugin.intake.ledger import Origin, read_rows
 from nnssl_plugin.intake.unlabelled import prepare_dataset
 from nnssl_plugin.io.scans import load_scan
@@ -350,7 +350,7 @@ def test_a_refusal_for_a_cause_outside_of_the_file_is_tried_again(raw, source, s
     save("a.nii.gz", seed=1)
     (source / "bad.nii.gz").write_bytes(b"damaged")
     with monkeypatch.context() as patch:
-        patch.setattr("nnssl_plugin.io.scans.available_memory", lambda: 1)
+        patch.setattr("nnssl_plugin.io.refusals.available_memory", lambda: 1)
         first = prepare(source)
     assert first.added == () and "too large for the memory" in reasons(first, source)["a.nii.gz"]
     seen = []
@@ -399,7 +399,7 @@ def test_a_file_that_kills_its_worker_ends_nothing_else(raw, source, save, monke
     for number in range(5):
         save(f"{number}.nii.gz", seed=number)
     fork = multiprocessing.get_context("fork")  # spawned workers would not see the patched function
-    monkeypatch.setattr(examination.multiprocessing, "get_context", lambda _method: fork)
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _method: fork)
     monkeypatch.setattr(examination, "_read_volumes", _killed_by_2)
     summary = prepare(source, processes=2)
     assert sorted(summary.added) == ["0", "1", "3", "4"]
