@@ -171,8 +171,9 @@ def show(rows: list[dict]) -> None:
 
 
 def agree(rows: list[dict]) -> bool:
-    """Whether routes end with equal weights; a loss may differ by the last bit of its sum, which nothing learns from
-    and which depends on where in memory a processor finds the numbers."""
+    """Whether routes end with equal weights, bit for bit. A loss may differ by a part in a million: on one machine the
+    last bit of a step's loss differed between nnU-Net's trainer and ours while all weights were equal, for a cause that
+    was not traced."""
     losses = [(row["train_loss"], row["validation_loss"]) for row in rows]
     near = all(math.isclose(*pair, rel_tol=1e-6) for one in losses for pair in zip(one, losses[0], strict=True))
     return near and len({row["trained_sha256"] for row in rows}) == 1

@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.networks.construction import refuse_deep_supervision
@@ -44,7 +43,6 @@ class PatchViT(nn.Module):
         mlp_ratio: width of a block's hidden layer over that of a token.
         drop_path_rate: of the last block; it grows linearly from 0 at the first.
         summary_token: whether a learned token that belongs to no patch stands before them (CLS).
-        checkpointing: compute the blocks' activations again in the backward pass, instead of keeping them.
         decoder_width: channels of the decoder's finest map; coarser ones have twice as many per halving, up to
             ``embed_dim``.
         deep_supervision: may be False: the network has one output.
@@ -68,7 +66,6 @@ class PatchViT(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         summary_token: bool = True,
-        checkpointing: bool = False,
         decoder_width: int = 32,
         deep_supervision: bool = False,
     ):
@@ -83,7 +80,6 @@ class PatchViT(nn.Module):
             mlp_ratio,
             drop_path_rate=drop_path_rate,
             summary_token=summary_token,
-            checkpointing=checkpointing,
         )
         self.decoder = LightDecoder(input_channels, patch_size, embed_dim, decoder_width)
         self.head = CONVOLUTIONS[len(patch_size)][0](decoder_width, num_classes, 1)
@@ -107,12 +103,10 @@ class PatchEncoder(nn.Module):
         *,
         drop_path_rate: float,
         summary_token: bool,
-        checkpointing: bool,
     ):
         super().__init__()
         self.patch_size = tuple(patch_size)
         self.embed_dim = embed_dim
-        self.checkpointing = checkpointing
         self.patch_embed = nn.Module()
         convolution = CONVOLUTIONS[len(patch_size)][0]
         self.patch_embed.proj = convolution(input_channels, embed_dim, self.patch_size, stride=self.patch_size)
@@ -160,10 +154,7 @@ class PatchEncoder(nn.Module):
 
     def _transformed(self, tokens: Tensor) -> Tensor:
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
+            tokens = block(tokens)
         return self.norm(tokens)
 
 
