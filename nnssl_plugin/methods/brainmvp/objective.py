@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from nnssl_plugin.data.batch import Batch, Needs
 from nnssl_plugin.methods.brainmvp.settings import Settings
-from nnssl_plugin.methods.brainmvp.views import channel_of, draw_modalities
+from nnssl_plugin.methods.brainmvp.views import draw_modalities
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.objectives.contrastive import symmetric_info_nce
 from nnssl_plugin.objectives.reconstruction import mean_square
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms, Views
+from nnssl_plugin.transforms.channels import channel_of
 from nnssl_plugin.transforms.masks import fill_masked, inside_case, random_block_mask, random_cubes_mask
 from nnssl_plugin.transforms.placement import placed_windows
 

@@ -30,12 +30,6 @@ def draw_modalities(available: Tensor, together: Tensor, generator: torch.Genera
     return own, torch.where(paired, _best(scores[batch : 2 * batch], others), own), paired
 
 
-def channel_of(image: Tensor, channel: Tensor) -> Tensor:
-    """One channel of each sample: (B, C, *spatial), (B,) long → (B, 1, *spatial)."""
-    index = channel.reshape(-1, *[1] * (image.ndim - 1)).expand(-1, 1, *image.shape[2:])
-    return image.gather(1, index)
-
-
 def _best(scores: Tensor, allowed: Tensor) -> Tensor:
     """Index of the largest allowed score along the last axis."""
     return scores.masked_fill(~allowed, -1).argmax(-1)

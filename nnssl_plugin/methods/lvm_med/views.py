@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nnssl_plugin.methods.lvm_med.settings import Settings
 from nnssl_plugin.transforms.affine import compose, invert_affine, random_crop, transform_points, warp_image
+from nnssl_plugin.transforms.channels import drawn_channel
 from nnssl_plugin.transforms.intensity import random_blur, random_contrast, random_shift
 
 
@@ -25,9 +26,7 @@ def with_channels(image: Tensor, available: Tensor, channels: int, generator: to
     """
     if image.shape[1] == channels:
         return image
-    drawn = torch.rand(available.shape, generator=generator, device=image.device)
-    chosen = torch.where(available, drawn, -1.0).argmax(1)
-    return image[torch.arange(len(image), device=image.device), chosen][:, None].expand(-1, channels, *image.shape[2:])
+    return drawn_channel(image, available, generator=generator).expand(-1, channels, *image.shape[2:])
 
 
 def image_boxes(image: Tensor, settings: Settings, *, spacing: Sequence[float], generator: torch.Generator) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nnssl_plugin.data.batch import Batch
 from nnssl_plugin.methods.m3ret.settings import InputSettings
+from nnssl_plugin.transforms.channels import drawn_channel
 from nnssl_plugin.transforms.intensity import to_unit_range
 
 VIDEO = "video"
@@ -60,10 +61,7 @@ def with_channels(
     own = image.shape[1]
     if own == channels and (colour or own == 1):
         return image
-    key = torch.rand(available.shape, generator=generator, device=image.device)
-    chosen = torch.where(available, key, -1.0).argmax(1)
-    index = chosen.reshape(-1, *[1] * (image.ndim - 1)).expand(-1, 1, *image.shape[2:])
-    return image.gather(1, index).expand(-1, channels, *[-1] * (image.ndim - 2))
+    return drawn_channel(image, available, generator=generator).expand(-1, channels, *image.shape[2:])
 
 
 def some_frames(video: Tensor, number: int, *, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nnssl_plugin.methods.brainmvp.views import channel_of, draw_modalities
+from nnssl_plugin.methods.brainmvp.views import draw_modalities
+from nnssl_plugin.transforms.channels import channel_of
 
 AVAILABLE = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 1], [0, 0, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
 
