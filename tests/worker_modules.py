@@ -1,0 +1,19 @@
+"""What a worker of a training has imported once it made a batch; this file, which it imports too, imports nothing."""
+
+import os
+import sys
+
+HEAVY = ("nnunetv2.training.nnUNetTrainer", "nnunetv2.run", "torch._dynamo", "torch._inductor", "triton", "_pytest")
+"""What no worker needs: trainers, torch's compiler, and the script that runs (of a test, pytest's)."""
+
+
+class ImportedModules:
+    """Batch *k* of other batches, and in its place what the worker has imported by then and who it is."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __getitem__(self, step):
+        self.batches[step]
+        heavy = [name for name in sys.modules if name.startswith(HEAVY)]
+        return {"step": step, "heavy": heavy, "process": os.getpid()}
