@@ -1,6 +1,6 @@
 """Memory of a pretraining step, method by method: measured on CUDA, counted on a CPU.
 
-    python benchmarks/method_memory.py -d 501 -device cuda MAEPretrainer:mae S2DCPretrainer:s2dc LVMMedPretrainer:lvm-med:2d
+    python benchmarks/method_memory.py -d 501 -device cuda MAEPretrainer:mae LVMMedPretrainer:lvm-med:2d
     OMP_NUM_THREADS=1 python benchmarks/method_memory.py -d 501 MAEPretrainer:mae
 
 Each method is TRAINER:PLAN or TRAINER:PLAN:CONFIGURATION, on a dataset that is planned, preprocessed and captioned.
@@ -117,7 +117,10 @@ def measure(args: argparse.Namespace, trainer_name: str, plan: str, configuratio
 
 def table(rows: list[Row]) -> str:
     """The rows in Markdown."""
-    lines = ["| trainer | network, patch | batch | parameters | held | step | bare network |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| trainer | network, patch | batch | parameters | held | step | bare network |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         numbers = f"{row.parameters:.1f} M | {row.held:.2f} | {row.step:.2f} | {row.bare:.2f}"
         size = "×".join(map(str, row.patch))
