@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,11 +33,11 @@ from fast_blocks import BLOCKS, FEATURES
 from torch import nn
 
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.io.files import write_json
+from nnssl_plugin.nnunet.plan_edits import read_preset
 
 NAME = "Dataset001_Beside"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnssl_raw", "nnssl_preprocessed", "nnssl_results")
-PRESET = "mae-openmind"
 
 
 def their_trainer(args: argparse.Namespace):
@@ -68,7 +67,7 @@ def our_trainer(args: argparse.Namespace, *, fast: bool):
     cases = Path(os.environ["nnUNet_preprocessed"], NAME, "cases")
     cases.mkdir(parents=True, exist_ok=True)
     (cases / "none.b2nd").touch()  # nnU-Net looks at the names of the files
-    block = read_json(str(resources.files("nnssl_plugin.plans") / f"{PRESET}.json"))["pretraining"] | {"batch_size": args.batch, "fast": fast}
+    block = read_preset("mae-openmind")["pretraining"] | {"batch_size": args.batch, "fast": fast}
     labels = {"background": 0, "body": 1}
     dataset = {"channel_names": {"0": "MR"}, "labels": labels, "numTraining": 1, "file_ending": ".nii.gz"}
     trainer = MAEPretrainer(
