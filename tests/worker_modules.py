@@ -8,12 +8,12 @@ HEAVY = ("nnunetv2.training.nnUNetTrainer", "nnunetv2.run", "torch._dynamo", "to
 
 
 class ImportedModules:
-    """Batch *k* of other batches, and in its place what the worker has imported by then and who it is."""
+    """Batch *k* of other batches, what the worker has imported by then, and who it is."""
 
     def __init__(self, batches):
         self.batches = batches
 
     def __getitem__(self, step):
-        self.batches[step]
+        batch = self.batches[step]
         heavy = [name for name in sys.modules if name.startswith(HEAVY)]
-        return {"step": step, "heavy": heavy, "process": os.getpid()}
+        return {"step": step, "batch": batch, "heavy": heavy, "process": os.getpid()}

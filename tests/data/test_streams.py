@@ -16,7 +16,7 @@ from worker_modules import ImportedModules
 from nnssl_plugin.data.batch import Needs
 from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.data.cases import Cases
-from nnssl_plugin.data.streams import open_streams
+from nnssl_plugin.data.streams import METHOD, open_streams
 
 CASES = [f"case_{i:02d}" for i in range(6)]
 EPOCHS = [(range(3, 5), range(2)), (range(5, 9), range(2))]
@@ -71,21 +71,24 @@ def test_the_first_batch_is_told_once():
 
 
 @pytest.mark.slow
-def test_one_pool_brings_what_this_process_would_and_imports_neither_trainers_nor_compiler(batches):
+@pytest.mark.parametrize("method", sorted({METHOD, "spawn"}))
+def test_one_pool_brings_what_this_process_would_and_imports_neither_trainers_nor_compiler(
+    batches, monkeypatch, method
+):
+    monkeypatch.setattr("nnssl_plugin.data.streams.METHOD", method)
     sources = batches((1, 0)), batches((1, 1), window="whole")
     training, validation = open_streams(*map(ImportedModules, sources), EPOCHS, workers=2)
-    first = numbers(training, 2) + numbers(validation, 1)  # in the middle of the validation, the training goes on
-    rest = numbers(training, 4) + numbers(validation, 3)
-    assert [batch["step"] for batch in first + rest] == [3, 4, 0, 5, 6, 7, 8, 1, 0, 1]
-    assert len({batch["process"] for batch in first + rest} - {os.getpid()}) <= 2
-    assert not any(batch["heavy"] for batch in first + rest)
+    first = numbers(training, 2), numbers(validation, 1)  # in the middle of the validation, the training goes on
+    rest = numbers(training, 4), numbers(validation, 3)
+    for part, source, steps in ((0, sources[0], [*range(3, 9)]), (1, sources[1], [0, 1, 0, 1])):
+        found = first[part] + rest[part]
+        assert [each["step"] for each in found] == steps
+        assert all(same(value, source[each["step"]][key]) for each in found for key, value in each["batch"].items())
+        assert not any(each["heavy"] for each in found)
+        assert os.getpid() not in {each["process"] for each in found}
     for stream in (training, validation):
         with pytest.raises(StopIteration):
             next(stream)
-    training, validation = open_streams(*sources, EPOCHS, workers=1)
-    for stream, source, steps in ((training, sources[0], range(3, 7)), (validation, sources[1], (0, 1, 0))):
-        for step in steps:
-            assert all(same(value, source[step][key]) for key, value in next(stream).items())
 
 
 def same(a, b):
