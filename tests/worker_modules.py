@@ -8,7 +8,7 @@ HEAVY = ("nnunetv2.training.nnUNetTrainer", "nnunetv2.run", "torch._dynamo", "to
 
 
 class ImportedModules:
-    """Batch *k* of other batches, what the worker has imported by then, and who it is."""
+    """Batch *k* of other batches, what the worker has imported by then, and who it and its parent are."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -16,4 +16,4 @@ class ImportedModules:
     def __getitem__(self, step):
         batch = self.batches[step]
         heavy = [name for name in sys.modules if name.startswith(HEAVY)]
-        return {"step": step, "batch": batch, "heavy": heavy, "process": os.getpid()}
+        return {"step": step, "batch": batch, "heavy": heavy, "processes": {os.getpid(), os.getppid()}}

@@ -25,6 +25,8 @@ Linux a server that runs none imports torch once and is forked for every worker,
 elsewhere each worker imports torch by itself."""
 SERVER_IMPORTS = ["torch"]
 """Takes most of a worker's start. Not blosc2: it starts threads when it is imported."""
+LEFT_TO_THE_TRAINER = (signal.SIGTERM, signal.SIGINT)
+"""Signals that a scheduler, or a terminal, sends to every process."""
 Epoch = tuple[Sequence[int], Sequence[int]]
 """Numbers of the training batches and of the validation batches of an epoch."""
 
@@ -102,7 +104,7 @@ def prepare_workers(workers: int) -> None:
 
     forkserver.set_forkserver_preload(SERVER_IMPORTS)
     # a scheduler signals every process: the server ends with this one, by a pipe of theirs, and must not end before it
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_TRAINER)
     try:
         forkserver.ensure_running()
     finally:
@@ -186,7 +188,7 @@ def _settle(worker: int) -> None:
     A scheduler signals every process; a worker that died of it would break the step that is being finished. Of a
     trainer that is killed a worker hears through a pipe alone: its parent is the server, which waits for it.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in LEFT_TO_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)
     Thread(target=_end_with_the_trainer, daemon=True).start()
 
