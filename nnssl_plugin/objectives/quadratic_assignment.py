@@ -4,8 +4,9 @@ Maximised over permutations p of n rows: Σ_i node[i, p(i)] + ½ Σ_ij pair[(i, 
 what comes back is the best that local searches from several starts came by.
 
 Shapes: G problems, S permutations of each, n rows and columns. All loops have fixed lengths and read nothing on the
-host, but for a CPU, where they end once nothing changes and where problems that are decided leave. Everything is
-deterministic. ``pair`` holds n⁴ numbers per problem, 0.26 MB for n = 16 in float32: meant for n up to about 40.
+host, but for a CPU, where they end once nothing changes and where problems that are decided leave. On CUDA with Triton
+the searches are one kernel each. Everything is deterministic. ``pair`` holds n⁴ numbers per problem, 0.26 MB for n = 16
+in float32: meant for n up to about 40.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_plugin.objectives.assignment import linear_assignment
+from nnssl_plugin.objectives.assignment import has_kernels, linear_assignment
 
 FRANK_WOLFE_STEPS = 5
 ASCENT_STEPS = 40
@@ -105,6 +106,8 @@ def frank_wolfe(problem: QuadraticProblem, steps: int) -> Tensor:
 def ascend(problem: QuadraticProblem, permutations: Tensor, steps: int) -> Tensor:
     """Swaps the two rows that gain most, until none gains: (G, S, n) → (G, S, n), after at most ``steps`` swaps."""
     walk = _Walk(problem, permutations)
+    if has_kernels(problem.pair):
+        return _with_kernel(walk, problem, permutations, steps, tabu=False)
     for _ in range(steps):
         gains, places = walk.swaps()
         gain, chosen = gains.max(1)
@@ -133,6 +136,8 @@ def tabu_search(problem: QuadraticProblem, permutations: Tensor, steps: int) -> 
     if len(permutations) == 0:
         return permutations
     walk, n = _Walk(problem, permutations), permutations.shape[-1]
+    if has_kernels(problem.pair):
+        return _with_kernel(walk, problem, permutations, steps, tabu=True)
     best, below = walk.permutations, walk.rounding.new_zeros(len(walk.rounding))  # how far the walk is below its best
     until = torch.zeros(len(best), n * n, dtype=torch.int32, device=best.device)
     always = torch.ones_like(below, dtype=torch.bool)
@@ -190,6 +195,13 @@ class _Walk:
         self.gradient = self.gradient + change
         taken = torch.where(moves[:, None], places[:, 2:], places[:, :2])
         self.permutations = self.permutations.scatter(1, taken // n, taken % n)
+
+
+def _with_kernel(walk: _Walk, problem: QuadraticProblem, permutations: Tensor, steps: int, *, tabu: bool) -> Tensor:
+    from nnssl_plugin.objectives import quadratic_assignment_kernels  # needs Triton
+
+    given = walk.gradient, problem.pair, permutations, walk.rounding, walk.rows
+    return quadratic_assignment_kernels.search(*given, steps=steps, tabu=tabu).view_as(permutations)
 
 
 def _chosen(places: Tensor, chosen: Tensor) -> Tensor:
