@@ -6,9 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-def search(
-    gradient: Tensor, pair: Tensor, permutations: Tensor, rounding: Tensor, rows: Tensor, *, steps: int, tabu: bool
-) -> Tensor:
+def search(gradient: Tensor, pair: Tensor, permutations: Tensor, rounding: Tensor, *, steps: int, tabu: bool) -> Tensor:
     """The swaps of ``ascend``, or those of ``tabu_search``; no argument is changed.
 
     Args:
@@ -16,7 +14,6 @@ def search(
         pair: (G, n², n²).
         permutations: (G, S, n) with G · S = P.
         rounding: (P,) what a gain must exceed.
-        rows: (2, W) of the swaps.
         steps: their greatest number.
         tabu: which search.
 
@@ -25,8 +22,7 @@ def search(
     """
     starts, n = permutations.shape[1:]
     here = permutations.flatten(0, 1).to(torch.int32).contiguous()
-    here = here.clone() if here.data_ptr() == permutations.data_ptr() else here
-    best = here.clone()
+    best, rows = here.clone(), torch.triu_indices(n, n, 1, dtype=torch.int32, device=here.device)
     if len(here):
         until = torch.zeros_like(gradient, dtype=torch.int32) if tabu else here
         _search[(len(here),)](
@@ -36,7 +32,7 @@ def search(
             best,
             until,
             rounding,
-            rows.to(torch.int32).contiguous(),
+            rows,
             n,
             steps,
             starts,

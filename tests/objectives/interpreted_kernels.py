@@ -29,8 +29,8 @@ def search(n: int, starts: int, *, tabu: bool) -> None:
     pair = pair.flatten(3, 4).flatten(1, 2)
     problem = QuadraticProblem(torch.randn(2, n, n, generator=generator), pair + pair.mT)
     permutations = torch.rand(2, starts, n, generator=generator).argsort(-1)
-    before, walk = permutations.clone(), quadratic_assignment._Walk(problem, permutations)
-    found = quadratic_assignment._with_kernel(walk, problem, permutations, 12, tabu=tabu)
+    before = permutations.clone()
+    found = quadratic_assignment._searched_by_kernel(problem, permutations, 12, tabu=tabu)
     operators = quadratic_assignment.tabu_search if tabu else quadratic_assignment.ascend
     assert torch.equal(found, operators(problem, permutations, 12)) and torch.equal(permutations, before)
 
