@@ -203,8 +203,8 @@ class _Walk:
         return before
 
     def _quadratic(self, rows: Tensor, places: Tensor) -> Tensor:
-        """½ ⟨D, pair · D⟩ of the swaps of some rows (P, R) with all rows, (P, R, n); ``places`` (P, R) of these rows, as
-        rows of ``self.pair``."""
+        """½ ⟨D, pair · D⟩ of the swaps of some rows (P, R) with all rows, (P, R, n); ``places`` (P, R) of these rows,
+        as rows of ``self.pair``."""
         square, columns = self.pair.shape[1], self.permutations
         own = columns.gather(1, rows)
         now = (places * square)[:, :, None] + (self.first_place + columns)[:, None]
