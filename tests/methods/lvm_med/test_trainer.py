@@ -159,6 +159,12 @@ def test_images_outside_of_all_graphs_are_told_and_a_single_image_is_refused():
         run(**arguments({"batch_size": 1}))
 
 
+def test_the_smallest_batch_is_a_graph_of_two_nodes():
+    trainer = run(**arguments({"batch_size": 2}))
+    assert_finite(trainer)
+    assert trainer.log.history()["diagnostics/chance"] == [0.5]
+
+
 def test_volumes_in_3d_are_refused():
     with pytest.raises(UserError, match="does not support 3D"):
         run(**arguments() | {"dimensions": 3})
