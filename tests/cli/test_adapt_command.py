@@ -9,6 +9,7 @@ import torch
 from fake_dataset import NAME, fake_plan, write_fake_dataset
 
 from nnssl_plugin.checkpoints.format.files import read_checkpoint, save_checkpoint
+from nnssl_plugin.checkpoints.format.provenance import describe_network
 from nnssl_plugin.checkpoints.format.spatial_arrays import SpatialArray, as_state
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json
@@ -41,8 +42,9 @@ def test_the_next_command_names_the_method_s_own_trainer_where_its_arrays_serve(
 ):
     source = tmp_path / "source.pth"
     array = SpatialArray(torch.zeros(2, 8, 8, 8), names, (1.0,) * 3, ("IS", "PA", "LR"), ("ZScoreNormalization",) * 2)
-    content = read_checkpoint(source) | {"provenance": {"method": "brainmvp"}} | as_state({"templates": array})
-    save_checkpoint(content, source)
+    provenance = {"method": "brainmvp", "network": describe_network(fake_plan(), "3d_fullres")}
+    content = read_checkpoint(source) | {"provenance": provenance}
+    save_checkpoint(content | as_state({"templates": array}), source)
     assert main(["adapt", "-d", "901", "-w", str(source), "-n", "toy"]) == 0
     assert capsys.readouterr().out.endswith(f"0 -p nnUNetPlans-toy -tr {trainer}\n")
     assert main(["adapt", "-d", "901", "-w", str(source), "-n", "twin", "--from-scratch"]) == 0
