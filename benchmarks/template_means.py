@@ -164,8 +164,8 @@ def _plan(args: argparse.Namespace) -> None:
         "features_per_stage": [first * 2**stage for stage in range(args.stages)],
         "kernel_sizes": [[3, 3, 3]] * args.stages,
         "strides": [[1, 1, 1], *[[2, 2, 2]] * (args.stages - 1)],
-        "n_conv_per_stage": [2] * args.stages,
-        "n_conv_per_stage_decoder": [2] * (args.stages - 1),
+        "n_conv_per_stage": [1] * args.stages,
+        "n_conv_per_stage_decoder": [1] * (args.stages - 1),
     }
     kwargs = f"configurations.{CONFIGURATION}.architecture.arch_kwargs"
     settings = [f"{kwargs}.{key}={value}" for key, value in network.items()]
