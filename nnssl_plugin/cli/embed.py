@@ -40,7 +40,9 @@ def add_image_arguments(parser):
     parser.add_argument("--metadata", metavar="CSV", help="table with the column case, perhaps subject, and any others")
     parser.add_argument("-seg", metavar="DIR", help="segmentations (CASE.nii.gz), for --rows lesion")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows of one pass (default: 4)")
-    parser.add_argument("-np", type=int, default=2, metavar="N", help="threads that read images (default: 2)")
+    parser.add_argument(
+        "-np", type=int, default=2, metavar="N", help="processes that read images beside this one (default: 2)"
+    )
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: cpu")
     parser.add_argument(
         "--trust",
@@ -66,7 +68,7 @@ def embed(args, model, folder, **how):
         segmentations=segmentations,
         device=args.device,
         batch_size=args.batch_size,
-        threads=args.np,
+        processes=args.np,
         trust=args.trust,
         **how,
     )

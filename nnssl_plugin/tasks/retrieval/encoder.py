@@ -32,6 +32,10 @@ class Sums:
     parts: dict[str, Tensor]
     """:data:`SUMMARY` and :data:`MEAN` times the weight, and the :data:`MAXIMUM`; (B, C)."""
 
+    def cpu(self) -> "Sums":
+        """On the CPU; on a device this waits for the pass."""
+        return Sums(self.weight.cpu(), {name: value.cpu() for name, value in self.parts.items()})
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -92,7 +96,7 @@ class Encoder:
         }
         if summary is not None:
             parts[SUMMARY] = summary.float() * total
-        return Sums(total[:, 0].cpu(), {name: parts[name].cpu() for name in self.parts})
+        return Sums(total[:, 0], {name: parts[name] for name in self.parts})
 
     def _weights(self, inside: Tensor, counts: tuple[int, ...]) -> Tensor:
         """(B, 1, N): how much of each token's cell lies inside."""

@@ -114,7 +114,7 @@ def _of_index(case: str, index: Index) -> list[Query]:
 def _of_image(
     path: Path, index: Index, encoder: Encoder, subject: str | None, segmentations: str | Path | None
 ) -> list[Query]:
-    ending = encoder.backbone.file_ending
+    ending = encoder.backbone.preprocessing.file_ending
     case = path.name.removesuffix(ending).removesuffix("_0000")
     segmentation = None if segmentations is None else Path(segmentations) / f"{case}{ending}"
     facts = index.store.facts["encoder"]
@@ -123,7 +123,7 @@ def _of_image(
         prepared = prepare_case(
             case,
             _channels(path),
-            encoder.backbone,
+            encoder.backbone.preprocessing,
             rows=facts["rows_are"],
             view=facts["view"],
             segmentation=segmentation,
