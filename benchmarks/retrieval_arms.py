@@ -83,6 +83,8 @@ class Set:
 
 def main() -> None:
     """Make data, weights and indexes where they are missing, then evaluate."""
+    from nnssl_plugin.cli.env import search_path
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
@@ -94,6 +96,7 @@ def main() -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (args.work / name).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(args.work / name)
+    os.environ["nnUNet_extTrainer"] = search_path()
     for each in SETS:
         if args.only in (None, []) or each.name in args.only:
             evaluate(each, args)

@@ -54,6 +54,9 @@ class Method:
     """Name for ``nnssl_plugin plan --preset`` → what it is; the first is the recommendation."""
     networks: tuple[str, ...] = NETWORKS
     """Families of networks that it pretrains."""
+    alignment: str = ""
+    """Dotted path of what makes the learned alignment of volumes with texts, of the state of its task and its settings;
+    empty where there is none."""
 
     @property
     def trainer_name(self) -> str:
@@ -231,6 +234,7 @@ METHODS = {
             "med3dinsight-paper": "the numbers that the paper states, and its reading of the input. [Not all of it is "
             "literal](#how-literal-the-papers-presets-are)",
         },
+        alignment="nnssl_plugin.methods.med3dinsight.alignment.load_alignment",
     ),
     "s2dc": Method(
         title="S2DC",

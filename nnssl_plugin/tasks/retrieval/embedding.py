@@ -16,9 +16,10 @@ from nnssl_plugin.data.vector_store import StoreWriter, VectorStore, writing
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.features.preprocessing import Preprocessing
 from nnssl_plugin.intake.workers import ahead_in_processes
-from nnssl_plugin.tasks.retrieval.encoder import Encoder, Sums, joined, load_encoder, vector_of
-from nnssl_plugin.tasks.retrieval.inputs import CASE, LESION, WINDOWS, Prepared, Row, cut, prepare_case
+from nnssl_plugin.tasks.retrieval.encoder import Alignments, Encoder, Sums, joined, load_encoder, vector_of
+from nnssl_plugin.tasks.retrieval.inputs import CASE, LESION, WHOLE, WINDOWS, Prepared, Row, cut, prepare_case
 from nnssl_plugin.tasks.retrieval.standardisation import statistics_of
+from nnssl_plugin.tasks.retrieval.text_space import TextSpace, facts_of, keep_space, text_space
 
 BATCH = 4
 """Windows of one pass."""
@@ -83,6 +84,7 @@ def embed_images(
     processes: int = 2,
     trust: bool = False,
     new: bool = True,
+    alignments: Alignments | None = None,
 ) -> Embedded:
     """Add the vectors of a folder of images to an index, and make it where there is none.
 
@@ -101,7 +103,8 @@ def embed_images(
         batch_size: windows of one pass.
         processes: that read and preprocess images beside this one, where there are more than :data:`FEW`; 0: this one.
         trust: build the network whatever class the file names.
-        new: False: refuse where there is no index.
+        new: False: refuse where there is no index, or one whose first build was interrupted.
+        alignments: vectors shall lie in the space of the texts that the encoder was aligned with; see ``encoder``.
 
     Raises:
         UserError: the index was made by another encoder or of other rows, another process writes to it, or no case
@@ -109,13 +112,22 @@ def embed_images(
     """
     if rows == LESION and segmentations is None:
         raise UserError("Lesions need segmentations.", "Name their folder (CASE.nii.gz) with -seg, or a dataset by -d.")
-    encoder = load_encoder(model, device=device, trust=trust)
+    encoder = load_encoder(model, device=device, trust=trust, alignments=alignments)
+    space = _check_space(encoder, rows, view) if encoder.alignment else None
     preprocessing = encoder.backbone.preprocessing
     cases = _cases_of(images, preprocessing.file_ending, metadata or {}, segmentations)
     facts = encoder.facts | {"rows_are": rows, "view": view if rows == CASE else WINDOWS}
     failed, start = dict(cases.left_out), {"dimensions": encoder.dimensions, "encoder": facts, "made": _made(encoder)}
+    if space is not None and encoder.alignment is not None:
+        start["alignment"] = facts_of(space, encoder.alignment)
+        keep_space(folder, space, encoder.alignment)
     with writing(folder, start if new else None) as store:
         check_same_encoder(store, facts)
+        if not new and not store.facts["frozen"]:
+            raise UserError(
+                f"{store.folder} is not finished: embed was interrupted, and statistics are those of the first images.",
+                "Run the same nnssl_plugin embed again, then add.",
+            )
         there = {row["case"] for row in store.table()}
         waiting = [case for case in cases.files if case not in there]
         prepare = partial(_prepare, preprocessing=preprocessing, rows=rows, view=facts["view"])
@@ -128,6 +140,21 @@ def embed_images(
         rate = done / max(time.perf_counter() - started, 1e-9)
         drift = _settle(store, before, failed)
         return Embedded(store.folder, done, len(cases.files) - len(waiting), store.rows, failed, warnings, rate, drift)
+
+
+def _check_space(encoder: Encoder, rows: str, view: str) -> TextSpace:
+    """The texts that an encoder was aligned with, where it can be asked for such vectors."""
+    alignment = encoder.alignment
+    if rows == LESION:
+        raise UserError("Vectors in the space of texts stand for images or windows.", "Leave --rows lesion out.")
+    if alignment.whole and view != WHOLE:
+        raise UserError("The alignment was trained on whole images.", "Embed them so: --view whole")
+    if encoder.dataset is None:
+        raise UserError(
+            f"{encoder.path} does not say which dataset's texts it was aligned with.",
+            "Use the checkpoint that the training itself wrote.",
+        )
+    return text_space(encoder.dataset, alignment.dimensions)
 
 
 def _settle(store: StoreWriter, before: int, failed: Mapping[str, str]) -> float | None:

@@ -248,6 +248,8 @@ def test_an_interrupted_index_goes_on(checkpoint, scans, tmp_path, monkeypatch):
         embed_images(scans, tmp_path / "index", checkpoint)
     with pytest.raises(UserError, match="embed again"):
         nnssl.load_index(tmp_path / "index")
+    with pytest.raises(UserError, match="embed again"):  # its statistics would be those of other images
+        embed_images(scans, tmp_path / "index", checkpoint, new=False)
     done = embed_images(scans, tmp_path / "index", checkpoint)
     assert done.skipped >= 1 and done.rows == 6
     embed_images(scans, tmp_path / "whole", checkpoint)
