@@ -9,9 +9,10 @@ import pytest
 import torch
 from retrieval_scans import write_scans
 from small_checkpoint import checkpoint_of
-from test_search import make_index
+from small_index import make_index
 
 from nnssl_plugin.captions.clip.pairs import load_pair, random_pair, save_pair
+from nnssl_plugin.checkpoints.format.provenance import describe_network
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.data.triplets import Embeddings, write_embeddings
 from nnssl_plugin.data.vector_store import VectorStore, writing
@@ -67,7 +68,12 @@ def aligned(nnunet_environment, tmp_path):
     torch.manual_seed(1)
     task = Med3DInsight(Backbone(network, 1), settings, SIZE)
     state = {key: value for key, value in task.state_dict().items() if not key.startswith("backbone.network.")}
-    said = {"method": "med3dinsight", "settings": asdict(settings), "data": {"dataset": DATASET, "cases": 6}}
+    said = {
+        "network": describe_network(given["plans"], given["configuration"]),
+        "method": "med3dinsight",
+        "settings": asdict(settings),
+        "data": {"dataset": DATASET, "cases": 6},
+    }
     return checkpoint_of(tmp_path, ssl_state={"task": state, "step": 1}, provenance=said)
 
 
