@@ -78,8 +78,14 @@ def _by_image(args, index, among):
 
 
 def _by_text(args, index, among):
+    from nnssl_plugin.errors import UserError
     from nnssl_plugin.tasks.retrieval.texts import search_texts, text_queries
 
+    if args.approximate:
+        raise UserError(
+            "Texts are compared with every row: there are no approximate neighbours of a text.",
+            "Leave --approximate out.",
+        )
     queries = text_queries(args.text, index, weights=args.pair, model=args.pair_model)
     return queries, search_texts(index, queries, args.k, among=among)
 

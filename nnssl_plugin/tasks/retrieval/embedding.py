@@ -16,10 +16,10 @@ from nnssl_plugin.data.vector_store import StoreWriter, VectorStore, writing
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.features.preprocessing import Preprocessing
 from nnssl_plugin.intake.workers import ahead_in_processes
-from nnssl_plugin.tasks.retrieval.encoder import Alignments, Encoder, Sums, joined, load_encoder, vector_of
+from nnssl_plugin.tasks.retrieval.encoder import Alignment, Alignments, Encoder, Sums, joined, load_encoder, vector_of
 from nnssl_plugin.tasks.retrieval.inputs import CASE, LESION, WHOLE, WINDOWS, Prepared, Row, cut, prepare_case
 from nnssl_plugin.tasks.retrieval.standardisation import statistics_of
-from nnssl_plugin.tasks.retrieval.text_space import TextSpace, facts_of, keep_space, text_space
+from nnssl_plugin.tasks.retrieval.text_space import ALIGNMENT_FILE, TextSpace, facts_of, keep_space, text_space
 
 BATCH = 4
 """Windows of one pass."""
@@ -113,16 +113,21 @@ def embed_images(
     if rows == LESION and segmentations is None:
         raise UserError("Lesions need segmentations.", "Name their folder (CASE.nii.gz) with -seg, or a dataset by -d.")
     encoder = load_encoder(model, device=device, trust=trust, alignments=alignments)
-    space = _check_space(encoder, rows, view) if encoder.alignment else None
+    space = None
+    if encoder.alignment is not None:
+        _check_alignment(encoder.alignment, rows, view)
+        if not (Path(folder) / ALIGNMENT_FILE).is_file():
+            space = _space_of(encoder, encoder.alignment)
     preprocessing = encoder.backbone.preprocessing
     cases = _cases_of(images, preprocessing.file_ending, metadata or {}, segmentations)
     facts = encoder.facts | {"rows_are": rows, "view": view if rows == CASE else WINDOWS}
     failed, start = dict(cases.left_out), {"dimensions": encoder.dimensions, "encoder": facts, "made": _made(encoder)}
-    if space is not None and encoder.alignment is not None:
-        start["alignment"] = facts_of(space, encoder.alignment)
-        keep_space(folder, space, encoder.alignment)
+    if space is not None:
+        start["alignment"] = facts_of(space)
     with writing(folder, start if new else None) as store:
         check_same_encoder(store, facts)
+        if space is not None:
+            keep_space(store.folder, space)
         if not new and not store.facts["frozen"]:
             raise UserError(
                 f"{store.folder} is not finished: embed was interrupted, and statistics are those of the first images.",
@@ -142,19 +147,21 @@ def embed_images(
         return Embedded(store.folder, done, len(cases.files) - len(waiting), store.rows, failed, warnings, rate, drift)
 
 
-def _check_space(encoder: Encoder, rows: str, view: str) -> TextSpace:
-    """The texts that an encoder was aligned with, where it can be asked for such vectors."""
-    alignment = encoder.alignment
+def _check_alignment(alignment: Alignment, rows: str, view: str) -> None:
     if rows == LESION:
         raise UserError("Vectors in the space of texts stand for images or windows.", "Leave --rows lesion out.")
     if alignment.whole and view != WHOLE:
         raise UserError("The alignment was trained on whole images.", "Embed them so: --view whole")
+
+
+def _space_of(encoder: Encoder, alignment: Alignment) -> TextSpace:
+    """The texts that an encoder was aligned with."""
     if encoder.dataset is None:
         raise UserError(
             f"{encoder.path} does not say which dataset's texts it was aligned with.",
             "Use the checkpoint that the training itself wrote.",
         )
-    return text_space(encoder.dataset, alignment.dimensions)
+    return text_space(encoder.dataset, alignment)
 
 
 def _settle(store: StoreWriter, before: int, failed: Mapping[str, str]) -> float | None:

@@ -18,7 +18,7 @@ ALIGNMENT_FILE = "alignment.npz"
 
 @dataclass(frozen=True)
 class TextSpace:
-    """The texts of the dataset that an encoder was aligned with."""
+    """How volumes are compared with the texts of the dataset that an encoder was aligned with."""
 
     weights: str
     """Name and hash of the pair that embedded them."""
@@ -26,14 +26,18 @@ class TextSpace:
     """(E,) of their embeddings."""
     pair: str | None
     """The folder of the pair, where ``nnssl_plugin clip`` left it in the dataset."""
+    metric: np.ndarray
+    """(E, E) that was learned."""
+    centre: bool
+    """Whether the training took means off."""
 
 
-def text_space(dataset: str, dimensions: int) -> TextSpace:
+def text_space(dataset: str, alignment: Alignment) -> TextSpace:
     """The space of the texts of a raw dataset.
 
     Args:
         dataset: its full name.
-        dimensions: of the alignment.
+        alignment: with them.
 
     Raises:
         UserError: there is no such dataset, its texts have not been embedded, or by random encoders or others.
@@ -46,23 +50,23 @@ def text_space(dataset: str, dimensions: int) -> TextSpace:
             "it says.",
             f"Train a pair on them and pretrain again: nnssl_plugin clip -d {dataset}",
         )
-    if stored.text.shape[1] != dimensions:
+    if stored.text.shape[1] != alignment.dimensions:
         raise UserError(
-            f"The texts of {dataset} have {stored.text.shape[1]} numbers, the encoder was aligned with {dimensions}.",
+            f"The texts of {dataset} have {stored.text.shape[1]} numbers, the encoder was aligned with "
+            f"{alignment.dimensions}.",
             "Embed them again by the pair of the pretraining: nnssl_plugin caption -d ID --weights WHERE",
         )
     own = folder / PAIR_FOLDER
     pair = str(own.resolve()) if stored.weights.startswith(f"{PAIR_FOLDER} ") and own.is_dir() else None
-    return TextSpace(stored.weights, stored.text.mean(axis=0), pair)
+    return TextSpace(stored.weights, stored.text.mean(axis=0), pair, alignment.metric, alignment.centre)
 
 
-def facts_of(space: TextSpace, alignment: Alignment) -> dict[str, Any]:
+def facts_of(space: TextSpace) -> dict[str, Any]:
     """What ``index.json`` says of the space."""
-    return {"weights": space.weights, "pair": space.pair, "centre": alignment.centre}
+    return {"weights": space.weights, "pair": space.pair, "centre": space.centre}
 
 
-def keep_space(folder: str | Path, space: TextSpace, alignment: Alignment) -> None:
+def keep_space(folder: Path, space: TextSpace) -> None:
     """Write metric and mean beside the vectors of an index."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with atomic_path(Path(folder) / ALIGNMENT_FILE) as temporary, open(temporary, "wb") as file:
-        np.savez(file, metric=alignment.metric, mean=space.mean)
+    with atomic_path(folder / ALIGNMENT_FILE) as temporary, open(temporary, "wb") as file:
+        np.savez(file, metric=space.metric, mean=space.mean)

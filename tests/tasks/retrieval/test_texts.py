@@ -112,6 +112,8 @@ def test_text_to_volume_by_the_commands(aligned, dataset, tmp_path, capsys):
     (dataset / "clip_pair").rename(tmp_path / "moved")
     assert main(["search", "--index", index, "--text", "stripes"]) == 2
     assert "--pair" in capsys.readouterr().err
+    assert main(["search", "--index", index, "--text", "stripes", "--approximate"]) == 2
+    assert "--approximate" in capsys.readouterr().err
     assert main(["search", "--index", index, "--text", "stripes", "--pair", str(tmp_path / "moved")]) == 0
     other = random_pair()
     other.model.logit_scale.add_(1)
