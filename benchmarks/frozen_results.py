@@ -158,11 +158,10 @@ def draw_arms(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
             if over is None:
                 continue
             y = -place + 0.22 * (len(study.labelled) - 1) / 2 - 0.22 * number
-            label = f"{labelled} labelled" if place == 0 else None
-            style = {"color": COLOURS[number], "label": label}
             if over["low"] is not None:
                 axis.plot([over["low"], over["high"]], [y, y], linewidth=2, color=COLOURS[number])
-            axis.plot(over["mean"], y, MARKERS[number], markersize=5, **style)
+            axis.plot(over["mean"], y, MARKERS[number], markersize=5, color=COLOURS[number])
+        axis.plot([], [], MARKERS[number], color=COLOURS[number], label=f"{labelled} labelled")
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks([-place for place in range(len(shown))], shown)
     axis.set_xlabel("Dice of the probe over the random encoder, 95 % interval over seeds, draws and cases")

@@ -1,4 +1,4 @@
-"""The encoder's maps of whole cases, all stages read at every voxel, in windows and slabs that keep memory flat."""
+"""The encoder's maps of whole cases, read at voxels, in windows and slabs that keep memory flat."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
 
 from nnssl_plugin.data.windows import covering_origins, read_window
 from nnssl_plugin.errors import UserError
@@ -14,7 +15,7 @@ from nnssl_plugin.networks.backbone import Backbone
 WINDOW_VOXELS = 2**19
 """Voxels that are encoded at once: several windows where they are small."""
 SLAB_VALUES = 2**24
-"""Values of hypercolumns that are held at once."""
+"""Values at voxels that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,26 @@ def encoded(backbone: Backbone, data, patch: Sequence[int], *, device: torch.dev
         boxes = [tuple(map(slice, a, b)) for a, b in zip(low, high, strict=True)]
         inner = [tuple(map(slice, a, b))[-len(patch) :] for a, b in zip(low - chosen, high - chosen, strict=True)]
         yield Maps(features, boxes, inner)
+
+
+def hypercolumns(backbone: Backbone, features: Sequence[Tensor], window: int, voxels: Tensor) -> Tensor:
+    """All maps of one window side by side at some voxels (P, D), linear between tokens, constant beyond the outermost.
+
+    Args:
+        backbone: says where the tokens of each stage lie.
+        features: maps (B, channels[s], *grid).
+        window: which of the B.
+        voxels: (P, d) coordinates in the window.
+    """
+    columns = []
+    for stage, maps in enumerate(features):
+        grid = backbone.stage_grid(stage, maps.shape[2:])
+        offset, spacing, counts = (maps.new_tensor(each) for each in (grid.offset, grid.spacing, grid.counts))
+        place = 2 * (voxels - offset) / spacing / (counts - 1).clamp(min=1) - 1  # -1 the first token, 1 the last
+        points = place.flip(1).reshape(1, -1, *[1] * (voxels.shape[1] - 1), voxels.shape[1])  # x comes first
+        read = grid_sample(maps[window : window + 1], points, padding_mode="border", align_corners=True)
+        columns.append(read[0].flatten(1).mT)
+    return torch.cat(columns, 1)
 
 
 def slabs(backbone: Backbone, features: Sequence[Tensor], patch: Sequence[int]) -> Iterator[tuple[slice, list[Tensor]]]:

@@ -43,7 +43,7 @@ class RidgeSums:
     """
 
     def __init__(self, features: int, class_weights: Tensor, *, groups: int, device: torch.device | str = "cpu"):
-        self.class_weights, self.groups = class_weights.double().cpu(), groups
+        self.class_weights, self.groups, self.device = class_weights.double().cpu(), groups, torch.device(device)
         size = features + 1
         self._moments = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
         self._targets = torch.zeros(groups, size, len(class_weights), dtype=torch.float64, device=device)

@@ -18,7 +18,7 @@ from nnssl_plugin.data.cases import Cases
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.labels import structure_labels
 from nnssl_plugin.nnunet.plans import resolve_configuration
-from nnssl_plugin.tasks.probing.hypercolumns import Maps, encoded, slabs
+from nnssl_plugin.tasks.probing.hypercolumns import SLAB_VALUES, Maps, encoded, hypercolumns, slabs
 from nnssl_plugin.tasks.probing.ridge import GROUPS, Readout, RidgeSums, balanced_weights
 
 VOXELS = 10_000
@@ -95,12 +95,10 @@ class LabelledVoxels:
             labels = {kind: self._sampled(case, number, kind) for kind in {draw.shuffled for draw, _ in users}}
             data = self._cases.load(case)[0]
             for maps in encoded(backbone, data, self.patch, device=torch.device(device), case=case):
-                windows = {kind: _taken(of_case, maps, self.patch).to(exact) for kind, of_case in labels.items()}
-                for rows, stages in slabs(backbone, maps.features, self.patch):
-                    columns = torch.cat(stages, 1).movedim(1, -1).to(exact)
-                    for kind, known in windows.items():
-                        chosen = [(d.cases.index(case), each) for d, each in users if d.shuffled == kind]
-                        _add(columns, known[:, rows], chosen)
+                for kind, of_case in labels.items():
+                    chosen = [(draw.cases.index(case), each) for draw, each in users if draw.shuffled == kind]
+                    for window, known in enumerate(_taken(of_case, maps, self.patch)):
+                        _add(backbone, maps.features, window, known, chosen)
         return [each.solve() for each in sums]
 
     def dice(
@@ -155,25 +153,32 @@ class LabelledVoxels:
         return labels
 
 
-def _taken(labels: np.ndarray, maps: Maps, patch: Sequence[int]) -> Tensor:
+def _taken(labels: np.ndarray, maps: Maps, patch: Sequence[int]) -> np.ndarray:
     """Labels (B, *patch) under some windows, taken out of those of the case so that no voxel counts twice."""
     windows = np.full((len(maps.boxes), *patch), UNKNOWN, dtype=np.int16)
     for window, box, inner in zip(windows, maps.boxes, maps.inner, strict=True):
         window[inner] = labels[box].reshape(window[inner].shape)
         labels[box] = UNKNOWN
-    return torch.from_numpy(windows)
+    return windows
 
 
-def _add(columns: Tensor, labels: Tensor, users: Sequence[tuple[int, RidgeSums]]) -> None:
-    """Add hypercolumns (B, rows, ..., D) with labels (B, rows, ...) to the sums, each with its case's number."""
-    for label in labels.unique().tolist():
-        if label == UNKNOWN:
-            continue
-        chosen = columns[labels == label].double()
-        chosen = torch.cat((chosen, chosen.new_ones(len(chosen), 1)), 1)
-        moments, total = chosen.mT @ chosen, chosen.sum(0)
-        for number, sums in users:
-            sums.add(moments, total, label=label, group=number % sums.groups)
+def _add(
+    backbone: Backbone,
+    features: Sequence[Tensor],
+    window: int,
+    labels: np.ndarray,
+    users: Sequence[tuple[int, RidgeSums]],
+) -> None:
+    """Add the voxels of one window whose labels (*patch) are known to the sums, each with its number of the case."""
+    device = features[0].device
+    for label in np.unique(labels[labels >= 0]).tolist():
+        places = torch.from_numpy(np.argwhere(labels == label)).to(device, torch.float32)
+        for voxels in places.split(max(1, SLAB_VALUES // sum(backbone.channels))):
+            columns = hypercolumns(backbone, features, window, voxels).to(users[0][1].device).double()
+            columns = torch.cat((columns, columns.new_ones(len(columns), 1)), 1)
+            moments, total = columns.mT @ columns, columns.sum(0)
+            for number, sums in users:
+                sums.add(moments, total, label=label, group=number % sums.groups)
 
 
 def _classes(stages: Sequence[Tensor], bias: Tensor) -> Tensor:

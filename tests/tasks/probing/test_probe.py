@@ -50,6 +50,17 @@ def opened(folder, plan, configuration):
     return LabelledVoxels(folder, plan, configuration, described, CASES), backbone
 
 
+def rewrite(folder, case, change):
+    """Put another image in the place of a case's: ``change`` of image and labels."""
+    path = folder / "fake_data" / case
+    data, segmentation, _, properties = nnUNetDatasetBlosc2(str(path.parent), [case]).load_case(case)
+    image, labels = np.array(data[:]), np.array(segmentation[:])
+    for file in path.parent.glob(f"{case}*"):
+        file.unlink()
+    blocks = {"chunks": image.shape, "blocks": image.shape}
+    nnUNetDatasetBlosc2.save_case(change(image, labels).astype(np.float32), labels, properties, str(path), **blocks)
+
+
 def test_maps_are_read_between_tokens_as_scipy_does(nnunet_environment, monkeypatch):
     _, backbone = opened(*write_labelled())
     features = [
@@ -65,6 +76,10 @@ def test_maps_are_read_between_tokens_as_scipy_does(nnunet_environment, monkeypa
         place = (voxel - np.reshape(grid.offset, (3, 1, 1, 1))) / np.reshape(grid.spacing, (3, 1, 1, 1))
         expected = map_coordinates(maps[1, 2].double().numpy(), place, order=1, mode="nearest")
         np.testing.assert_allclose(read[1, 2].numpy(), expected, atol=1e-5)
+    chosen = torch.randint(16, (50, 3), dtype=torch.float32)
+    columns = hypercolumns.hypercolumns(backbone, features, 1, chosen)
+    whole = torch.cat([torch.cat([stages[stage] for _, stages in pieces], 2)[1] for stage in range(3)])
+    torch.testing.assert_close(columns, whole[(slice(None), *chosen.long().T)].mT, rtol=1e-4, atol=1e-4)
 
 
 def test_windows_that_overlap_count_every_voxel_once_and_show_the_whole_case(nnunet_environment):
@@ -72,7 +87,7 @@ def test_windows_that_overlap_count_every_voxel_once_and_show_the_whole_case(nnu
     data, labels = cases._cases.load("case_01")[0], cases.labels("case_01")
     left, counted, seen = labels.copy(), np.zeros(2, dtype=int), np.zeros(labels.shape, dtype=bool)
     for maps in encoded(backbone, data, (16, 16, 16), device=torch.device("cpu"), case="case_01"):
-        taken = voxels._taken(left, maps, (16, 16, 16)).numpy()
+        taken = voxels._taken(left, maps, (16, 16, 16))
         counted += np.bincount(taken[taken >= 0], minlength=2)
         for box in maps.boxes:
             seen[box] = True
@@ -80,11 +95,11 @@ def test_windows_that_overlap_count_every_voxel_once_and_show_the_whole_case(nnu
     assert counted.tolist() == np.bincount(labels.ravel()).tolist()
 
 
-def test_readouts_do_not_depend_on_slabs_or_on_windows_side_by_side(nnunet_environment, monkeypatch):
+def test_readouts_do_not_depend_on_pieces_or_on_windows_side_by_side(nnunet_environment, monkeypatch):
     cases, backbone = opened(*write_labelled())
     draws = [Draw(tuple(CASES[:3])), Draw(tuple(CASES[:1])), Draw(tuple(CASES[:3]), shuffled=True)]
     together = cases.fit(backbone, draws)
-    monkeypatch.setattr(hypercolumns, "SLAB_VALUES", 28 * 16 * 16 * 3)
+    monkeypatch.setattr(voxels, "SLAB_VALUES", 28 * 500)
     monkeypatch.setattr(hypercolumns, "WINDOW_VOXELS", 1)
     apart = [cases.fit(backbone, [draw])[0] for draw in draws]
     for one, other in zip(together, apart, strict=True):
@@ -112,13 +127,7 @@ def test_a_map_that_holds_the_answer_is_read_and_shuffled_labels_are_not(nnunet_
         dimensions=dimensions, change=lambda plan: with_patch_vit(plan, "2d" if dimensions == 2 else "3d_fullres")
     )
     for case in CASES:  # the finest map of a PatchViT is the image itself
-        dataset = nnUNetDatasetBlosc2(str(folder / "fake_data"), [case])
-        _, segmentation, _, properties = dataset.load_case(case)
-        labels = np.asarray(segmentation[:])
-        noise = np.random.default_rng(0).normal(0, 0.1, labels.shape)
-        nnUNetDatasetBlosc2.save_case(
-            (labels + noise).astype(np.float32), labels, properties, str(folder / "fake_data" / case)
-        )
+        rewrite(folder, case, lambda image, labels: labels + np.random.default_rng(0).normal(0, 0.1, labels.shape))
     cases, backbone = opened(folder, plan, configuration)
     readouts = cases.fit(backbone, [Draw(tuple(FOLD["train"])), Draw(tuple(FOLD["train"]), shuffled=True)])
     right, shuffled = cases.dice(backbone, readouts, FOLD["val"])
@@ -209,11 +218,7 @@ def test_of_a_large_class_as_many_voxels_are_drawn_as_are_counted(nnunet_environ
 
 def test_images_with_nan_are_refused(nnunet_environment):
     folder, *_ = write_labelled()
-    dataset = nnUNetDatasetBlosc2(str(folder / "fake_data"), ["case_04"])
-    data, segmentation, _, properties = dataset.load_case("case_04")
-    data = np.asarray(data[:])
-    data[0, 3, 3, 3] = np.nan
-    nnUNetDatasetBlosc2.save_case(data, np.asarray(segmentation[:]), properties, str(folder / "fake_data" / "case_04"))
+    rewrite(folder, "case_04", lambda image, labels: np.where(image == image.max(), np.nan, image))
     with pytest.raises(UserError, match="case_04 holds voxels that are NaN"):
         evaluate_voxels("901", "nnUNetPlans", {}, fold=0)
 
