@@ -8,9 +8,9 @@ from torch import Tensor
 
 GROUPS = 5
 """Most groups of cases of which each is left out in turn to choose λ."""
-LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """λ to choose from: what is added to the diagonal of the features' correlation matrix."""
-DEFAULT_LAMBDA = 1e-2
+DEFAULT_LAMBDA = 1.0
 """Where there is one case alone, so that none can be left out."""
 CONSTANT = 1e-12
 """Channels whose variance is a smaller share of their mean square say nothing and get no weight."""
