@@ -8,7 +8,7 @@ from torch import Tensor
 
 GROUPS = 5
 """Most groups of cases of which each is left out in turn to choose λ."""
-LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """λ to choose from: what is added to the diagonal of the features' correlation matrix."""
 DEFAULT_LAMBDA = 1.0
 """Where there is one case alone, so that none can be left out."""
