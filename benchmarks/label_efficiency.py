@@ -31,6 +31,7 @@ from study_results import (
 )
 from study_runner import Runner, StoppedEarly, cost, on_one_thread
 from study_steps import (
+    RUNS,
     adaptation_steps,
     finetuning_runs,
     lay_out,
@@ -82,6 +83,7 @@ def carry_out(study_file: Path, folder: Path, *, data: Path, jobs: int, device: 
         steps = [
             training_step(study, folder, f"{stage}-{name}", stage, of, device=device, one_thread=one_thread)
             for name, of in runs.items()
+            if not all((folder / RUNS / f"{run['name']}.json").exists() for run in of)
         ]
         runner.run(steps, jobs=jobs)
 

@@ -3,7 +3,7 @@
     python benchmarks/phantom_data.py -o DATA -n 120
 
 writes ``DATA/small_structures/{images,labels}``: trunks of 48×64×64 voxels at 4 mm, each seen with one contrast, a
-bias field and noise, with eight labels: heart, stomach, spleen, spinal canal, aorta, vena cava, and both kidneys.
+bias field and noise. Eight labels: heart, what the stomach holds, spleen, spinal canal, aorta, vena cava, kidneys.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nnssl_plugin.quickstart.phantoms import ORGANS, write_phantoms
 
-NAMES = ("heart", "stomach", "spleen", "canal", "aorta", "cava", "left_kidney", "right_kidney")
+NAMES = ("heart", "stomach_content", "spleen", "canal", "aorta", "cava", "left_kidney", "right_kidney")
 PLACES = (4, 6, 7, 9, 10, 11, 13, 14)
 """Of the named structures among the package's organs."""
 SHAPE, SPACING = (48, 64, 64), (4.0, 4.0, 4.0)

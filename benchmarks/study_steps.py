@@ -24,6 +24,8 @@ UNLABELLED, LABELLED = f"Dataset{UNLABELLED_ID}_StudyUnlabelled", f"Dataset{LABE
 PLAN = "nnUNetPlans-study"
 RUNS = "runs"
 """Folder of the results of the fine-tunings, a file each."""
+PROCESSES = "4"
+"""That read and preprocess scans."""
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 ONE_THREAD, TRAINING = (Path(__file__).with_name(name) for name in ("one_thread.py", "study_training.py"))
 
@@ -125,8 +127,8 @@ def planning_steps(study: Study, folder: Path) -> list[Step]:
             study.data.modality,
             "--keep",
         ),
-        "plan": ("nnUNetv2_plan_and_preprocess", "-d", unlabelled, "-npfp", "2", "--no_pp"),
-        "plan-target": ("nnUNetv2_plan_and_preprocess", "-d", labelled, "-npfp", "2", "--no_pp"),
+        "plan": ("nnUNetv2_plan_and_preprocess", "-d", unlabelled, "-npfp", PROCESSES, "--no_pp"),
+        "plan-target": ("nnUNetv2_plan_and_preprocess", "-d", labelled, "-npfp", PROCESSES, "--no_pp"),
         "edit-plan": edit_command(unlabelled, "nnUNetPlans", PLAN, study.plan),
         "move-plan": (
             "nnUNetv2_move_plans_between_datasets",
@@ -149,7 +151,7 @@ def planning_steps(study: Study, folder: Path) -> list[Step]:
             "-c",
             study.configuration,
             "-np",
-            "2",
+            PROCESSES,
         ),
     }
     if study.captions is not None:
