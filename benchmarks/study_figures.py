@@ -16,7 +16,7 @@ MARKERS = "os^Dv*P"
 
 def draw_label_efficiency(study: Study, runs: list[Run], rows: list[dict[str, Any]], path: Path) -> None:
     """Mean Dice of each arm over the number of labelled cases; bands are intervals over seeds and cases."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
     for number, arm in enumerate(study.arms):
         own = [row for row in rows if (row["arm"], row["label"], row["look"]) == (arm.name, ALL_LABELS, LOOKS["dice"])]
@@ -45,12 +45,12 @@ def draw_label_efficiency(study: Study, runs: list[Run], rows: list[dict[str, An
     axis.set_title(f"{study.name}\nband: 95 % interval over seeds and cases{seeds}", fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend(loc="best")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_learning(study: Study, runs: list[Run], path: Path) -> None:
     """nnU-Net's pseudo Dice per epoch, a panel for each fraction; thick lines are means over the seeds."""
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(
@@ -88,16 +88,18 @@ def draw_learning(study: Study, runs: list[Run], path: Path) -> None:
     axes[0, 0].set_ylabel("pseudo Dice on patches")
     axes[0, 0].set_ylim(bottom=0)
     axes[0, -1].legend(loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
+    """Write a figure and close it."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
-def _pyplot():
+def pyplot():
+    """Matplotlib without a screen."""
     import matplotlib
 
     matplotlib.use("agg")
