@@ -6,6 +6,7 @@ anywhere and go on with the same weights, bit for bit on a CPU.
 """
 
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from os.path import join
 from pathlib import Path
@@ -65,6 +66,8 @@ class Pretrainer(ResumableTrainer):
     method_defaults: Any
     citations: tuple[str, ...] = ()
     seconds_between_checkpoints = 0.0
+    continued_arrays: tuple[str, ...] = ()
+    """Names of the spatial arrays that :meth:`take_arrays` takes up from initial weights."""
 
     def __init__(
         self,
@@ -111,6 +114,9 @@ class Pretrainer(ResumableTrainer):
     def spatial_arrays(self) -> dict[str, SpatialArray]:
         """Volumes that the task learned and that checkpoints carry to other grids, by their names; usually none."""
         return {}
+
+    def take_arrays(self, arrays: Mapping[str, SpatialArray]) -> None:
+        """Go on from arrays of :attr:`continued_arrays` that the initial weights hold, on the grid of this plan."""
 
     # ------------------------------------------------------------------ building
 
