@@ -56,6 +56,9 @@ class Method:
     """Families of networks that it pretrains."""
     finetuning: str = "segmentation"
     """Which of :data:`TASKS` segments from its weights where its arrays came along, if it learned any."""
+    alignment: str = ""
+    """Dotted path of what makes the learned alignment of volumes with texts, of the state of its task and its settings;
+    empty where there is none."""
 
     @property
     def trainer_name(self) -> str:
@@ -233,6 +236,7 @@ METHODS = {
             "med3dinsight-paper": "the numbers that the paper states, and its reading of the input. [Not all of it is "
             "literal](#how-literal-the-papers-presets-are)",
         },
+        alignment="nnssl_plugin.methods.med3dinsight.alignment.load_alignment",
     ),
     "s2dc": Method(
         title="S2DC",

@@ -58,6 +58,12 @@ def test_what_the_entry_says_is_what_the_task_does(name):
     assert trainer.training_defaults == located(method.training)
 
 
+def test_alignments_are_functions():
+    assert [name for name, method in METHODS.items() if method.alignment and callable(located(method.alignment))] == [
+        "med3dinsight"
+    ]
+
+
 @every_method
 def test_the_checkpoint_cites_the_paper_of_the_registry(name):
     method, citations = METHODS[name], " ".join(located(METHODS[name].trainer).citations)
