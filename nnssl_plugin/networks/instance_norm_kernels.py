@@ -20,6 +20,8 @@ MOST_CHANNELS = 64
 """Of a tile."""
 MOST_CHUNKS = 256
 """Into which the voxels of a sample are cut for statistics and sums."""
+WARPS = 4
+"""Of a program."""
 
 
 class Layout(NamedTuple):
@@ -61,7 +63,7 @@ def normalised(
     mean, scale = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
     means, squares = _sums(cut, x)
     _statistics_of_chunks[(cut.chunks, cut.samples, cut.blocks)](
-        x, means, squares, cut.voxels, cut.channels, cut.chunk, ROWS=cut.rows, BLOCK=cut.block
+        x, means, squares, cut.voxels, cut.channels, cut.chunk, ROWS=cut.rows, BLOCK=cut.block, num_warps=WARPS
     )
     _statistics[(cut.samples, cut.blocks)](
         means, squares, mean, scale, eps, cut.voxels, cut.channels, cut.chunks, cut.chunk, BLOCK=cut.block, MANY=64
@@ -80,6 +82,7 @@ def normalised(
         RESIDUAL=residual is not None,
         ROWS=cut.rows,
         BLOCK=cut.block,
+        num_warps=WARPS,
     )
     return Normalised(y, mean, scale)
 
@@ -107,6 +110,7 @@ def gradients(
         "ACTIVATED": slope != NO_ACTIVATION,
         "ROWS": cut.rows,
         "BLOCK": cut.block,
+        "num_warps": WARPS,
     }
     chunks = _sums(cut, x)
     _sums_of_chunks[(cut.chunks, cut.samples, cut.blocks)](

@@ -165,6 +165,28 @@ def test_mixed_precision_stays_within_its_rounding(kind):
     assert errors[0] < 1.2 * errors[1]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("arguments", NETWORKS.values(), ids=NETWORKS)
+def test_networks_on_cuda_give_the_same_forward_and_backward(arguments):
+    network = planned(**{name: value for name, value in arguments.items() if not name.startswith("dropout")})
+    x = torch.randn(2, arguments.get("channels", 1), *[16] * arguments.get("dimensions", 3))
+    exact = outcome(network.double(), x.double())
+    network, x = network.float().cuda(), x.cuda()
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        swapped = outcome(fast(network), x)
+    for found, expected in zip(swapped, exact, strict=True):  # of biases before a norm it is rounding, of zero
+        assert (found.cpu().double() - expected).norm() <= 1e-4 * expected.norm() + 1e-5
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cuda", dtype=dtype):
+            halves = [outcome(each, x) for each in (fast(network), network)]
+        errors = [
+            [(found.cpu().double() - expected).norm() for found, expected in zip(half, exact, strict=True)]
+            for half in halves
+        ]
+        for mine, others, expected in zip(*errors, exact, strict=True):
+            assert mine <= 1.5 * others + torch.finfo(dtype).eps * expected.norm() + 1e-3
+
+
 @pytest.mark.parametrize(
     ("network", "reason"),
     [
