@@ -28,13 +28,17 @@ class FastConv(ConvDropoutNormReLU):
         return self.normalised(self.convolved(x), None, _slope(getattr(self, "nonlin", None)))
 
     def convolved(self, x: Tensor) -> Tensor:
-        """What is normalised."""
-        x = self.conv(x)
-        return self.dropout(x) if hasattr(self, "dropout") else x
+        """What is normalised: without the convolution's bias, which the normalisation takes away again."""
+        if hasattr(self, "dropout"):
+            return self.dropout(self.conv(x))
+        return self.conv._conv_forward(x, self.conv.weight, None)
 
     def normalised(self, x: Tensor, residual: Tensor | None, slope: float) -> Tensor:
         """Normalise, add a residual and activate."""
-        return normalise(x, self.norm.weight, self.norm.bias, residual, eps=self.norm.eps, slope=slope)
+        cancelled = None if hasattr(self, "dropout") else self.conv.bias
+        return normalise(
+            x, self.norm.weight, self.norm.bias, residual, eps=self.norm.eps, slope=slope, cancelled=cancelled
+        )
 
 
 class FastBasicBlock(BasicBlockD):
@@ -63,7 +67,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def use_fast_blocks(network: nn.Module) -> None:
-    """Swap the blocks of a bare network, in place; once is enough.
+    """Swap the blocks of a bare network, in place; once is enough. Weights are moved to channels-last memory.
 
     Args:
         network: PlainConvUNet or ResidualEncoderUNet with instance normalisation and LeakyReLU.
@@ -83,6 +87,8 @@ def use_fast_blocks(network: nn.Module) -> None:
             raise _refusal(network, reason)
     for block in blocks:
         block.__class__ = FAST[type(block)]
+    dimensions = next(parameter.ndim for parameter in network.parameters() if parameter.ndim > 1)
+    network.to(memory_format=torch.channels_last if dimensions == 4 else torch.channels_last_3d)
     encoder.register_forward_pre_hook(_to_channels_last)
 
 

@@ -116,11 +116,10 @@ def gradients(
     _sums_of_chunks[(cut.chunks, cut.samples, cut.blocks)](
         *common, *chunks, slope, cut.voxels, cut.channels, cut.chunk, **options
     )
-    of_bias, of_weight = (each.sum(1) for each in chunks)  # (N, C)
+    sums = chunks.sum(2)  # (2, N, C)
     _apply_backward[(triton.cdiv(cut.voxels, cut.rows), cut.samples, cut.blocks)](
         *common,
-        of_bias,
-        of_weight,
+        *sums,
         of_x,
         of_x if of_residual is None else of_residual,
         slope,
@@ -128,17 +127,17 @@ def gradients(
         cut.channels,
         **options,
     )
-    return Gradients(of_x, of_weight.sum(0), of_bias.sum(0), of_residual)
+    of_bias, of_weight = sums.sum(1)
+    return Gradients(of_x, of_weight, of_bias, of_residual)
 
 
 def _channels_last(maps: Tensor) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last if maps.ndim == 4 else torch.channels_last_3d)
 
 
-def _sums(cut: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for two numbers per chunk and channel."""
-    both = torch.empty(2, cut.samples, cut.chunks, cut.channels, dtype=torch.float32, device=x.device)
-    return both[0], both[1]
+def _sums(cut: Layout, x: Tensor) -> Tensor:
+    """Room for two numbers per chunk and channel, (2, N, chunks, C)."""
+    return torch.empty(2, cut.samples, cut.chunks, cut.channels, dtype=torch.float32, device=x.device)
 
 
 def _given(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:

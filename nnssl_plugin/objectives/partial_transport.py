@@ -24,24 +24,28 @@ LARGEST = 64
 """Rows or columns of a problem that Triton's kernel solves: its plan stays in registers."""
 
 
-def mahalanobis_cost(x: Tensor, y: Tensor, root: Tensor) -> Tensor:
-    """Mahalanobis distance of every row of ``x`` to every row of ``y`` (Algorithm 1: ``C_M``), M = L Lᵀ.
+def mahalanobis_cost(x: Tensor, y: Tensor, metric: Tensor) -> Tensor:
+    """Mahalanobis distance of every row of ``x`` to every row of ``y`` (Algorithm 1: ``C_M``).
 
-    C_ij = sqrt((x_i − y_j)ᵀ M (x_i − y_j) + 1e-8): the Euclidean distance of x L and y L, its square clamped at 0
-    against rounding. Every L gives a positive semi-definite M, and every such M has an L, so nothing is projected.
+    C_ij = sqrt((x_i − y_j)ᵀ M (x_i − y_j) + 1e-8), the full bilinear form: entries of M off its diagonal take part and
+    get a gradient. M enters by its symmetric part; the quadratic form is clamped at 0 against rounding.
 
     Args:
         x: (..., n, d).
         y: (..., m, d).
-        root: L, (d, d).
+        metric: (d, d), positive semi-definite.
 
     Returns:
         (..., n, m), at least 1e-4.
     """
+    metric = (metric + metric.mT) / 2
     # the cost does not change when both sides move together; moving them to the origin keeps the digits of small costs
     centre = y.detach().mean(-2, keepdim=True)
-    x, y = (x - centre) @ root, (y - centre) @ root
-    squared = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] - 2 * x @ y.mT
+    x, y = x - centre, y - centre
+    x_metric = x @ metric
+    own_x = (x_metric * x).sum(-1)[..., :, None]
+    own_y = ((y @ metric) * y).sum(-1)[..., None, :]
+    squared = own_x + own_y - 2 * x_metric @ y.mT
     return (squared.clamp(min=0) + COST_EPSILON).sqrt()
 
 
@@ -86,7 +90,7 @@ def partial_transport_plan(
 def mpot_loss(
     x: Tensor,
     y: Tensor,
-    root: Tensor,
+    metric: Tensor,
     *,
     mass: float,
     epsilon: float,
@@ -104,7 +108,7 @@ def mpot_loss(
         x: (..., b, d) embeddings of the volumes.
         y: (..., b, d) embeddings of their slices or texts, in the same order; batch dimensions broadcast, so that
             slices and texts (2, b, d) can be solved together.
-        root: L of the metric M = L Lᵀ, (d, d).
+        metric: (d, d) positive semi-definite M.
         mass: s in (0, 1].
         epsilon: ε > 0, relative to the largest cost.
         iterations: greatest number of iterations of the solver.
@@ -119,11 +123,32 @@ def mpot_loss(
     if x.shape[-2] != y.shape[-2]:
         raise ValueError(f"x has {x.shape[-2]} rows and y has {y.shape[-2]}; pairs are needed")
     with torch.autocast(x.device.type, enabled=False):
-        cost = mahalanobis_cost(_full_precision(x), _full_precision(y), _full_precision(root))
+        cost = mahalanobis_cost(_full_precision(x), _full_precision(y), _full_precision(metric))
         cost = cost / cost.amax((-2, -1), keepdim=True)
         log_plan = log_partial_transport_plan(cost, mass=mass, epsilon=epsilon, iterations=iterations, solver=solver)
         matched = log_plan.diagonal(dim1=-2, dim2=-1)
         return math.log(mass) - math.log(x.shape[-2]) - matched.mean(-1)
+
+
+def project_psd(matrix: Tensor) -> Tensor:
+    """The positive semi-definite matrix nearest to ``matrix`` in the Frobenius norm (Algorithm 1: ``Proj``).
+
+    Symmetrises and clamps the eigenvalues at 0, by taking the negative part away: a symmetric matrix without negative
+    eigenvalues comes back bit for bit, so that repeated projection does not drift. A Cholesky factorisation tells
+    whether there is anything to clamp, several times faster than the eigenvalues; on CUDA both wait for the device.
+
+    Args:
+        matrix: (..., d, d), float32 or float64.
+
+    Returns:
+        (..., d, d), symmetric.
+    """
+    symmetric = (matrix + matrix.mT) / 2
+    if not torch.linalg.cholesky_ex(symmetric).info.any():  # positive definite
+        return symmetric
+    eigenvalues, vectors = torch.linalg.eigh(symmetric)
+    negative = (vectors * eigenvalues.clamp(max=0)[..., None, :]) @ vectors.mT
+    return symmetric - (negative + negative.mT) / 2
 
 
 class _LogPlan(torch.autograd.Function):

@@ -68,13 +68,14 @@ NETWORKS = {
 }
 
 
-def outcome(network, x):
-    """Everything that comes out, and the gradients of image and parameters."""
+def outcome(network, x, scale=1):
+    """Everything that comes out, and the gradients of image and parameters; ``scale`` keeps those of half precision."""
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
     results = network(x)
-    gradients = torch.autograd.grad(sum(r.square().mean() for r in results), [x, *network.parameters()])
-    return [*results, *gradients]
+    loss = scale * sum(r.float().square().mean() if scale > 1 else r.square().mean() for r in results)
+    gradients = torch.autograd.grad(loss, [x, *network.parameters()])
+    return [*results, *(gradient / scale for gradient in gradients)]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -109,7 +110,6 @@ def test_every_block_is_swapped_and_keys_stay(arguments):
     assert list(state) == list(network.state_dict())
     network.load_state_dict(state)  # what was trained with fast blocks loads into stock nnU-Net's network
     swapped.load_state_dict(network.state_dict())
-    assert all(value.is_contiguous() for value in state.values())
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -178,13 +178,13 @@ def test_networks_on_cuda_give_the_same_forward_and_backward(arguments):
         assert (found.cpu().double() - expected).norm() <= 1e-4 * expected.norm() + 1e-5
     for dtype in (torch.float16, torch.bfloat16):
         with torch.autocast("cuda", dtype=dtype):
-            halves = [outcome(each, x) for each in (fast(network), network)]
+            halves = [outcome(each, x, scale=1024) for each in (fast(network), network)]
         errors = [
             [(found.cpu().double() - expected).norm() for found, expected in zip(half, exact, strict=True)]
             for half in halves
         ]
         for mine, others, expected in zip(*errors, exact, strict=True):
-            assert mine <= 1.5 * others + torch.finfo(dtype).eps * expected.norm() + 1e-3
+            assert mine <= 3 * others + 8 * torch.finfo(dtype).eps * expected.norm() + 1e-3
 
 
 @pytest.mark.parametrize(
@@ -237,10 +237,13 @@ def test_pretraining_with_the_setting_resumes_exactly(here):
     assert_resumes_exactly(ToyPretrainer, pretraining={"fast": True} | TWO_EPOCHS)
 
 
-def test_a_checkpoint_of_either_goes_on_with_the_other(here):
-    run(pretraining={"fast": True} | TWO_EPOCHS)
-    resumed = make_trainer(pretraining={"fast": False} | TWO_EPOCHS, resume="checkpoint_final.pth")
+@pytest.mark.parametrize("first", [False, True])
+def test_a_checkpoint_of_either_goes_on_with_the_other(first, here):
+    run(pretraining={"fast": first} | TWO_EPOCHS)
+    resumed = make_trainer(pretraining={"fast": not first} | TWO_EPOCHS, resume="checkpoint_final.pth")
     assert resumed.step == 4
+    for parameter, state in resumed.optimizer.state.items():
+        assert state["exp_avg"].stride() == parameter.stride()
 
 
 def test_pretraining_refuses_other_networks_before_it_starts(here):

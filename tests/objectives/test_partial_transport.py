@@ -16,6 +16,7 @@ from nnssl_plugin.objectives.partial_transport import (
     mahalanobis_cost,
     mpot_loss,
     partial_transport_plan,
+    project_psd,
 )
 
 MASSES = (0.5, 0.8, 0.9, 1.0)
@@ -353,65 +354,65 @@ def test_cost_equals_a_naive_loop():
     x, y, root = normal(3, 6), normal(5, 6, seed=1), normal(6, 6, seed=2)
     metric = root @ root.T
     naive = torch.tensor([[((a - b) @ metric @ (a - b) + 1e-8).sqrt() for b in y] for a in x], dtype=torch.float64)
-    torch.testing.assert_close(mahalanobis_cost(x, y, root), naive)
+    torch.testing.assert_close(mahalanobis_cost(x, y, metric), naive)
 
 
 def test_property_6_identity_and_factored_metrics_are_euclidean():
     x, y, root = normal(4, 6), normal(5, 6, seed=1), normal(6, 6, seed=2)
     identity = torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(mahalanobis_cost(x, y, identity), torch.cdist(x, y), atol=1e-7, rtol=0)
-    torch.testing.assert_close(mahalanobis_cost(x, y, root), torch.cdist(x @ root, y @ root), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        mahalanobis_cost(x, y, root @ root.T), torch.cdist(x @ root, y @ root), atol=1e-7, rtol=0
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 def test_property_6_moving_both_sides_changes_nothing(dtype, tolerance):
     x, y = normal(4, 6).to(dtype), normal(5, 6, seed=1).to(dtype)
-    root = torch.eye(6, dtype=dtype)
-    moved = mahalanobis_cost(x + 100, y + 100, root)
-    torch.testing.assert_close(moved, mahalanobis_cost(x, y, root), atol=tolerance, rtol=0)
+    metric = torch.eye(6, dtype=dtype)
+    moved = mahalanobis_cost(x + 100, y + 100, metric)
+    torch.testing.assert_close(moved, mahalanobis_cost(x, y, metric), atol=tolerance, rtol=0)
 
 
-def test_a_rotated_root_is_the_same_metric():
-    x, y, root = normal(4, 6), normal(5, 6, seed=1), normal(6, 6, seed=2)
-    rotation = torch.linalg.qr(normal(6, 6, seed=3)).Q
-    torch.testing.assert_close(mahalanobis_cost(x, y, root @ rotation), mahalanobis_cost(x, y, root))
+def test_cost_takes_the_symmetric_part_of_the_metric():
+    x, y, metric = normal(4, 6), normal(5, 6, seed=1), torch.eye(6, dtype=torch.float64)
+    skew = normal(6, 6, seed=2)
+    torch.testing.assert_close(mahalanobis_cost(x, y, metric + skew - skew.T), mahalanobis_cost(x, y, metric))
 
 
 def test_cost_is_batched():
-    x, y, root = normal(2, 4, 6), normal(2, 5, 6, seed=1), torch.eye(6, dtype=torch.float64)
-    batched = mahalanobis_cost(x, y, root)
-    torch.testing.assert_close(batched[1], mahalanobis_cost(x[1], y[1], root))
+    x, y, metric = normal(2, 4, 6), normal(2, 5, 6, seed=1), torch.eye(6, dtype=torch.float64)
+    batched = mahalanobis_cost(x, y, metric)
+    torch.testing.assert_close(batched[1], mahalanobis_cost(x[1], y[1], metric))
 
 
 def test_cost_gradcheck():
-    x, y, root = normal(3, 4), normal(2, 4, seed=1), torch.eye(4, dtype=torch.float64) + 0.1
-    inputs = [value.requires_grad_() for value in (x, y, root)]
+    x, y, metric = normal(3, 4), normal(2, 4, seed=1), torch.eye(4, dtype=torch.float64) + 0.1
+    inputs = [value.requires_grad_() for value in (x, y, metric)]
     assert torch.autograd.gradcheck(mahalanobis_cost, inputs)
 
 
-def test_coinciding_embeddings_and_metrics_of_rank_0_stay_finite():
+def test_coinciding_embeddings_and_indefinite_metrics_stay_finite():
     x = normal(3, 4).float().requires_grad_()
     mahalanobis_cost(x, x.detach(), torch.eye(4)).sum().backward()
     assert x.grad.isfinite().all()
-    root = torch.zeros(4, 4, requires_grad=True)
-    cost = mahalanobis_cost(x, x.detach() + 1, root)
-    cost.sum().backward()
-    assert cost.max().item() == pytest.approx(1e-4) and root.grad.isfinite().all()
+    assert mahalanobis_cost(x, x.detach() + 1, -torch.eye(4)).max().item() == pytest.approx(1e-4)
 
 
-def test_gradient_of_the_root_is_that_of_the_metric_times_twice_the_root():
-    x, y, root = normal(4, 6), normal(5, 6, seed=1), normal(6, 6, seed=2).requires_grad_()
-    mahalanobis_cost(x, y, root).sum().backward()
-    metric = (root @ root.T).detach().requires_grad_()
-    difference = x[:, None] - y[None]
-    ((difference @ metric * difference).sum(-1) + 1e-8).sqrt().sum().backward()
-    torch.testing.assert_close(root.grad, 2 * metric.grad @ root.detach())
+def test_md_1_off_diagonals_of_the_metric_get_a_gradient():
+    metric = torch.eye(6, dtype=torch.float64, requires_grad=True)
+    mpot_loss(normal(4, 6), normal(4, 6, seed=1), metric, mass=0.9, epsilon=0.05).backward()
+    off_diagonal = metric.grad[~torch.eye(6, dtype=torch.bool)]
+    assert off_diagonal.abs().min() > 0
 
 
-def test_off_diagonals_of_the_root_get_a_gradient():
-    root = torch.eye(6, dtype=torch.float64, requires_grad=True)
-    mpot_loss(normal(4, 6), normal(4, 6, seed=1), root, mass=0.9, epsilon=0.05).backward()
-    assert root.grad[~torch.eye(6, dtype=torch.bool)].abs().min() > 0
+def test_md_1_metric_is_semi_definite_after_a_step_from_an_indefinite_start():
+    metric = torch.nn.Parameter(normal(6, 6))
+    optimiser = torch.optim.Adam([metric], lr=0.1)
+    mpot_loss(normal(4, 6), normal(4, 6, seed=1), metric, mass=0.9, epsilon=0.05).backward()
+    optimiser.step()
+    projected = project_psd(metric.detach())
+    assert torch.linalg.eigvalsh(projected).min() >= -1e-10
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -436,61 +437,62 @@ def test_loss_is_never_negative(mass):
 
 def test_loss_is_the_divergence_under_pots_plan():
     x, y, root = normal(5, 6), normal(5, 6, seed=1), normal(6, 6, seed=2)
-    cost = mahalanobis_cost(x, y, root)
+    metric = root @ root.T
+    cost = mahalanobis_cost(x, y, metric)
     plan = partial_transport_plan(cost / cost.max(), mass=0.8, epsilon=0.05, iterations=100, solver="pot")
     expected = divergence(plan.log()) + math.log(0.8)
-    torch.testing.assert_close(mpot_loss(x, y, root, mass=0.8, epsilon=0.05), expected)
+    torch.testing.assert_close(mpot_loss(x, y, metric, mass=0.8, epsilon=0.05), expected)
 
 
 def test_loss_gradcheck():
     inputs = [normal(4, 5).requires_grad_(), torch.eye(5, dtype=torch.float64).requires_grad_()]
     y = normal(4, 5, seed=1)
     assert torch.autograd.gradcheck(
-        lambda x, root: mpot_loss(x, y, root, mass=0.9, epsilon=0.2, iterations=500), inputs
+        lambda x, metric: mpot_loss(x, y, metric, mass=0.9, epsilon=0.2, iterations=500), inputs
     )
 
 
 def test_loss_does_not_depend_on_the_scale_of_the_metric():
     x, y = normal(4, 6), normal(4, 6, seed=1)
-    root = torch.eye(6, dtype=torch.float64, requires_grad=True)
-    loss = mpot_loss(x, y, root, mass=0.9, epsilon=0.05)
+    metric = torch.eye(6, dtype=torch.float64, requires_grad=True)
+    loss = mpot_loss(x, y, metric, mass=0.9, epsilon=0.05)
     loss.backward()
-    assert (root.grad * root.detach()).sum().item() == pytest.approx(0, abs=1e-7)
-    assert mpot_loss(x, y, 7 * root, mass=0.9, epsilon=0.05).item() == pytest.approx(loss.item(), abs=1e-6)
+    assert (metric.grad * metric.detach()).sum().item() == pytest.approx(0, abs=1e-7)
+    assert mpot_loss(x, y, 7 * metric, mass=0.9, epsilon=0.05).item() == pytest.approx(loss.item(), abs=1e-6)
 
 
 def test_property_9_order_of_the_pairs_does_not_matter_but_their_match_does():
     x, noise = normal(6, 8), normal(6, 8, seed=1)
-    y, root = x + 0.3 * noise, torch.eye(8, dtype=torch.float64)
+    y, metric = x + 0.3 * noise, torch.eye(8, dtype=torch.float64)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
-    loss = mpot_loss(x, y, root, mass=0.9, epsilon=0.05).item()
-    assert mpot_loss(x[order], y[order], root, mass=0.9, epsilon=0.05).item() == pytest.approx(loss)
-    assert mpot_loss(x, y[order], root, mass=0.9, epsilon=0.05).item() > loss + 1
+    loss = mpot_loss(x, y, metric, mass=0.9, epsilon=0.05).item()
+    assert mpot_loss(x[order], y[order], metric, mass=0.9, epsilon=0.05).item() == pytest.approx(loss)
+    assert mpot_loss(x, y[order], metric, mass=0.9, epsilon=0.05).item() > loss + 1
 
 
 def test_batch_of_one_carries_no_signal():
-    x, root = normal(1, 6).requires_grad_(), torch.eye(6, dtype=torch.float64, requires_grad=True)
-    loss = mpot_loss(x, normal(1, 6, seed=1), root, mass=0.9, epsilon=0.05)
+    x, metric = normal(1, 6).requires_grad_(), torch.eye(6, dtype=torch.float64, requires_grad=True)
+    loss = mpot_loss(x, normal(1, 6, seed=1), metric, mass=0.9, epsilon=0.05)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-12)
     assert x.grad.abs().max().item() == pytest.approx(0, abs=1e-12)
-    assert root.grad.abs().max().item() == pytest.approx(0, abs=1e-12)
+    assert metric.grad.abs().max().item() == pytest.approx(0, abs=1e-12)
 
 
 def test_autocast_is_off_inside_the_loss():
-    x, y, root = normal(4, 16).float(), normal(4, 16, seed=1).float(), torch.eye(16)
-    outside = mpot_loss(x, y, root, mass=0.9, epsilon=0.05)
+    x, y, metric = normal(4, 16).float(), normal(4, 16, seed=1).float(), torch.eye(16)
+    outside = mpot_loss(x, y, metric, mass=0.9, epsilon=0.05)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = mpot_loss(x, y, root, mass=0.9, epsilon=0.05)
-        half = mpot_loss(x.bfloat16(), y.bfloat16(), root, mass=0.9, epsilon=0.05)
+        inside = mpot_loss(x, y, metric, mass=0.9, epsilon=0.05)
+        half = mpot_loss(x.bfloat16(), y.bfloat16(), metric, mass=0.9, epsilon=0.05)
     assert inside.dtype == half.dtype == torch.float32
     assert torch.equal(inside, outside)
 
 
 def test_slices_and_texts_solved_together_equal_two_calls():
-    x, y, root = normal(4, 6), normal(2, 4, 6, seed=1), torch.eye(6, dtype=torch.float64)
-    together = mpot_loss(x, y, root, mass=0.9, epsilon=0.05)
-    apart = [mpot_loss(x, target, root, mass=0.9, epsilon=0.05) for target in y]
+    x, y, metric = normal(4, 6), normal(2, 4, 6, seed=1), torch.eye(6, dtype=torch.float64)
+    together = mpot_loss(x, y, metric, mass=0.9, epsilon=0.05)
+    apart = [mpot_loss(x, target, metric, mass=0.9, epsilon=0.05) for target in y]
     assert apart[0].shape == ()
     torch.testing.assert_close(together, torch.stack(apart))
 
@@ -503,12 +505,52 @@ def test_unpaired_embeddings_are_refused():
 def test_t_1_free_embeddings_reach_a_perfect_match():
     target = torch.nn.functional.normalize(normal(8, 16).float(), dim=1)
     x = torch.nn.Parameter(normal(8, 16, seed=1).float())
-    root = torch.nn.Parameter(torch.eye(16))
-    optimiser = torch.optim.Adam([x, root], lr=0.05)
+    metric = torch.nn.Parameter(torch.eye(16))
+    optimiser = torch.optim.Adam([x, metric], lr=0.05)
     for _ in range(40):
         embedding = torch.nn.functional.normalize(x, dim=1)
-        loss = mpot_loss(embedding, target, root, mass=0.9, epsilon=0.05, iterations=50)
+        loss = mpot_loss(embedding, target, metric, mass=0.9, epsilon=0.05, iterations=50)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        metric.data = project_psd(metric.data)
     assert loss.item() < 0.05
+
+
+# --- the projection ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_property_7_projection_is_symmetric_semi_definite_and_idempotent(dtype, tolerance):
+    projected = project_psd(normal(12, 12).to(dtype))
+    assert torch.equal(projected, projected.T)
+    assert torch.linalg.eigvalsh(projected.double()).min() >= -tolerance
+    torch.testing.assert_close(project_psd(projected), projected, atol=tolerance, rtol=0)
+
+
+def test_property_7_projection_is_the_nearest():
+    matrix = normal(12, 12)
+    symmetric = (matrix + matrix.T) / 2
+    negative = torch.linalg.eigvalsh(symmetric).clamp(max=0)
+    distance = torch.linalg.matrix_norm(project_psd(matrix) - symmetric) ** 2
+    assert distance.item() == pytest.approx(negative.square().sum().item())
+
+
+def test_property_7_projection_leaves_a_semi_definite_matrix_alone():
+    root = normal(12, 12)
+    matrix = root @ root.T + torch.eye(12)
+    matrix = (matrix + matrix.T) / 2
+    assert torch.equal(project_psd(matrix), matrix)
+    assert torch.equal(project_psd(torch.eye(512)), torch.eye(512))
+
+
+def test_projection_is_batched():
+    matrices = normal(3, 5, 5)
+    torch.testing.assert_close(project_psd(matrices)[2], project_psd(matrices[2]))
+
+
+def test_a_positive_definite_matrix_costs_no_eigenvalues(monkeypatch):
+    factor = normal(6, 6)
+    matrix = factor @ factor.mT + torch.eye(6)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: pytest.fail("eigenvalues were computed"))
+    torch.testing.assert_close(project_psd(matrix), matrix, rtol=0, atol=1e-15)

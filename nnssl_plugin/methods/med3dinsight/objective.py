@@ -16,7 +16,7 @@ from nnssl_plugin.methods.med3dinsight.psat import PlaneSliceAwareTransformer
 from nnssl_plugin.methods.med3dinsight.settings import Settings
 from nnssl_plugin.methods.med3dinsight.views import corrupt
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.objectives.partial_transport import mahalanobis_cost, mpot_loss
+from nnssl_plugin.objectives.partial_transport import mahalanobis_cost, mpot_loss, project_psd
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms, Views
 
 
@@ -30,12 +30,13 @@ class Med3DInsight(PretextTask):
         backbone: the planned network; encoder and decoder are trained.
         settings: :class:`Settings`.
         embedding_dim: E of the image and text embeddings.
+        steps: optimiser steps of the run, by which ``progress`` tells the number of a step.
     """
 
     needs = Needs(window="slice", placement="free", triplets=True, dimensions=(3,))
     trained_parts = ("encoder", "decoder")
 
-    def __init__(self, backbone: Backbone, settings: Settings, embedding_dim: int):
+    def __init__(self, backbone: Backbone, settings: Settings, embedding_dim: int, steps: int = 1):
         super().__init__(backbone, settings)
         if settings.field_of_view == "resize":
             self.needs = replace(self.needs, window="whole")
@@ -50,9 +51,9 @@ class Med3DInsight(PretextTask):
             slice_bins=settings.slice_bins,
             output=settings.output,
         )
-        # L of the metric M = L Lᵀ, shared by images and texts; the identity starts at the Euclidean distance. The paper
-        # takes its steps on M and projects it (Algorithm 1): eigenvalues in every step, for which a GPU is waited
-        self.metric_root = nn.Parameter(torch.eye(embedding_dim))
+        # M of the Mahalanobis distance, shared by images and texts; the identity starts at the Euclidean distance
+        self.metric = nn.Parameter(torch.eye(embedding_dim))
+        self.steps = steps
 
     @torch.no_grad()
     def views(self, batch: Batch, generator: torch.Generator) -> Views:
@@ -88,7 +89,7 @@ class Med3DInsight(PretextTask):
         image, text = mpot_loss(
             volume,
             torch.stack((image, text)),
-            self.metric_root,
+            self.metric,
             mass=self.settings.mass,
             epsilon=self.settings.epsilon,
             iterations=self.settings.iterations,
@@ -105,9 +106,20 @@ class Med3DInsight(PretextTask):
             "reconstruction": self.settings.reconstruction_weight,
         }
 
+    @torch.no_grad()
+    def after_step(self, progress: float, applied: Tensor) -> None:
+        """M = Proj(M), the last line of Algorithm 1, in every ``project_every``-th step and the last one.
+
+        The projection waits for the device. Between two of them the cost is that of M all the same, where its
+        quadratic form is negative 0.
+        """
+        done = round(progress * self.steps) + 1
+        if done % self.settings.project_every == 0 or done == self.steps:
+            self.metric.copy_(torch.where(applied, project_psd(self.metric), self.metric))
+
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Everything trained; L and V_p without weight decay, which would pull them to 0 where no slice falls."""
-        spared = [self.metric_root, self.psat.plane_slice]
+        """Everything trained; M and V_p without weight decay, which would pull them to 0 where no slice falls."""
+        spared = [self.metric, self.psat.plane_slice]
         names = {id(parameter) for parameter in spared}
         others = [p for p in self.parameters() if p.requires_grad and id(p) not in names]
         return [{"params": others}, {"params": spared, "weight_decay": 0.0}]
@@ -125,11 +137,11 @@ class Med3DInsight(PretextTask):
         empty, _ = self.backbone.tokens(self.backbone.features(torch.zeros_like(views["corrupted"][:1])))
         volumes = {"": tokens, "_other_case": tokens.roll(1, 0), "_empty": empty.expand_as(tokens)}
         found = {name: self.psat(seen, grid, views["plane"], views["position"]) for name, seen in volumes.items()}
-        measures = {"metric_smallest_eigenvalue": torch.linalg.svdvals(self.metric_root)[-1].square()}
+        measures = {"metric_smallest_eigenvalue": torch.linalg.eigvalsh(self.metric)[0]}
         for kind in ("image", "text"):
             target = views[f"{kind}_embedding"]
             measures |= {
-                f"retrieval_{kind}{name}": retrieval(self._compared(volume), self._compared(target), self.metric_root)
+                f"retrieval_{kind}{name}": retrieval(self._compared(volume), self._compared(target), self.metric)
                 for name, volume in found.items()
             }
             measures[f"retrieval_{kind}_chance"] = 1 / _first_of_equal(target).float().sum()
@@ -156,11 +168,11 @@ class Med3DInsight(PretextTask):
         return self.backbone.reconstruct(features, skips=self.settings.corruption != "none").float()
 
 
-def retrieval(volume: Tensor, target: Tensor, root: Tensor) -> Tensor:
+def retrieval(volume: Tensor, target: Tensor, metric: Tensor) -> Tensor:
     """Share () of the volumes (B, E) whose nearest target (B, E) is their own; equal targets count as one."""
     first = _first_of_equal(target)
     with torch.autocast(volume.device.type, enabled=False):
-        cost = mahalanobis_cost(volume, target, root).masked_fill(~first, torch.inf)
+        cost = mahalanobis_cost(volume, target, metric).masked_fill(~first, torch.inf)
     return (target[cost.argmin(1)] == target).all(1).float().mean()
 
 

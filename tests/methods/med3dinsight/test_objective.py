@@ -111,7 +111,7 @@ def test_batch_of_one_trains_the_reconstruction_only():
     terms = task(views_of(task, make_batch(1)), 0.0)
     assert terms["mpot_image"].item() == pytest.approx(0, abs=1e-6)
     terms["total"].backward()
-    assert task.metric_root.grad.abs().max().item() == pytest.approx(0, abs=1e-6)
+    assert task.metric.grad.abs().max().item() == pytest.approx(0, abs=1e-6)
     assert task.psat.queries.grad.abs().max().item() == pytest.approx(0, abs=1e-6)
     assert task.backbone.reconstruction_head.weight.grad.abs().max() > 0
 
@@ -150,9 +150,7 @@ def test_what_all_embeddings_of_a_step_have_in_common_counts_only_where_it_is_no
     centred = {name: value - value.mean(0) for name, value in outputs.items()}
     expected = {name: nn.functional.normalize(centred[name] if centre else outputs[name], dim=1) for name in outputs}
     for name in ("image", "text"):
-        by_hand = mpot_loss(
-            expected["volume"], expected[name], task.metric_root, mass=0.9, epsilon=0.05, iterations=100
-        )
+        by_hand = mpot_loss(expected["volume"], expected[name], task.metric, mass=0.9, epsilon=0.05, iterations=100)
         torch.testing.assert_close(loss[f"mpot_{name}"], by_hand)
 
 
@@ -244,26 +242,27 @@ def test_one_metric_serves_images_and_texts():
     loss = task.loss(outputs, 0.0)
     for name in ("image", "text"):
         pair = (task._compared(outputs["volume"]), task._compared(outputs[name]))
-        alone = mpot_loss(*pair, task.metric_root, mass=0.9, epsilon=0.05, iterations=100)
+        alone = mpot_loss(*pair, task.metric, mass=0.9, epsilon=0.05, iterations=100)
         torch.testing.assert_close(loss[f"mpot_{name}"], alone)
 
 
-def test_metric_starts_euclidean_and_stays_positive_semi_definite_wherever_its_root_goes():
+def test_metric_starts_euclidean_and_is_projected_after_an_applied_step_only():
     task = build()
-    assert torch.equal(task.metric_root, torch.eye(EMBEDDING_DIM))
+    assert torch.equal(task.metric, torch.eye(EMBEDDING_DIM))
     with torch.no_grad():
-        task.metric_root.copy_(torch.randn(EMBEDDING_DIM, EMBEDDING_DIM))
-    views = views_of(task, make_batch())
-    metric = task.metric_root @ task.metric_root.T
-    smallest = torch.linalg.eigvalsh(metric)[0].item()
-    assert smallest > -1e-5
-    assert task.diagnostics(views)["metric_smallest_eigenvalue"].item() == pytest.approx(smallest, abs=1e-4)
+        task.metric.copy_(torch.randn(EMBEDDING_DIM, EMBEDDING_DIM))
+    indefinite = task.metric.clone()
+    task.after_step(0.5, torch.tensor(False))
+    assert torch.equal(task.metric, indefinite)
+    task.after_step(0.5, torch.tensor(True))
+    assert torch.linalg.eigvalsh(task.metric).min() >= -1e-5
+    assert task.metric.requires_grad
 
 
 def test_metric_and_places_have_no_weight_decay_and_groups_are_complete():
     task = build()
     others, spared = task.parameter_groups()
-    assert {id(p) for p in spared["params"]} == {id(task.metric_root), id(task.psat.plane_slice)}
+    assert {id(p) for p in spared["params"]} == {id(task.metric), id(task.psat.plane_slice)}
     assert spared["weight_decay"] == 0.0 and "weight_decay" not in others
     grouped = [id(p) for group in (others, spared) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in task.parameters() if p.requires_grad)
@@ -277,7 +276,7 @@ def test_state_dict_holds_everything_that_is_learned():
     copy.load_state_dict(task.state_dict())
     views = views_of(task, make_batch())
     assert torch.equal(copy(views, 0.0)["total"], task(views, 0.0)["total"])
-    assert {"metric_root", "psat.queries", "psat.plane_slice"} <= set(task.state_dict())
+    assert {"metric", "psat.queries", "psat.plane_slice"} <= set(task.state_dict())
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -294,7 +293,7 @@ def test_each_embedding_of_the_batch_is_compared_under_its_own_name(seed):
         own = batch[f"{name}_embedding"] / batch[f"{name}_embedding"].norm(dim=1, keepdim=True)
         torch.testing.assert_close(views[f"{name}_embedding"], own)
         torch.testing.assert_close(outputs[name], own)
-        expected = mpot_loss(outputs["volume"], own, task.metric_root, mass=0.9, epsilon=0.05, iterations=100)
+        expected = mpot_loss(outputs["volume"], own, task.metric, mass=0.9, epsilon=0.05, iterations=100)
         torch.testing.assert_close(terms[f"mpot_{name}"], expected)
     assert (terms["mpot_image"] - terms["mpot_text"]).abs() > 1e-3
 
@@ -388,7 +387,7 @@ def test_mixed_precision_gives_finite_float32_terms():
         assert task.diagnostics(views)["features"].dtype == torch.float32
     assert all(value.dtype == torch.float32 and value.isfinite() for value in terms.values())
     terms["total"].backward()
-    assert task.metric_root.grad.isfinite().all()
+    assert task.metric.grad.isfinite().all()
 
 
 def test_nan_in_one_image_reaches_the_total_without_raising():
@@ -436,8 +435,10 @@ def test_t_1_four_blobs_are_overfitted():
         optimiser.zero_grad()
         terms["total"].backward()
         optimiser.step()
+        task.after_step(0.0, torch.tensor(True))
         history.append({name: value.item() for name, value in terms.items()})
     last = {name: sum(step[name] for step in history[-5:]) / 5 for name in history[0]}
     assert last["reconstruction"] < history[0]["reconstruction"] / 5
     assert history[0]["mpot_image"] > 1
     assert last["mpot_image"] < 0.1 and last["mpot_text"] < 0.1
+    assert torch.linalg.eigvalsh(task.metric.detach()).min() > -1e-5

@@ -73,7 +73,7 @@ def test_stopped_and_resumed_equals_one_go():
 def test_checkpoint_keeps_metric_and_transformer_beside_the_network():
     trainer = run(**arguments())
     checkpoint = torch.load(Path(trainer.output_folder, "checkpoint_final.pth"), weights_only=True)
-    assert checkpoint["ssl_state"]["task"]["metric_root"].shape == (8, 8)
+    assert checkpoint["ssl_state"]["task"]["metric"].shape == (8, 8)
     assert any(key.startswith("psat.") for key in checkpoint["ssl_state"]["task"])
     trained = ["encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages."]
     assert checkpoint["provenance"]["trained"] == trained
