@@ -8,6 +8,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from dynamic_network_architectures.building_blocks.residual import BottleneckD
 from fake_dataset import fake_plan
 from method_checks import TWO_EPOCHS, assert_resumes_exactly
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pretraining_harness import make_trainer, run
 from torch import nn
 from toy_method import ToyPretrainer
@@ -244,6 +245,26 @@ def test_a_checkpoint_of_either_goes_on_with_the_other(first, here):
     assert resumed.step == 4
     for parameter, state in resumed.optimizer.state.items():
         assert state["exp_avg"].stride() == parameter.stride()
+
+
+def test_left_open_the_setting_is_off_on_a_cpu_and_on_for_known_networks_on_cuda(here, monkeypatch):
+    trainer = make_trainer(pretraining=TWO_EPOCHS)
+    trainer.initialize()
+    assert trainer.training_settings.fast is None
+    assert not any(isinstance(module, FastConv) for module in trainer.task.modules())
+    monkeypatch.setattr(trainer, "device", torch.device("cuda"))
+    assert trainer._takes_fast_blocks(planned())
+    assert not trainer._takes_fast_blocks(planned(norm_op=nn.BatchNorm3d))
+
+
+def test_fast_blocks_are_not_compiled(here, monkeypatch):
+    monkeypatch.setenv("nnUNet_compile", "t")
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(module))
+    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda trainer: True)
+    for chosen in (True, False):
+        make_trainer(pretraining={"fast": chosen} | TWO_EPOCHS).initialize()
+        assert bool(compiled) != chosen
 
 
 def test_pretraining_refuses_other_networks_before_it_starts(here):
