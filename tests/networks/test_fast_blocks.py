@@ -180,12 +180,11 @@ def test_networks_on_cuda_give_the_same_forward_and_backward(arguments):
     for dtype in (torch.float16, torch.bfloat16):
         with torch.autocast("cuda", dtype=dtype):
             halves = [outcome(each, x, scale=1024) for each in (fast(network), network)]
-        errors = [
-            [(found.cpu().double() - expected).norm() for found, expected in zip(half, exact, strict=True)]
+        mine, others = (
+            torch.stack([(found.cpu().double() - expected).norm() for found, expected in zip(half, exact, strict=True)])
             for half in halves
-        ]
-        for mine, others, expected in zip(*errors, exact, strict=True):
-            assert mine <= 3 * others + 8 * torch.finfo(dtype).eps * expected.norm() + 1e-3
+        )
+        assert mine.norm() <= 2 * others.norm() + 1e-3  # values near 0 that activate or not make single maps differ
 
 
 @pytest.mark.parametrize(
