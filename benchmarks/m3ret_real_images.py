@@ -95,7 +95,8 @@ def write_volume(file: Path, target: Path, clips: Path) -> None:
     is_ct = file.name.startswith("CT")
     if is_ct:
         image = sitk.Clamp(image, lowerBound=-HOUNSFIELD, upperBound=HOUNSFIELD)
-    size = [max(1, round(n * own / new)) for n, own, new in zip(image.GetSize(), image.GetSpacing(), SPACING)]
+    axes = zip(image.GetSize(), image.GetSpacing(), SPACING, strict=True)
+    size = [max(1, round(number * own / new)) for number, own, new in axes]
     for axis, (own, new) in enumerate(zip(image.GetSpacing(), SPACING, strict=True)):
         if new > own:
             image = sitk.RecursiveGaussian(image, sigma=new / 2, direction=axis)
@@ -141,7 +142,11 @@ def plan(args: argparse.Namespace) -> None:
 
 def preprocess() -> None:
     """All three datasets, as their plans have them."""
-    for number, plans, configuration in ((511, "mae", "3d_fullres"), (512, "sized", "2d"), (513, "sized", "3d_fullres")):
+    for number, plans, configuration in (
+        (511, "mae", "3d_fullres"),
+        (512, "sized", "2d"),
+        (513, "sized", "3d_fullres"),
+    ):
         run("nnUNetv2_preprocess", "-d", number, "-plans_name", plans, "-c", configuration, "-np", 1)
 
 
@@ -149,7 +154,7 @@ def train(args: argparse.Namespace) -> None:
     """The methods side by side; one that was interrupted goes on."""
     started = []
     for method in args.methods:
-        if checkpoint(method).is_file():
+        if checkpoint(method).name == "checkpoint_final.pth" and checkpoint(method).is_file():
             continue
         words = [sys.executable, str(HERE / "one_thread.py"), "511", "3d_fullres", "all", "-tr", METHODS[method],
                  "-p", method, "-device", args.device, "--c"]  # fmt: skip
@@ -160,9 +165,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def checkpoint(method: str) -> Path:
-    """The end of a pretraining."""
-    folder = f"{METHODS[method]}__{method}__3d_fullres"
-    return Path(os.environ["nnUNet_results"], VOLUMES, folder, "fold_all", "checkpoint_final.pth")
+    """The end of a pretraining; of one that was interrupted, what there is."""
+    folder = Path(os.environ["nnUNet_results"], VOLUMES, f"{METHODS[method]}__{method}__3d_fullres", "fold_all")
+    final, latest = folder / "checkpoint_final.pth", folder / "checkpoint_latest.pth"
+    return latest if latest.is_file() and not final.is_file() else final
 
 
 def arms(args: argparse.Namespace) -> dict[str, Path]:
@@ -295,7 +301,7 @@ def evaluate(work: Path) -> None:
     report: dict = {}
     for dataset, target in TARGETS.items():
         folder = work / "indexes" / dataset
-        named = [f"{path.name}={path}" for path in sorted(folder.iterdir()) if path.is_dir()]
+        named = [f"{path.name}={path}" for path in sorted(folder.iterdir()) if (path / "index.json").is_file()]
         labels = [target, *(f"shuffled_{number}" for number in range(SHUFFLES))]
         report[dataset] = {"probe": {}, "separation": {}}
         for column in labels:
@@ -335,8 +341,8 @@ def separation(cosines: np.ndarray, labels: np.ndarray, among: np.ndarray, subje
     parts = [(same & pairs).astype(float), (~same & pairs).astype(float)]
 
     def gap(weights: np.ndarray) -> np.ndarray:
-        means = [((weights @ (cosines * part)) * weights).sum(1) / ((weights @ part) * weights).sum(1) for part in parts]
-        return means[0] - means[1]
+        sums = [[((weights @ of) * weights).sum(1) for of in (cosines * part, part)] for part in parts]
+        return sums[0][0] / sums[0][1] - sums[1][0] / sums[1][1]
 
     drawn = np.concatenate([gap(weights) for weights in subject_weights(list(subjects), samples=2000, seed=0)])
     upper = np.triu(pairs, 1)
