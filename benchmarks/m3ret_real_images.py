@@ -342,7 +342,8 @@ def separation(cosines: np.ndarray, labels: np.ndarray, among: np.ndarray, subje
 
     def gap(weights: np.ndarray) -> np.ndarray:
         sums = [[((weights @ of) * weights).sum(1) for of in (cosines * part, part)] for part in parts]
-        return sums[0][0] / sums[0][1] - sums[1][0] / sums[1][1]
+        with np.errstate(invalid="ignore"):  # a draw of subjects may hold no pair of a kind
+            return sums[0][0] / sums[0][1] - sums[1][0] / sums[1][1]
 
     drawn = np.concatenate([gap(weights) for weights in subject_weights(list(subjects), samples=2000, seed=0)])
     upper = np.triu(pairs, 1)
