@@ -20,6 +20,8 @@ from nnssl_plugin.objectives.assignment import has_kernels, linear_assignment
 FRANK_WOLFE_STEPS = 5
 ASCENT_STEPS = 40
 """Greatest number of swaps of the ascent; with n = 16 it has ended after about 20."""
+LARGE = 1e30
+"""Taken from what a forbidden swap gains."""
 TABU_STEPS = 24
 """Swaps of the search that goes on where the starts ended in different permutations."""
 
@@ -143,7 +145,8 @@ def tabu_search(problem: QuadraticProblem, permutations: Tensor, steps: int) -> 
         gains, left = walk.gains(), walk.under_swaps(until)
         forbidden = torch.minimum(left, left.mT) > step
         no_record = gains <= (below + walk.rounding)[:, None, None]
-        chosen = gains.masked_fill(forbidden & no_record, -torch.inf).flatten(1).argmax(1)
+        allowed = torch.where(forbidden & no_record, gains - LARGE, gains)
+        chosen = allowed.flatten(1).argmax(1)  # where all are forbidden the first one
         gain = gains.flatten(1).gather(1, chosen[:, None]).squeeze(1)
         before = walk.swap(chosen)
         until.flatten(1).scatter_(1, before, step + n // 2 + 7 * step % (n // 2 + 1))

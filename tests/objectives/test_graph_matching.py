@@ -125,6 +125,15 @@ def test_searches_keep_count_of_the_objective_and_never_lose(search):
     assert (values[-1] > values[0]).all()
 
 
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_a_search_goes_on_where_every_swap_is_forbidden(nodes):
+    arguments, _ = graph_pairs(20, nodes, noise=1.0)
+    pair = _pair_affinity(arguments["edge_affinity"], arguments["edges_source"], arguments["edges_target"], nodes)
+    problem = QuadraticProblem(arguments["node_affinity"], pair)
+    starts = torch.arange(nodes).expand(20, 1, nodes)
+    torch.testing.assert_close(problem.value(tabu_search(problem, starts, 20))[:, 0], brute_force(**arguments)[1])
+
+
 def test_no_swap_improves_the_end_of_the_ascent():
     arguments, _ = graph_pairs(4, 6, noise=1.0)
     edge, source, target = (arguments[name] for name in ("edge_affinity", "edges_source", "edges_target"))

@@ -63,14 +63,13 @@ class BrainMVP(PretextTask):
         image = batch["image"]
         size, together = tuple(image.shape[2:]), self.progress >= self.settings.contrast_from
         own, other, paired = draw_modalities(batch["available"], together, generator)
-        masked_by_template, masked_by_other = self._mask(2 * len(image), size, generator).chunk(2)
         return {
             "image": channel_of(image, own),
             "other": channel_of(image, other),
             "modality": own,
             "paired": paired,
-            "masked_by_template": masked_by_template,
-            "masked_by_other": masked_by_other,
+            "masked_by_template": self._mask(len(image), size, generator),
+            "masked_by_other": self._mask(len(image), size, generator),
             "inside": inside_case(batch["origin"], batch["case_shape"], size),
             "origin": batch["origin"],
             "case_shape": batch["case_shape"],
@@ -109,11 +108,11 @@ class BrainMVP(PretextTask):
         self.progress.fill_(progress)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The templates at their own rate, without weight decay, which would draw them to 0, and outside clipping, as a
-        norm over millions of voxels would hold back the network."""
+        """The templates at their own rate and weight decay, and outside clipping, as a norm over millions of voxels
+        would hold back the network."""
         others = [p for p in self.parameters() if p.requires_grad and p is not self.templates]
-        templates = {"params": [self.templates], "lr_scale": self.template_scale, "weight_decay": 0.0, "clip": False}
-        return [{"params": others}, templates]
+        own = {"lr_scale": self.template_scale, "weight_decay": self.settings.template_decay, "clip": False}
+        return [{"params": others}, {"params": [self.templates]} | own]
 
     @property
     def crosses(self) -> Tensor:
