@@ -96,7 +96,7 @@ class Index:
             UserError: the vectors have another length or are not finite, or ``k`` is below 1.
         """
         queries = self.prepared(vectors, k)
-        best, worst = [_Best(k) for _ in queries], np.full(len(queries), -np.inf, dtype=np.float32)
+        best = _Best(len(queries), k)
         hidden = {number: self.rows_of(subject) for number, subject in enumerate(subjects or ()) if subject}
         for start, end in _blocks(len(self.vectors), max(SMALLEST_BLOCK, MOST_SCORES // max(len(queries), 1))):
             scores = self.scores(queries, start, end)
@@ -104,11 +104,8 @@ class Index:
                 scores[:, ~among[start:end]] = -np.inf
             for query, own in hidden.items():
                 scores[query, own[(own >= start) & (own < end)] - start] = -np.inf
-            for number in np.flatnonzero(scores.max(axis=1) > worst):
-                worst[number] = best[number].add(scores[number], start)
-        found = [each.padded() for each in best]
-        rows, scores = (np.array([each[part] for each in found]).reshape(-1, k) for part in (0, 1))
-        return Neighbours(rows.astype(int), (1 - scores).astype(np.float32))
+            best.add(scores, start)
+        return Neighbours(best.rows, 1 - best.scores)
 
     def prepared(self, vectors: np.ndarray, k: int = 1) -> np.ndarray:
         """Queries (Q, E) standardised and of length 1.
@@ -151,29 +148,29 @@ class Index:
 
 
 class _Best:
-    """The best k of many scores; of equal ones those that stand first."""
+    """The best k of each query among the scores seen so far, the best first; of equal ones those that stand first."""
 
-    def __init__(self, k: int):
-        self.k = k
-        self.rows, self.scores = np.empty(0, dtype=int), np.empty(0, dtype=np.float32)
+    def __init__(self, queries: int, k: int):
+        self.rows = np.full((queries, k), -1)
+        self.scores = np.full((queries, k), -np.inf, dtype=np.float32)
 
-    def add(self, scores: np.ndarray, start: int) -> float:
-        """Take the scores of the rows from ``start`` on; the score that a later row has to exceed."""
-        worst = self.scores[-1] if len(self.scores) == self.k else -np.inf
-        better = np.flatnonzero(scores > worst)
-        if len(better) > 4 * self.k:
-            threshold = np.partition(scores[better], -self.k)[-self.k]
-            better = better[scores[better] >= threshold]
-        rows = np.concatenate((self.rows, better + start))
-        values = np.concatenate((self.scores, scores[better]))
-        order = np.lexsort((rows, -values))[: self.k]
-        self.rows, self.scores = rows[order], values[order]
-        return self.scores[-1] if len(self.scores) == self.k else -np.inf
-
-    def padded(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and scores (k,); −1 and −∞ where there are no more."""
-        missing = (0, self.k - len(self.rows))
-        return np.pad(self.rows, missing, constant_values=-1), np.pad(self.scores, missing, constant_values=-np.inf)
+    def add(self, scores: np.ndarray, start: int) -> None:
+        """Take the scores (Q, n) of the rows from ``start`` on, which have not been seen."""
+        k = self.rows.shape[1]
+        better = scores > self.scores[:, -1:]
+        if np.count_nonzero(better) > 4 * self.rows.size and k < scores.shape[1]:
+            better &= scores >= np.partition(scores, -k, axis=1)[:, -k, None]
+        queries, columns = np.nonzero(better)
+        if not len(queries):
+            return
+        touched, counts = np.unique(queries, return_counts=True)
+        owners = np.concatenate((np.repeat(touched, k), queries))
+        rows = np.concatenate((self.rows[touched].ravel(), columns + start))
+        values = np.concatenate((self.scores[touched].ravel(), scores[queries, columns]))
+        order = np.lexsort((rows, -values, owners))
+        first = np.cumsum(counts + k) - (counts + k)  # of each query in that order
+        kept = order[first[:, None] + np.arange(k)]
+        self.rows[touched], self.scores[touched] = rows[kept], values[kept]
 
 
 def _blocks(rows: int, size: int) -> Iterator[tuple[int, int]]:
