@@ -5,8 +5,9 @@
 The index is generated: cluster centres on a sphere, vectors around them. FAISS's flat index holds the same standardised
 vectors, in memory; ours reads the file, mapped into memory and read once before the clock starts. ``product`` is the
 matrix product alone over the same mapped file, which no exact search can do without. Runs take turns, and the best of
-each counts. Where FAISS is not installed, exact search is measured without it. With one thread times are those of the process, so that other work on the machine
-counts less; with several (OMP_NUM_THREADS and OPENBLAS_NUM_THREADS), of the clock.
+each counts. Where FAISS is not installed, exact search is measured without it. With one thread times are those of the
+process, so that other work on the machine counts less; with several (OMP_NUM_THREADS and OPENBLAS_NUM_THREADS), of the
+clock.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def generate(folder: Path, rows: int, dimensions: int) -> None:
 
 
 def exact(index: Index, queries: np.ndarray, repeats: int, clock: Callable[[], float]) -> dict:
-    """Seconds per search of ten neighbours, ours, FAISS's and of the product alone, and whether ours and FAISS's agree."""
+    """Seconds per search of ten neighbours, ours, FAISS's and of the product alone; whether the first two agree."""
     flat = _flat(index) if faiss else None
     _ = index.lengths
     measured = {}
