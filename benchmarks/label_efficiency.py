@@ -16,15 +16,30 @@ from pathlib import Path
 
 from study_figures import draw_label_efficiency, draw_learning
 from study_file import Study, choose_cases, read_study
-from study_results import collect, page, read_separation, summarise, table, versions
-from study_runner import Runner, StoppedEarly, cost
+from study_results import (
+    calibration,
+    choose_recipes,
+    collect,
+    page,
+    read_separation,
+    steps_to_twin,
+    summarise,
+    summary,
+    table,
+    tuned,
+    versions,
+)
+from study_runner import Runner, StoppedEarly, cost, on_one_thread
 from study_steps import (
+    RUNS,
     adaptation_steps,
-    finetuning_steps,
+    finetuning_runs,
     lay_out,
     planning_steps,
     pretraining_steps,
     separation_steps,
+    training_step,
+    tuning_runs,
 )
 
 from nnssl_plugin.errors import UserError
@@ -54,31 +69,53 @@ def carry_out(study_file: Path, folder: Path, *, data: Path, jobs: int, device: 
     selection = choose_cases(study, data)
     _claim(folder, study_file)
     lay_out(study, selection, data=data, folder=folder)
+    one_thread = on_one_thread(jobs, device)
     planning, pretraining = planning_steps(study, folder), pretraining_steps(study, folder, device=device)
-    separation = separation_steps(study, folder, device=device)
-    adaptation, finetuning = adaptation_steps(study, folder), finetuning_steps(study, folder, device=device)
-    total = len([*planning, *pretraining, *separation, *adaptation, *finetuning])
+    separation, adaptation = separation_steps(study, folder, device=device), adaptation_steps(study, folder)
+    trials = tuning_runs(study, selection)
+    total = len([*planning, *pretraining, *separation, *adaptation, *trials, *study.seeds])
     runner = Runner(folder, device=device, total=total)
     runner.run(planning)
     runner.run(pretraining, jobs=jobs)
-    runner.run([*separation, *adaptation])
-    runner.run(finetuning, jobs=jobs)
+    runner.run([*adaptation, *separation], jobs=jobs)
+
+    def train(stage: str, runs: dict) -> None:
+        steps = [
+            training_step(study, folder, f"{stage}-{name}", stage, of, device=device, one_thread=one_thread)
+            for name, of in runs.items()
+            if not all((folder / RUNS / f"{run['name']}.json").exists() for run in of)
+        ]
+        runner.run(steps, jobs=jobs)
+
+    train("tuning", trials)
+    train("fine-tuning", finetuning_runs(study, selection, choose_recipes(study, collect(folder))))
     runner.bar.close()
     return write_results(study, folder, state=runner.state, jobs=jobs, device=device, study_file=study_file)
 
 
+def report(study_file: Path, folder: Path, *, jobs: int, device: str) -> dict:
+    """Write the results of the runs that have finished, of a study that was cut off."""
+    state = read_json(folder / "state.json") if (folder / "state.json").exists() else {}
+    return write_results(read_study(study_file), folder, state=state, jobs=jobs, device=device, study_file=study_file)
+
+
 def write_results(study: Study, folder: Path, *, state: dict, jobs: int, device: str, study_file: Path) -> dict:
-    """Read nnU-Net's summaries and write numbers, table, page and figures."""
-    runs = collect(study, folder)
+    """Read the results of the runs and write numbers, table, page and figures."""
+    runs = collect(folder)
     result = {
         "setting": {"study": asdict(study), "jobs": jobs, "device": device},
         "versions": versions(),
         "cost": cost(state),
+        "calibration": calibration(study, runs),
+        "tuning": tuned(study, runs),
+        "chosen": choose_recipes(study, runs),
         "statistics": summarise(study, runs),
+        "steps_to_twin": steps_to_twin(study, runs),
         "separation": read_separation(study, folder),
         "runs": [run.as_json() for run in runs],
     }
     write_json(folder / "result.json", result)
+    write_json(folder / "summary.json", summary(study, result))
     lines = table(study, result["statistics"])
     _write(folder / "table.md", lines)
     _write(folder / "study.md", page(study, result, lines, study_file=study_file))
@@ -124,10 +161,18 @@ def main() -> int:
         help="trainings side by side, on a CPU with one thread each; 1 uses every core (default: 2)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing: write the results of what has finished so far"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
     try:
-        carry_out(args.study, args.o.resolve(), data=args.data.resolve(), jobs=max(1, args.jobs), device=args.device)
+        if args.report:
+            report(args.study, args.o.resolve(), jobs=args.jobs, device=args.device)
+        else:
+            carry_out(
+                args.study, args.o.resolve(), data=args.data.resolve(), jobs=max(1, args.jobs), device=args.device
+            )
     except UserError as error:
         print(f"label_efficiency: {error}", file=sys.stderr)
         return 75 if isinstance(error, StoppedEarly) else 2

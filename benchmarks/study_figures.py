@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from study_file import Study
-from study_results import ALL_LABELS, Run, labelled_cases
+from study_results import ALL_LABELS, LOOKS, Run, labelled_cases
 
 from nnssl_plugin.io.files import atomic_path
 
@@ -15,20 +15,25 @@ MARKERS = "os^Dv*P"
 
 
 def draw_label_efficiency(study: Study, runs: list[Run], rows: list[dict[str, Any]], path: Path) -> None:
-    """Mean Dice of each arm over the number of labelled cases; bands are intervals over cases, points are seeds."""
-    plt = _pyplot()
+    """Mean Dice of each arm over the number of labelled cases; bands are intervals over seeds and cases."""
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
     for number, arm in enumerate(study.arms):
-        own = [row for row in rows if row["arm"] == arm.name and row["label"] == ALL_LABELS]
+        own = [row for row in rows if (row["arm"], row["label"], row["look"]) == (arm.name, ALL_LABELS, LOOKS["dice"])]
+        if not own:
+            continue
         cases = [row["labelled_cases"] for row in own]
-        bounds = [[row["interval_over_cases"][side] for row in own] for side in ("low", "high")]
+        bounds = [
+            [row["mean"] if row["interval"][side] is None else row["interval"][side] for row in own]
+            for side in ("low", "high")
+        ]
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         axis.plot(
             cases, [row["mean"] for row in own], color=colour, linewidth=2, marker=marker, markersize=8, label=arm.name
         )
         axis.fill_between(cases, *bounds, color=colour, alpha=0.15, linewidth=0)
         if len(study.seeds) > 1:
-            points = [(row["labelled_cases"], value) for row in own for value in row["per_seed"]]
+            points = [(row["labelled_cases"], value) for row in own for value in row["per_seed"].values()]
             axis.plot(
                 *zip(*points, strict=True), linestyle="", marker=marker, markersize=5, color=colour, fillstyle="none"
             )
@@ -37,15 +42,15 @@ def draw_label_efficiency(study: Study, runs: list[Run], rows: list[dict[str, An
     axis.set_xlabel("labelled training cases")
     axis.set_ylabel(f"mean Dice, {study.cases.evaluation} evaluation cases")
     seeds = f"; small: each of {len(study.seeds)} seeds" if len(study.seeds) > 1 else ""
-    axis.set_title(f"{study.name}\nband: 95 % bootstrap interval over cases{seeds}", fontsize=11)
+    axis.set_title(f"{study.name}\nband: 95 % interval over seeds and cases{seeds}", fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend(loc="best")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_learning(study: Study, runs: list[Run], path: Path) -> None:
     """nnU-Net's pseudo Dice per epoch, a panel for each fraction; thick lines are means over the seeds."""
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(
@@ -59,7 +64,11 @@ def draw_learning(study: Study, runs: list[Run], path: Path) -> None:
     for axis, fraction in zip(axes[0], study.fractions, strict=True):
         for number, arm in enumerate(study.arms):
             colour = COLOURS[number % len(COLOURS)]
-            curves = [run.pseudo_dice for run in runs if run.arm == arm.name and run.fraction == fraction]
+            curves = [
+                run.pseudo_dice for run in runs if (run.arm, run.fraction, run.schedule) == (arm.name, fraction, None)
+            ]
+            if not curves:
+                continue
             epochs = np.arange(1, len(curves[0]) + 1)
             for curve in curves:
                 axis.plot(epochs, curve, color=colour, linewidth=0.8, alpha=0.5)
@@ -79,16 +88,18 @@ def draw_learning(study: Study, runs: list[Run], path: Path) -> None:
     axes[0, 0].set_ylabel("pseudo Dice on patches")
     axes[0, 0].set_ylim(bottom=0)
     axes[0, -1].legend(loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
+    """Write a figure and close it."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
-def _pyplot():
+def pyplot():
+    """Matplotlib without a screen."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -13,6 +13,10 @@ from nnssl_plugin.io.files import read_json
 from nnssl_plugin.nnunet.label_fractions import nested_subsets
 
 ENDING = ".nii.gz"
+SCRATCH = "scratch"
+"""Stands for random weights where the name of a pretraining does."""
+SHIFTED = "-shifted"
+"""What the name of an evaluation case with another look ends in."""
 CASE = "{case}"
 """Stands for the name of a case in a pattern of files."""
 CAPTION_FLAGS = ("captioner", "slices", "body-part", "seed", "weights", "model")
@@ -46,6 +50,9 @@ class Counts:
     """Cases with labels; a fraction of 1 trains on all of them."""
     evaluation: int
     """Cases that are segmented in the end; neither pretraining nor fine-tuning sees them."""
+    tuning: int = 0
+    """Further cases, on which each arm's recipe is chosen: some are trained on, the others segmented; pretraining does
+    not see them."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,16 @@ class Separation:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """Another look of the evaluation cases: what a scanner with other settings would have made of them."""
+
+    gamma: float
+    """Exponent of the intensities between the 0.5th and the 99.5th percentile of a scan, brought to [0, 1]."""
+    coarser: int
+    """Voxels are averaged over so many along each axis, and interpolated back to the grid."""
+
+
+@dataclass(frozen=True)
 class Study:
     """Everything that a study file says."""
 
@@ -93,6 +110,14 @@ class Study:
     """Keys under ``configurations`` and values, for the plan that both datasets share."""
     finetuning: dict[str, Any] = field(default_factory=dict)
     """Settings of the plan's ``finetuning`` block, for every arm."""
+    recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name → settings of the fine-tuning; each arm takes the best of them on the tuning cases."""
+    schedules: tuple[int, ...] = ()
+    """Numbers of epochs of further, shorter trainings: how soon does an arm reach the twin's result?"""
+    shift: Shift | None = None
+    """With it, the evaluation cases are segmented a second time, with another look."""
+    mirroring: bool = True
+    """Whether predictions are averaged over mirrored inputs, as nnU-Net does; without, they cost an eighth."""
     captions: dict[str, Any] | None = None
     """Flags of ``nnssl_plugin caption``, for methods that need triplets."""
     separation: Separation | None = None
@@ -106,17 +131,23 @@ class Study:
 
     @property
     def folds(self) -> list[tuple[int, float]]:
-        """Seed and fraction of each fold of ``splits_final.json``, in order."""
+        """Seed and fraction of each fold of ``splits_final.json``, in order; behind them comes that of the tuning."""
         return [(seed, fraction) for seed in self.seeds for fraction in self.fractions]
+
+    @property
+    def largest(self) -> float:
+        """The largest fraction: that of the tuning and of the short schedules."""
+        return max(self.fractions)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Names of the cases, sorted; the pool is a part of the unlabelled ones."""
+    """Names of the cases, sorted; the pool is a part of the unlabelled ones, the others overlap with nothing."""
 
     unlabelled: tuple[str, ...]
     pool: tuple[str, ...]
     evaluation: tuple[str, ...]
+    tuning: tuple[str, ...] = ()
 
 
 def read_study(path: str | Path) -> Study:
@@ -137,6 +168,7 @@ def read_study(path: str | Path) -> Study:
         },
         arms=tuple(_build(Arm, arm, where=f"{path}, arms") for arm in study.arms),
         separation=study.separation and _build(Separation, study.separation, where=f"{path}, separation"),
+        shift=study.shift and _build(Shift, study.shift, where=f"{path}, shift"),
         fractions=tuple(sorted(study.fractions)),
         seeds=tuple(study.seeds),
     )
@@ -159,16 +191,17 @@ def choose_cases(study: Study, data: Path) -> Selection:
     images, labels = study.data.images, study.data.labels
     names = sorted(files_by_case(data, images).keys() & files_by_case(data, labels).keys())
     counts = study.cases
-    if len(names) < counts.unlabelled + counts.evaluation:
+    if len(names) < counts.unlabelled + counts.evaluation + counts.tuning:
         raise UserError(
             f"{data / images} and {data / labels} hold {len(names)} cases; the study needs "
-            f"{counts.unlabelled} unlabelled and {counts.evaluation} others for evaluation.",
+            f"{counts.unlabelled} unlabelled and {counts.evaluation + counts.tuning} others for evaluation and tuning.",
             "Name the folder of data with --data.",
         )
     evaluation = _evenly(names, counts.evaluation)
-    kept = set(evaluation)
-    unlabelled = _evenly([name for name in names if name not in kept], counts.unlabelled)
-    return Selection(unlabelled, _evenly(unlabelled, counts.pool), evaluation)
+    others = [name for name in names if name not in set(evaluation)]
+    tuning = _evenly(others, counts.tuning)
+    unlabelled = _evenly([name for name in others if name not in set(tuning)], counts.unlabelled)
+    return Selection(unlabelled, _evenly(unlabelled, counts.pool), evaluation, tuning)
 
 
 def files_by_case(data: Path, place: str) -> dict[str, Path]:
@@ -185,11 +218,26 @@ def files_by_case(data: Path, place: str) -> dict[str, Path]:
 
 
 def split_folds(study: Study, selection: Selection) -> list[dict[str, list[str]]]:
-    """nnU-Net's ``splits_final.json``: a fold for each seed and fraction, all with the same validation cases."""
+    """nnU-Net's ``splits_final.json``: a fold for each seed and fraction, and one for the tuning, where there is any.
+
+    The pseudo Dice of a training is that of the tuning cases that nothing trains on; without tuning, of the evaluation.
+    """
     subsets = {seed: nested_subsets(selection.pool, study.fractions, seed=seed) for seed in study.seeds}
-    return [
-        {"train": list(subsets[seed][fraction]), "val": list(selection.evaluation)} for seed, fraction in study.folds
+    trained, scored = tuning_cases(study, selection)
+    folds = [
+        {"train": list(subsets[seed][fraction]), "val": list(scored or selection.evaluation)}
+        for seed, fraction in study.folds
     ]
+    return [*folds, {"train": list(trained), "val": list(scored)}] if scored else folds
+
+
+def tuning_cases(study: Study, selection: Selection) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the tuning cases those that are trained on, as many as in the largest fraction, and those that are scored."""
+    if not selection.tuning:
+        return (), ()
+    number = len(nested_subsets(selection.pool, [study.largest])[study.largest])
+    trained = nested_subsets(selection.tuning, [number / len(selection.tuning)])[number / len(selection.tuning)]
+    return tuple(trained), tuple(case for case in selection.tuning if case not in trained)
 
 
 def _evenly(names, count: int) -> tuple[str, ...]:
@@ -215,7 +263,8 @@ def _build(kind: type, content: Any, *, where: str) -> Any:
 
 def _requirements(study: Study) -> list[tuple[bool, str]]:
     """What must hold, and what to say where it does not."""
-    names = [*study.pretrainings, *(arm.name for arm in study.arms), study.name]
+    names = [*study.pretrainings, *study.recipes, *(arm.name for arm in study.arms), study.name]
+    settings = [study.finetuning, *study.recipes.values(), *(arm.finetuning for arm in study.arms)]
     bad_name = next((name for name in names if not re.fullmatch(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*", name)), None)
     lost = next((arm for arm in study.arms if arm.pretraining not in (None, *study.pretrainings)), None)
     counts = study.cases
@@ -224,6 +273,11 @@ def _requirements(study: Study) -> list[tuple[bool, str]]:
         (lost is None, f"the pretraining of an arm, '{lost and lost.pretraining}', is not among pretrainings"),
         (any(arm.pretraining is None for arm in study.arms), 'no arm is from scratch ("pretraining": null)'),
         (len({arm.name for arm in study.arms}) == len(study.arms), "two arms have one name"),
+        (SCRATCH not in study.pretrainings, f"a pretraining cannot be called {SCRATCH}"),
+        (
+            len(study.recipes) < 2 or counts.tuning > counts.pool * max(study.fractions, default=0),
+            "several recipes need tuning cases: more than the largest number of labels, as the others are scored",
+        ),
         (
             1 <= counts.pool <= counts.unlabelled and counts.evaluation >= 1,
             "cases must have 1 <= pool <= unlabelled and evaluation >= 1",
@@ -238,7 +292,7 @@ def _requirements(study: Study) -> list[tuple[bool, str]]:
             "keys of plan must begin with 'configurations.'",
         ),
         (
-            "seed" not in {*study.finetuning, *(key for arm in study.arms for key in arm.finetuning)},
+            not any("seed" in block for block in settings),
             "the seed of the fine-tuning comes from seeds",
         ),
         (

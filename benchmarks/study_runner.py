@@ -16,6 +16,8 @@ from tqdm import tqdm
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json, write_json
 
+TRAININGS = ("pretraining", "tuning", "fine-tuning")
+"""Stages whose steps train."""
 TO_BE_CONTINUED = 75
 """Exit code of a pretraining that stopped early with a checkpoint."""
 
@@ -55,7 +57,7 @@ class Runner:
         """
         waiting = deque(step for step in steps if not self._is_done(step))
         self.bar.update(len(steps) - len(waiting))
-        one_thread = min(jobs, len(waiting)) > 1 and self.device == "cpu"
+        one_thread = on_one_thread(min(jobs, len(waiting)), self.device)
         running: dict[int, _Running] = {}
         try:
             while waiting or running:
@@ -84,10 +86,9 @@ class Runner:
         return True
 
     def _start(self, step: Step, *, one_thread: bool) -> _Running:
-        training = step.results is not None
         variables = environment(self.folder, one_thread=one_thread)
-        if training:
-            variables |= training_environment(one_thread=one_thread)
+        if step.stage in TRAININGS:
+            variables |= training_environment(step.stage, device=self.device, one_thread=one_thread)
         words = executable(step, one_thread=one_thread)
         program = shutil.which(words[0], path=variables["PATH"])
         if program is None:
@@ -136,6 +137,11 @@ class Runner:
 
     def _log(self, step: Step) -> Path:
         return self.folder / "logs" / f"{step.title}.log"
+
+
+def on_one_thread(jobs: int, device: str) -> bool:
+    """Whether each of so many commands side by side gets one thread: several on a CPU, or where the user wants it."""
+    return (jobs > 1 and device == "cpu") or os.environ.get("OMP_NUM_THREADS") == "1"
 
 
 def cost(state: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -5,21 +5,29 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study_file import ENDING, Arm, Selection, Study, files_by_case, split_folds
+import nibabel
+import numpy as np
+from scipy.ndimage import uniform_filter, zoom
+from study_file import ENDING, SCRATCH, SHIFTED, Arm, Selection, Shift, Study, files_by_case, split_folds, tuning_cases
 
 from nnssl_plugin.cli.env import search_path
-from nnssl_plugin.io.files import write_json
+from nnssl_plugin.io.files import atomic_path, write_json
+from nnssl_plugin.io.scans import stored_bytes
 
 UNLABELLED_ID, LABELLED_ID = 501, 502
 UNLABELLED, LABELLED = f"Dataset{UNLABELLED_ID}_StudyUnlabelled", f"Dataset{LABELLED_ID}_StudyLabelled"
 PLAN = "nnUNetPlans-study"
-FINETUNER = "PretrainedSegmentationTrainer"
+RUNS = "runs"
+"""Folder of the results of the fine-tunings, a file each."""
+PROCESSES = "4"
+"""That read and preprocess scans."""
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-ONE_THREAD = Path(__file__).with_name("one_thread.py")
+ONE_THREAD, TRAINING = (Path(__file__).with_name(name) for name in ("one_thread.py", "study_training.py"))
 
 
 @dataclass(frozen=True)
@@ -29,10 +37,10 @@ class Step:
     title: str
     """Unique; names its log and its mark in the state."""
     stage: str
-    """planning, pretraining, separation or fine-tuning: what its cost counts to."""
+    """planning, pretraining, separation, tuning or fine-tuning: what its cost counts to."""
     command: tuple[str, ...]
     results: Path | None = None
-    """Folder of the fold, for trainings."""
+    """Folder of the fold, for pretrainings: they go on from a checkpoint."""
 
 
 def lay_out(study: Study, selection: Selection, *, data: Path, folder: Path) -> None:
@@ -50,10 +58,15 @@ def lay_out(study: Study, selection: Selection, *, data: Path, folder: Path) -> 
         place.mkdir(parents=True, exist_ok=True)
     for case in selection.unlabelled:
         _link(images[case], scans / f"{case}{ENDING}")
-    labelled = (*selection.pool, *selection.evaluation)
+    labelled = (*selection.pool, *selection.evaluation, *selection.tuning)
     for case in labelled:
         _link(images[case], raw / "imagesTr" / f"{case}_0000{ENDING}")
         _link(labels[case], raw / "labelsTr" / f"{case}{ENDING}")
+    if study.shift is not None:
+        for case in selection.evaluation:
+            _link(labels[case], raw / "labelsTr" / f"{case}{SHIFTED}{ENDING}")
+            write_shifted(images[case], raw / "imagesTr" / f"{case}{SHIFTED}_0000{ENDING}", study.shift)
+        labelled += tuple(f"{case}{SHIFTED}" for case in selection.evaluation)
     write_json(
         raw / "dataset.json",
         {
@@ -66,6 +79,35 @@ def lay_out(study: Study, selection: Selection, *, data: Path, folder: Path) -> 
         },
     )
     write_json(folder / "nnUNet_preprocessed" / LABELLED / "splits_final.json", split_folds(study, selection))
+
+
+def write_shifted(source: Path, target: Path, shift: Shift) -> None:
+    """A scan with another look on the same grid, unless it is there already."""
+    if target.exists():
+        return
+    image = nibabel.load(source)
+    seen = with_another_look(np.asarray(image.dataobj, dtype=np.float32), shift)
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(stored_bytes(nibabel.Nifti1Image(seen, image.affine)))
+
+
+def with_another_look(voxels: np.ndarray, shift: Shift) -> np.ndarray:
+    """What a coarser scanner with another contrast would have seen.
+
+    Intensities between the 0.5th and the 99.5th percentile, brought to [0, 1], are raised to the power of ``gamma``
+    (what lies outside is cut off); then blocks of ``coarser`` voxels along each axis are averaged, and the averages
+    interpolated linearly.
+
+    Args:
+        voxels: (x, y, z).
+        shift: how strong.
+    """
+    low, high = np.percentile(voxels, (0.5, 99.5))
+    scaled = np.clip((voxels - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1) ** shift.gamma
+    averaged = uniform_filter(low + (high - low) * scaled, shift.coarser, mode="nearest")
+    small = zoom(averaged, 1 / shift.coarser, order=1, mode="nearest", grid_mode=True)
+    factors = np.divide(voxels.shape, small.shape)
+    return zoom(small, factors, order=1, mode="nearest", grid_mode=True).astype(np.float32)
 
 
 def planning_steps(study: Study, folder: Path) -> list[Step]:
@@ -85,8 +127,8 @@ def planning_steps(study: Study, folder: Path) -> list[Step]:
             study.data.modality,
             "--keep",
         ),
-        "plan": ("nnUNetv2_plan_and_preprocess", "-d", unlabelled, "-npfp", "2", "--no_pp"),
-        "plan-target": ("nnUNetv2_plan_and_preprocess", "-d", labelled, "-npfp", "2", "--no_pp"),
+        "plan": ("nnUNetv2_plan_and_preprocess", "-d", unlabelled, "-npfp", PROCESSES, "--no_pp"),
+        "plan-target": ("nnUNetv2_plan_and_preprocess", "-d", labelled, "-npfp", PROCESSES, "--no_pp"),
         "edit-plan": edit_command(unlabelled, "nnUNetPlans", PLAN, study.plan),
         "move-plan": (
             "nnUNetv2_move_plans_between_datasets",
@@ -109,7 +151,7 @@ def planning_steps(study: Study, folder: Path) -> list[Step]:
             "-c",
             study.configuration,
             "-np",
-            "2",
+            PROCESSES,
         ),
     }
     if study.captions is not None:
@@ -169,56 +211,92 @@ def separation_steps(study: Study, folder: Path, *, device: str) -> list[Step]:
 
 
 def adaptation_steps(study: Study, folder: Path) -> list[Step]:
-    """For each arm and seed a plan with its settings, and from it the plan for fine-tuning with its weights."""
-    steps = []
-    for arm in study.arms:
-        for seed in study.seeds:
-            settings = {f"finetuning.{key}": value for key, value in (study.finetuning | arm.finetuning).items()}
-            name = f"{arm.name}-seed{seed}"
-            source = (
-                ("--from-scratch",)
-                if arm.pretraining is None
-                else ("-w", str(pretraining_folder(study, folder, arm.pretraining) / "checkpoint_final.pth"))
-            )
-            steps += [
-                Step(
-                    f"settings-{name}",
-                    "planning",
-                    edit_command(str(LABELLED_ID), PLAN, name, settings | {"finetuning.seed": seed}),
-                ),
-                Step(
-                    f"adapt-{name}",
-                    "planning",
-                    (
-                        "nnssl_plugin",
-                        "adapt",
-                        "-d",
-                        str(LABELLED_ID),
-                        "-c",
-                        study.configuration,
-                        "-p",
-                        name,
-                        "-n",
-                        "tuned",
-                        *source,
-                    ),
-                ),
-            ]
-    return steps
-
-
-def finetuning_steps(study: Study, folder: Path, *, device: str) -> list[Step]:
-    """One training for each seed, fraction and arm; the arms of a fold stand beside each other."""
+    """For each pretraining, and for random weights, the plan for fine-tuning."""
+    sources = {
+        name: ("-w", str(pretraining_folder(study, folder, name) / "checkpoint_final.pth"))
+        for name in study.pretrainings
+    }
+    command = ("nnssl_plugin", "adapt", "-d", str(LABELLED_ID), "-c", study.configuration, "-p", PLAN, "-n")
     return [
-        Step(
-            f"finetune-{arm.name}-seed{seed}-{fraction:g}",
-            "fine-tuning",
-            _train(LABELLED_ID, study.configuration, str(fold), FINETUNER, tuned_plan(arm, seed), device),
-            results=fold_folder(study, folder, arm, fold),
-        )
-        for fold, (seed, fraction) in enumerate(study.folds)
-        for arm in study.arms
+        Step(f"adapt-{name}", "planning", (*command, name, *source))
+        for name, source in (sources | {SCRATCH: ("--from-scratch",)}).items()
     ]
+
+
+def tuning_runs(study: Study, selection: Selection) -> dict[str, list[dict[str, Any]]]:
+    """Recipe → the runs of all arms that it is tried with; empty where there is nothing to choose."""
+    if len(study.recipes) < 2:
+        return {}
+    _, scored = tuning_cases(study, selection)
+    return {
+        recipe: [
+            _run(study, arm, f"tune-{recipe}-{arm.name}", recipe=recipe, seed=0, fold=len(study.folds), cases=scored)
+            for arm in study.arms
+        ]
+        for recipe in study.recipes
+    }
+
+
+def finetuning_runs(study: Study, selection: Selection, chosen: dict[str, str]) -> dict[int, list[dict[str, Any]]]:
+    """Seed → its runs: every arm on every fraction, most labels first, then the short schedules.
+
+    Args:
+        study: the study.
+        selection: its cases.
+        chosen: arm → recipe.
+    """
+    shifted = [f"{case}{SHIFTED}" for case in selection.evaluation] if study.shift else []
+    runs: dict[int, list[dict[str, Any]]] = {}
+    for seed in study.seeds:
+        for fraction in sorted(study.fractions, reverse=True):
+            fold = study.folds.index((seed, fraction))
+            for arm in study.arms:
+                run = _run(
+                    study,
+                    arm,
+                    f"{arm.name}-seed{seed}-{fraction:g}",
+                    recipe=chosen[arm.name],
+                    seed=seed,
+                    fold=fold,
+                    cases=selection.evaluation,
+                )
+                runs.setdefault(seed, []).append(run | {"fraction": fraction, "shifted": shifted})
+        fold = study.folds.index((seed, study.largest))
+        for epochs in sorted(study.schedules):
+            for arm in study.arms:
+                run = _run(
+                    study,
+                    arm,
+                    f"{arm.name}-seed{seed}-{epochs}epochs",
+                    recipe=chosen[arm.name],
+                    seed=seed,
+                    fold=fold,
+                    cases=selection.evaluation,
+                    epochs=epochs,
+                )
+                runs[seed].append(run | {"fraction": study.largest})
+    return runs
+
+
+def training_step(
+    study: Study, folder: Path, title: str, stage: str, runs: list[dict[str, Any]], *, device: str, one_thread: bool
+) -> Step:
+    """One process that carries out the runs; what they are is written to a file of the folder."""
+    file = folder / "jobs" / f"{title}.json"
+    job = {
+        "dataset": LABELLED,
+        "configuration": study.configuration,
+        "device": device,
+        "one_thread": one_thread,
+        "workers": 0 if device == "cpu" else 2,
+        "mirroring": study.mirroring,
+        "label_names": list(study.data.label_names),
+        "results": str(folder / RUNS),
+        "runs": runs,
+    }
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, job)
+    return Step(title, stage, (sys.executable, str(TRAINING), str(file)))
 
 
 def pretraining_plan(name: str) -> str:
@@ -226,9 +304,31 @@ def pretraining_plan(name: str) -> str:
     return f"{PLAN}-{name}"
 
 
-def tuned_plan(arm: Arm, seed: int) -> str:
-    """Name of the plan by which an arm is fine-tuned."""
-    return f"{arm.name}-seed{seed}-tuned"
+def _run(
+    study: Study,
+    arm: Arm,
+    name: str,
+    *,
+    recipe: str | None,
+    seed: int,
+    fold: int,
+    cases: Sequence[str],
+    epochs: int | None = None,
+) -> dict[str, Any]:
+    """What study_training.py needs to know of a fine-tuning, and what its result says of it."""
+    settings = study.finetuning | study.recipes.get(recipe, {}) | arm.finetuning | {"seed": seed}
+    return {
+        "name": name,
+        "arm": arm.name,
+        "recipe": recipe,
+        "seed": seed,
+        "fold": fold,
+        "plan": f"{PLAN}-{arm.pretraining or SCRATCH}",
+        "settings": settings | ({"epochs": epochs} if epochs else {}),
+        "schedule": epochs,
+        "cases": list(cases),
+        "shifted": [],
+    }
 
 
 def pretraining_folder(study: Study, folder: Path, name: str) -> Path:
@@ -242,18 +342,8 @@ def separation_file(folder: Path, name: str) -> Path:
     return folder / "separation" / f"{name}.json"
 
 
-def fold_folder(study: Study, folder: Path, arm: Arm, fold: int) -> Path:
-    """Where nnU-Net writes the fine-tuning of an arm on a fold."""
-    run = f"{FINETUNER}__{tuned_plan(arm, study.folds[fold][0])}__{study.configuration}"
-    return folder / "nnUNet_results" / LABELLED / run / f"fold_{fold}"
-
-
 def executable(step: Step, *, one_thread: bool) -> list[str]:
-    """What to run for a step: its command, continued where a checkpoint is, with one thread where asked for.
-
-    A fine-tuning that stopped before its first checkpoint_latest.pth starts again: nnU-Net would go on from the best
-    checkpoint, which is no state of the same training.
-    """
+    """What to run for a step: its command, continued where a checkpoint is, with one thread where asked for."""
     words = list(step.command)
     if step.results is None:
         return words
@@ -274,9 +364,10 @@ def environment(folder: Path, *, one_thread: bool) -> dict[str, str]:
     return variables
 
 
-def training_environment(*, one_thread: bool) -> dict[str, str]:
-    """Further variables of trainings: augmentation in the process itself, whose seed it then follows."""
-    return {"nnUNet_n_proc_DA": "0"} | ({"nnUNet_def_n_proc": "1"} if one_thread else {})
+def training_environment(stage: str, *, device: str, one_thread: bool) -> dict[str, str]:
+    """Further variables of trainings: how many workers of nnU-Net's load; fine-tunings have their own."""
+    workers = "0" if device == "cpu" or stage in ("tuning", "fine-tuning") else "1"
+    return {"nnUNet_n_proc_DA": workers} | ({"nnUNet_def_n_proc": "1"} if one_thread else {})
 
 
 def edit_command(

@@ -75,7 +75,11 @@ def generated(
         tasks: the registry's tasks.
     """
     blocks = {
-        "README.md": {"methods": methods_table(methods)},
+        "README.md": {
+            "methods": methods_table(methods),
+            "results": results_table(root / "docs/results", "docs/results/"),
+        },
+        "docs/results.md": {"results": results_table(root / "docs/results", "results/")},
         "docs/README.md": {"methods": methods_index(methods)},
         "docs/reference/commands.md": {"trainers": trainers_table(methods, tasks)},
         "plans/README.md": {"presets": presets_table(methods, root / "plans")},
@@ -151,6 +155,44 @@ def presets_table(methods: Mapping[str, Method], folder: Path) -> str:
             (f"`{p}`", f"`{name}`", _sets(folder / f"{p}.json", method), said) for p, said in method.presets.items()
         ]
     return _table(rows)
+
+
+def results_table(folder: Path, link: str) -> str:
+    """Every comparison of the beds: each arm beside its twin from scratch, from the summaries kept in ``folder``.
+
+    Args:
+        folder: with the summary ``NAME.json`` of each bed beside its page ``NAME.md``.
+        link: from the page to that folder.
+    """
+    rows = [("bed", "labels", "images", "arm", "pretrained", "scratch", "difference (95 % interval)", "n", "seeds")]
+    for path in sorted(folder.glob("*.json")):
+        bed = read_json(path)
+        twins = {(row["labelled_cases"], row["look"]): row["mean"] for row in bed["rows"] if row["arm"] == "scratch"}
+        for row in bed["rows"]:
+            place = (row["labelled_cases"], row["look"])
+            if row["difference_to_scratch"] is not None and place in twins:
+                rows.append(
+                    (
+                        f"[{bed['name']}]({link}{path.stem}.md), {bed['metric']}",
+                        str(row["labelled_cases"]),
+                        row["look"],
+                        row["arm"],
+                        f"{row['mean']:.3f}",
+                        f"{twins[place]:.3f}",
+                        _with_interval(row["difference_to_scratch"]),
+                        str(bed["evaluation_cases"]),
+                        str(row["seeds"]),
+                    )
+                )
+    return _table(rows)
+
+
+def _with_interval(found: Mapping[str, Any]) -> str:
+    if found["low"] is None:
+        return f"{found['mean']:+.3f}"
+    text = f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+    apart = found["low"] > 0 or found["high"] < 0
+    return f"**{text}**" if apart else text
 
 
 def _sets(preset: Path, method: Method) -> str:

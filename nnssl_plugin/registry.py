@@ -54,6 +54,8 @@ class Method:
     """Name for ``nnssl_plugin plan --preset`` → what it is; the first is the recommendation."""
     networks: tuple[str, ...] = NETWORKS
     """Families of networks that it pretrains."""
+    finetuning: str = "segmentation"
+    """Which of :data:`TASKS` segments from its weights where its arrays came along, if it learned any."""
     alignment: str = ""
     """Dotted path of what makes the learned alignment of volumes with texts, of the state of its task and its settings;
     empty where there is none."""
@@ -300,6 +302,7 @@ METHODS = {
             "brainmvp-reference": "the numbers of the paper's public code: a grid of blocks, 0.8 of them, a weight of "
             "10 for the distillation, templates scaled to [0, 1], a fifth of the run from templates alone",
         },
+        finetuning="brainmvp-segmentation",
     ),
     "lvm-med": Method(
         title="LVM-Med",

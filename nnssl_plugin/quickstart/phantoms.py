@@ -153,7 +153,12 @@ def write_heads(
 
 
 def phantom(
-    rng: np.random.Generator, *, shape: Sequence[int], spacing_mm: Sequence[float], channels: int = 1
+    rng: np.random.Generator,
+    *,
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    channels: int = 1,
+    organs: Sequence[Organ] = ORGANS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One subject, another at each call.
 
@@ -162,9 +167,10 @@ def phantom(
         shape: voxels (z, y, x), at least 16 each so that the labelled structures have a core.
         spacing_mm: voxel size (z, y, x) in mm.
         channels: contrasts of the same anatomy, at most ``len(CONTRASTS)``.
+        organs: what the body holds, later ones on top.
 
     Returns:
-        the image (C, z, y, x) float32 in arbitrary units, about 0 to 2000, and the labels (z, y, x) uint8 in {0, 1, 2}.
+        the image (C, z, y, x) float32 in arbitrary units, about 0 to 2000, and the labels (z, y, x) uint8.
 
     Raises:
         ValueError: for a smaller shape or more channels.
@@ -173,7 +179,7 @@ def phantom(
         raise ValueError(f"a phantom needs at least 16 voxels along each axis, not {tuple(shape)}")
     if not 1 <= channels <= len(CONTRASTS):
         raise ValueError(f"a phantom has 1 to {len(CONTRASTS)} channels, not {channels}")
-    tissue, labels = _anatomy(rng, shape, spacing_mm)
+    tissue, labels = _anatomy(rng, shape, spacing_mm, organs)
     image = np.stack([_seen(rng, contrast[tissue], spacing_mm) for contrast in CONTRASTS[:channels]])
     return image.astype(np.float32), labels
 
@@ -187,6 +193,7 @@ def write_phantoms(
     spacing_mm: Sequence[float],
     labels_folder: str | Path | None = None,
     channels: int = 1,
+    organs: Sequence[Organ] = ORGANS,
 ) -> list[Path]:
     """Write ``count`` subjects as ``phantom_000_0000.nii.gz`` (subject, channel), in RAS, named as nnU-Net expects.
 
@@ -200,6 +207,7 @@ def write_phantoms(
         spacing_mm: voxel size (z, y, x) in mm.
         labels_folder: where the labels go, as ``phantom_000.nii.gz``; ``None`` writes no labels.
         channels: images per subject.
+        organs: what each body holds.
 
     Returns:
         the paths of the images.
@@ -207,7 +215,7 @@ def write_phantoms(
     paths = []
     for index in range(count):
         image, labels = phantom(
-            np.random.default_rng((seed, index)), shape=shape, spacing_mm=spacing_mm, channels=channels
+            np.random.default_rng((seed, index)), shape=shape, spacing_mm=spacing_mm, channels=channels, organs=organs
         )
         for channel, values in enumerate(image):
             paths.append(Path(folder, f"phantom_{index:03d}_{channel:04d}.nii.gz"))
@@ -217,10 +225,10 @@ def write_phantoms(
     return paths
 
 
-def _anatomy(rng, shape, spacing_mm):
+def _anatomy(rng, shape, spacing_mm, organs):
     """Tissue and label of each voxel."""
     grid = _bent_grid(rng, shape, spacing_mm, size=np.array([1, *rng.uniform(0.80, 0.94, 2)]), bend=0.05)
-    return _painted(rng, (BODY, *ORGANS), grid)
+    return _painted(rng, (BODY, *organs), grid)
 
 
 def _bent_grid(rng, shape, spacing_mm, *, size, bend):

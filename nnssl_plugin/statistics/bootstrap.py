@@ -75,6 +75,65 @@ def paired_bootstrap(
     return Interval(mean, float(drawn.low), float(drawn.high), len(differences))
 
 
+def hierarchical_bootstrap(
+    differences: np.ndarray,
+    *,
+    subjects: Sequence[str] | None = None,
+    samples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Mean paired difference of runs that were repeated, with an interval over the subjects *and* the repeats.
+
+    Each axis is drawn with replacement on its own, subjects with all of their cases: every repeat scored the same
+    cases, so the axes cross (Owen, The Pigeonhole Bootstrap, Annals of Applied Statistics 1, 2007). An interval over
+    cases alone says what other cases would give with these very weights; this one also says what another seed would.
+    With n repeats their part of the spread comes out too small by √((n − 1)/n): few seeds flatter.
+
+    Args:
+        differences: (..., N) of the N cases under each repeat, for example (seeds, cases) or (pretrainings, label
+            draws, cases). NaN is left out.
+        subjects: N names; None: each case is its own subject.
+        samples: how many times everything is drawn.
+        confidence: in (0, 1).
+        seed: the same seed gives the same interval.
+
+    Returns:
+        the mean over all that is defined, its percentile interval (NaN where an axis holds fewer than two: one says
+        nothing about the spread) and the number of differences that are defined.
+
+    Raises:
+        ValueError: there is no axis of repeats, the subjects are not N, or ``confidence`` or ``samples`` is out of
+            range.
+    """
+    differences = np.asarray(differences, dtype=float)
+    names = np.arange(differences.shape[-1]) if subjects is None else np.asarray(subjects)
+    if differences.ndim < 2 or names.shape != differences.shape[-1:]:
+        raise ValueError(f"Differences are (..., N) with N subjects, not {differences.shape} with {names.shape}.")
+    if not 0 < confidence < 1 or samples < 1:
+        raise ValueError(f"confidence={confidence} is not in (0, 1), or samples={samples} is below 1.")
+    defined = ~np.isnan(differences)
+    pairs = int(defined.sum())
+    if pairs == 0:
+        return Interval(np.nan, np.nan, np.nan, 0)
+    _, subject_of = np.unique(names, return_inverse=True)
+    members = np.eye(subject_of.max() + 1)[subject_of]
+    sums, counts = np.where(defined, differences, 0.0) @ members, defined @ members  # (..., S)
+    mean = float(sums.sum() / counts.sum())
+    if min(sums.shape) < 2:
+        return Interval(mean, np.nan, np.nan, pairs)
+    rng, axes = np.random.default_rng(seed), "abcdefgh"[: sums.ndim]
+    weighed = ",".join([axes, *(f"z{axis}" for axis in axes)]) + "->z"
+    drawn = []
+    for start in range(0, samples, rows := max(1, CHUNK // sums.size)):
+        number = min(rows, samples - start)
+        weights = [rng.multinomial(n, np.full(n, 1 / n), size=number).astype(float) for n in sums.shape]
+        total, held = (np.einsum(weighed, values, *weights, optimize=True) for values in (sums, counts))
+        drawn.append(np.divide(total, held, out=np.full(number, np.nan), where=held > 0))
+    low, high = np.nanquantile(np.concatenate(drawn), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(mean, float(low), float(high), pairs)
+
+
 def paired_permutation_p(
     differences: np.ndarray, subjects: Sequence[str] | np.ndarray, *, samples: int = 10_000, seed: int = 0
 ) -> float:

@@ -1,7 +1,6 @@
 """The label-efficiency study: which cases it takes, which commands it runs and resumes, and its statistics."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +96,10 @@ def test_a_study_that_needs_more_cases_than_there_are_is_refused(tmp_path, data)
         ({"data": STUDY["data"] | {"images": "{case}/{case}.nii.gz"}}, "pattern"),
         ({"data": STUDY["data"] | {"labels": "{case}/mask.nrrd"}}, "pattern"),
         ({"separation": {"patch": 4}}, "unknown key 'patch'"),
+        ({"shift": {"gamma": 1.5}}, "no 'coarser'"),
+        ({"recipes": {"a": {}, "b": {}}}, "tuning cases"),
+        ({"recipes": {"a": {"seed": 3}}}, "seed"),
+        ({"pretrainings": STUDY["pretrainings"] | {"scratch": {"trainer": "MAEPretrainer"}}}, "called scratch"),
     ],
 )
 def test_a_study_that_does_not_hold_together_is_refused(tmp_path, changes, complaint):
@@ -140,9 +143,12 @@ def test_separation_is_measured_only_where_asked_for(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "studies").glob("*.json")), ids=lambda path: path.stem)
 def test_the_studies_of_the_repository_find_their_cases(path, data_folder):
-    study = study_file.read_study(path)
+    study, counts = study_file.read_study(path), study_file.read_study(path).cases
+    if study.data.label_kind.endswith("generated"):
+        pytest.skip("its data are generated: benchmarks/phantom_data.py")
     chosen = study_file.choose_cases(study, data_folder)
-    assert len(set(chosen.unlabelled) | set(chosen.evaluation)) == study.cases.unlabelled + study.cases.evaluation
+    apart = {*chosen.unlabelled, *chosen.evaluation, *chosen.tuning}
+    assert len(apart) == counts.unlabelled + counts.evaluation + counts.tuning
 
 
 def all_steps(study, folder):
@@ -151,7 +157,6 @@ def all_steps(study, folder):
         *study_steps.pretraining_steps(study, folder, device="cpu"),
         *study_steps.separation_steps(study, folder, device="cpu"),
         *study_steps.adaptation_steps(study, folder),
-        *study_steps.finetuning_steps(study, folder, device="cpu"),
     ]
 
 
@@ -159,42 +164,114 @@ def test_a_study_runs_the_packages_and_nnunets_commands(tmp_path):
     steps = all_steps(read(tmp_path), tmp_path)
     assert len({step.title for step in steps}) == len(steps)
     assert all(step.command[0] == "nnssl_plugin" or step.command[0].startswith("nnUNetv2_") for step in steps)
-    assert sum(step.results is not None for step in steps) == 1 + 2 * 2 * 2  # pretraining; arms, seeds, fractions
+    assert [step.title for step in steps if step.results is not None] == ["pretrain-med3d"]
 
 
-def test_arms_differ_in_their_weights_alone(tmp_path):
+def selection():
+    names = [f"case_{number:02d}" for number in range(20)]
+    return study_file.Selection(tuple(names[:8]), tuple(names[:4]), tuple(names[8:10]), tuple(names[10:18]))
+
+
+def runs_planned(study, **chosen):
+    chosen = {arm.name: None for arm in study.arms} | chosen
+    return [run for of in study_steps.finetuning_runs(study, selection(), chosen).values() for run in of]
+
+
+def test_arms_of_a_fold_differ_in_their_weights_alone(tmp_path):
     study = read(tmp_path)
-    for seed in study.seeds:
-        plans = [
-            step.command
-            for step in study_steps.adaptation_steps(study, tmp_path)
-            if step.title.startswith("settings") and step.title.endswith(f"seed{seed}")
-        ]
-        settings = [command[command.index("--set") :] for command in plans]
-        assert len(settings) == 2 and settings[0] == settings[1]
-        assert f"finetuning.seed={seed}" in settings[0]
-    adapt = [step.command for step in study_steps.adaptation_steps(study, tmp_path) if step.title.startswith("adapt")]
-    assert [("-w" in command, "--from-scratch" in command) for command in adapt] == [(True, False)] * 2 + [
-        (False, True)
-    ] * 2
+    runs = runs_planned(study)
+    assert len({run["name"] for run in runs}) == len(runs) == 2 * 2 * 2  # seeds, fractions, arms
+    for seed, fraction in study.folds:
+        one, other = (run for run in runs if (run["seed"], run["fraction"]) == (seed, fraction))
+        assert one["settings"] == other["settings"] == {"epochs": 2, "seed": seed}
+        assert one["fold"] == other["fold"] == study.folds.index((seed, fraction))
+        assert {one["plan"], other["plan"]} == {"nnUNetPlans-study-med3d", "nnUNetPlans-study-scratch"}
+    adapt = {step.title: step.command for step in study_steps.adaptation_steps(study, tmp_path)}
+    assert "-w" in adapt["adapt-med3d"] and "--from-scratch" in adapt["adapt-scratch"]
 
 
-def test_each_fold_is_trained_under_the_plan_of_its_seed(tmp_path):
-    study = read(tmp_path)
-    for step in study_steps.finetuning_steps(study, tmp_path, device="cpu"):
-        fold, plan = int(step.command[3]), step.command[step.command.index("-p") + 1]
-        assert f"-seed{study.folds[fold][0]}-" in plan and "__" not in plan
-        assert step.results.name == f"fold_{fold}" and plan in step.results.parent.name
-
-
-def test_an_arm_may_have_settings_of_its_own(tmp_path):
+def test_an_arm_may_have_settings_of_its_own_beside_those_of_its_recipe(tmp_path):
     arms = [
         {"name": "frozen", "pretraining": "med3d", "finetuning": {"frozen_encoder_epochs": 1, "epochs": 3}},
         {"name": "scratch", "pretraining": None},
     ]
-    settings = {step.title: step.command for step in study_steps.adaptation_steps(read(tmp_path, arms=arms), tmp_path)}
-    assert {"finetuning.frozen_encoder_epochs=1", "finetuning.epochs=3"} <= set(settings["settings-frozen-seed0"])
-    assert "finetuning.epochs=2" in settings["settings-scratch-seed0"]
+    study = read(tmp_path, arms=arms, recipes={"slow": {"lr": 0.1}})
+    settings = {run["arm"]: run["settings"] for run in runs_planned(study, frozen="slow", scratch="slow")}
+    assert settings["frozen"] == {"frozen_encoder_epochs": 1, "epochs": 3, "lr": 0.1, "seed": 3}
+    assert settings["scratch"] == {"epochs": 2, "lr": 0.1, "seed": 3}
+
+
+def test_recipes_are_chosen_on_cases_that_nothing_else_uses(tmp_path):
+    counts = {"unlabelled": 8, "pool": 4, "evaluation": 2, "tuning": 8}
+    study = read(tmp_path, cases=counts, recipes={"slow": {"lr": 0.1}, "fast": {"lr": 1.0}})
+    trials = study_steps.tuning_runs(study, selection())
+    assert {recipe: [run["arm"] for run in runs] for recipe, runs in trials.items()} == {
+        "slow": ["pretrained", "scratch"],
+        "fast": ["pretrained", "scratch"],
+    }
+    fold = study_file.split_folds(study, selection())[trials["fast"][0]["fold"]]
+    assert set(fold["train"]) | set(fold["val"]) == set(selection().tuning) and len(fold["train"]) == 4
+    assert set(trials["fast"][0]["cases"]) == set(fold["val"]) and not set(fold["train"]) & set(fold["val"])
+    for other in study_file.split_folds(study, selection())[:-1]:
+        assert set(other["val"]) == set(fold["val"]) and set(other["train"]) <= set(selection().pool)
+
+
+def test_the_best_recipe_of_each_arm_is_taken(tmp_path):
+    study = read(
+        tmp_path,
+        cases={"unlabelled": 8, "pool": 4, "evaluation": 2, "tuning": 8},
+        recipes={"slow": {}, "fast": {}},
+    )
+    for arm, recipe, dice in (
+        ("pretrained", "slow", 0.4),
+        ("pretrained", "fast", 0.3),
+        ("scratch", "slow", 0.1),
+        ("scratch", "fast", 0.2),
+    ):
+        write_run(tmp_path, f"tune-{recipe}-{arm}", arm=arm, recipe=recipe, fraction=None, dice=[dice, dice])
+    assert study_results.choose_recipes(study, study_results.collect(tmp_path)) == {
+        "pretrained": "slow",
+        "scratch": "fast",
+    }
+    assert study_results.choose_recipes(read(tmp_path), []) == {"pretrained": None, "scratch": None}
+
+
+def test_short_schedules_have_the_labels_of_the_largest_fraction(tmp_path):
+    runs = [run for run in runs_planned(read(tmp_path, schedules=[1])) if run["schedule"]]
+    assert {run["settings"]["epochs"] for run in runs} == {1} and {run["fraction"] for run in runs} == {1.0}
+    assert len(runs) == 2 * 2
+
+
+def test_another_look_keeps_the_grid_and_the_ends_of_the_intensities():
+    voxels = np.random.default_rng(0).random((9, 8, 7)).astype(np.float32)
+    same = study_steps.with_another_look(voxels, study_file.Shift(gamma=1.0, coarser=1))
+    low, high = np.percentile(voxels, (0.5, 99.5))
+    np.testing.assert_allclose(same, np.clip(voxels, low, high), rtol=1e-4)
+    darker = study_steps.with_another_look(voxels, study_file.Shift(gamma=2.0, coarser=1))
+    scaled = (np.clip(voxels, low, high) - low) / (high - low)
+    np.testing.assert_allclose(darker, low + (high - low) * scaled**2, rtol=1e-4)
+    coarse = study_steps.with_another_look(voxels, study_file.Shift(gamma=1.0, coarser=2))
+    assert coarse.shape == voxels.shape and coarse.std() < 0.6 * voxels.std()
+    flat = study_steps.with_another_look(np.full((4, 4, 4), 3.0, np.float32), study_file.Shift(gamma=2.0, coarser=2))
+    np.testing.assert_allclose(flat, 3.0)
+
+
+def test_images_with_another_look_are_cases_of_their_own(tmp_path):
+    data = tmp_path / "data"
+    write_phantoms(data / "images", 6, seed=0, labels_folder=data / "labels", shape=(16, 16, 16), spacing_mm=(4, 4, 4))
+    for image in (data / "images").glob("*_0000.nii.gz"):
+        image.rename(image.with_name(image.name.replace("_0000", "")))
+    study = read(
+        tmp_path, cases={"unlabelled": 4, "pool": 2, "evaluation": 2}, shift={"gamma": 1.5, "coarser": 2}, captions=None
+    )
+    chosen = study_file.choose_cases(study, data)
+    study_steps.lay_out(study, chosen, data=data, folder=tmp_path / "run")
+    raw = tmp_path / "run" / "nnUNet_raw" / study_steps.LABELLED
+    names = {path.name for path in (raw / "labelsTr").iterdir()}
+    assert {f"{case}-shifted.nii.gz" for case in chosen.evaluation} <= names and len(names) == 2 + 2 + 2
+    assert len(list((raw / "imagesTr").glob("*-shifted_0000.nii.gz"))) == 2
+    assert read_json(raw / "dataset.json")["numTraining"] == 6
+    assert not any("shifted" in case for fold in study_file.split_folds(study, chosen) for case in fold["train"])
 
 
 @pytest.mark.parametrize(("checkpoint", "goes_on"), [("final", True), ("latest", True), ("best", False)])
@@ -209,7 +286,8 @@ def test_a_training_goes_on_only_from_a_state_of_itself(tmp_path, checkpoint, go
 def test_planning_is_never_given_the_value_that_breaks_it(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     assert "nnUNet_n_proc_DA" not in study_steps.environment(tmp_path, one_thread=True)
-    assert study_steps.training_environment(one_thread=False) == {"nnUNet_n_proc_DA": "0"}
+    assert study_steps.training_environment("pretraining", device="cpu", one_thread=False) == {"nnUNet_n_proc_DA": "0"}
+    assert study_steps.training_environment("fine-tuning", device="cuda", one_thread=False)["nnUNet_n_proc_DA"] == "0"
 
 
 def python_step(title, code):
@@ -259,22 +337,29 @@ def test_an_early_stop_is_no_failure_and_ends_the_others(tmp_path):
     assert not ended["done"] and 0 < ended["seconds"] < 50
 
 
-def runs_of(study, scores):
+def write_run(folder, name, *, arm, fraction, dice, recipe=None, seed=0, schedule=None, steps=10, pseudo=(0.1, 0.5)):
+    """The file that a training leaves; ``dice`` are those of the cases, the same of both labels."""
+    cases = {f"case_{number}": value for number, value in enumerate(dice)}
+    content = {
+        "name": name,
+        "arm": arm,
+        "recipe": recipe,
+        "seed": seed,
+        "schedule": schedule,
+        "steps": steps,
+        "dice": {"first": cases, "second": cases},
+        "dice_shifted": {"first": {}, "second": {}},
+        "pseudo_dice": list(pseudo),
+        "seconds": {"training": 1.0, "prediction": 1.0},
+    }
+    write_json(folder / "runs" / f"{name}.json", content | ({} if fraction is None else {"fraction": fraction}))
+
+
+def runs_of(study, folder, scores, **more):
     """Runs with given scores: (arm, seed, fraction) → Dice of the cases."""
-    return [
-        study_results.Run(
-            arm.name,
-            seed,
-            fraction,
-            {
-                label: {f"case_{i}": value for i, value in enumerate(scores[arm.name, seed, fraction])}
-                for label in ("mean", "first", "second")
-            },
-            [0.1, 0.5],
-        )
-        for seed, fraction in study.folds
-        for arm in study.arms
-    ]
+    for (arm, seed, fraction), dice in scores.items():
+        write_run(folder, f"{arm}-{seed}-{fraction}", arm=arm, seed=seed, fraction=fraction, dice=dice, **more)
+    return study_results.collect(folder)
 
 
 @pytest.fixture
@@ -282,13 +367,14 @@ def small(tmp_path):
     study = read(tmp_path, fractions=[0.5, 1.0])
     rng = np.random.default_rng(0)
     scores = {(arm.name, seed, fraction): rng.random(6) for seed, fraction in study.folds for arm in study.arms}
-    return study, scores, runs_of(study, scores)
+    return study, scores, runs_of(study, tmp_path, scores)
 
 
 def test_statistics_agree_with_a_direct_calculation(small):
     study, scores, runs = small
     rows = study_results.summarise(study, runs)
     row = next(r for r in rows if (r["fraction"], r["arm"], r["label"]) == (0.5, "pretrained", "second"))
+    assert {r["look"] for r in rows} == {"as trained"}
     own = [scores["pretrained", seed, 0.5] for seed in (0, 3)]
     other = [scores["scratch", seed, 0.5] for seed in (0, 3)]
     assert row["mean"] == pytest.approx(np.mean(own))
@@ -296,7 +382,7 @@ def test_statistics_agree_with_a_direct_calculation(small):
     assert row["labelled_cases"] == 2
     difference = row["difference_to_scratch"]
     assert difference["mean"] == pytest.approx(np.mean(own) - np.mean(other))
-    assert difference["low"] < difference["mean"] < difference["high"] and difference["pairs"] == 6
+    assert difference["low"] < difference["mean"] < difference["high"] and difference["pairs"] == 2 * 6
 
 
 def test_the_table_has_a_row_for_each_fraction_and_label(small):
@@ -309,18 +395,54 @@ def test_the_table_has_a_row_for_each_fraction_and_label(small):
 
 def test_one_seed_has_no_spread(tmp_path):
     study = read(tmp_path, seeds=[0])
-    runs = runs_of(study, {(arm.name, 0, f): [0.5, 0.7] for arm in study.arms for f in study.fractions})
+    scores = {(arm.name, 0, f): [0.5, 0.7] for arm in study.arms for f in study.fractions}
+    runs = runs_of(study, tmp_path, scores)
     rows = study_results.summarise(study, runs)
     assert {row["sd_over_seeds"] for row in rows} == {None}
-    assert "±" not in study_results.table(study, rows)
+    assert "±" not in study_results.table(study, rows) and "(one seed)" in study_results.table(study, rows)
+    assert {row["converged"] for row in study_results.calibration(study, runs)} == {None}
 
 
-def test_a_label_that_is_nowhere_is_left_out(tmp_path):
-    case = {"reference_file": "/x/case_1.nii.gz", "metrics": {"1": {"Dice": 0.5}, "2": {"Dice": float("nan")}}}
-    (tmp_path / "summary.json").write_text(json.dumps({"metric_per_case": [case]}))
-    dice = study_results.read_dice(tmp_path / "summary.json", ("first", "second"))
+def test_a_study_that_was_cut_off_pairs_the_seeds_that_both_arms_have(small, tmp_path):
+    study, scores, runs = small
+    left = [run for run in runs if (run.arm, run.seed) != ("scratch", 3)]
+    rows = study_results.summarise(study, left)
+    row = next(r for r in rows if (r["fraction"], r["arm"], r["label"]) == (0.5, "pretrained", "mean"))
+    assert row["seeds"] == 1 and len(row["per_seed"]) == 2
+    expected = np.mean(scores["pretrained", 0, 0.5]) - np.mean(scores["scratch", 0, 0.5])
+    assert row["difference_to_scratch"]["mean"] == pytest.approx(expected)
+    only_one = [run for run in runs if run.arm == "pretrained"]
+    assert {row["difference_to_scratch"] for row in study_results.summarise(study, only_one)} == {None}
+    assert "–" in study_results.table(study, study_results.summarise(study, only_one))
+
+
+@pytest.mark.parametrize(("last", "converged"), [(0.51, True), (0.58, False)])
+def test_a_twin_that_still_rises_has_not_converged(tmp_path, last, converged):
+    study = read(tmp_path, fractions=[1.0])
+    scores = {("scratch", 0, 1.0): [0.4, 0.4], ("scratch", 3, 1.0): [0.6, 0.6]}  # standard deviation 0.14
+    runs = runs_of(study, tmp_path, scores, pseudo=[0.1, 0.2, 0.3, 0.4, 0.4, 0.45, 0.5, 0.5, 0.52, last])
+    (row,) = study_results.calibration(study, runs)
+    assert row["gain_in_last_fifth"] == pytest.approx(last - 0.5)
+    assert row["sd_over_seeds"] == pytest.approx(0.02**0.5) and row["converged"] is converged
+
+
+def test_steps_to_the_twins_result(tmp_path):
+    study = read(tmp_path, fractions=[1.0], seeds=[0], schedules=[1, 2])
+    for arm, values in (("scratch", (0.3, 0.6, 0.8)), ("pretrained", (0.5, 0.77, 0.79))):
+        for schedule, dice in zip((1, 2, None), values, strict=True):
+            steps = 100 if schedule is None else 10 * schedule
+            write_run(tmp_path, f"{arm}{schedule}", arm=arm, fraction=1.0, dice=[dice], schedule=schedule, steps=steps)
+    rows = study_results.steps_to_twin(study, study_results.collect(tmp_path))
+    found = {row["arm"]: row["reached_after"] for row in rows}
+    assert found == {"pretrained": 20, "scratch": 100} and rows[0]["goal"] == pytest.approx(0.95 * 0.8)
+    (row,) = study_results.calibration(study, study_results.collect(tmp_path))
+    assert row["seeds"] == 1  # the short schedules are no further seeds
+
+
+def test_a_label_that_is_nowhere_is_left_out():
+    dice = study_results.with_mean({"first": {"case_1-shifted": 0.5}, "second": {"case_1-shifted": None}})
     assert dice["mean"] == {"case_1": 0.5} and np.isnan(dice["second"]["case_1"])
-    run = study_results.Run("a", 0, 1.0, dice, [])
+    run = study_results.Run("n", "a", None, 0, 1.0, None, 3, dice, {}, [], {})
     assert run.as_json()["dice"]["second"] == {"case_1": None} and run.as_json()["mean_dice"] == 0.5
 
 
@@ -343,8 +465,12 @@ def test_a_miniature_study_from_scans_to_its_page(tmp_path):
     network = "configurations.3d_fullres.architecture.arch_kwargs"
     short = {"epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1, "batch_size": 2}
     study = STUDY | {
+        "cases": {"unlabelled": 6, "pool": 2, "evaluation": 2, "tuning": 4},
         "fractions": [1.0],
-        "seeds": [0],
+        "seeds": [0, 1],
+        "recipes": {"slow": {"lr": 0.001}, "fast": {"lr": 0.1}},
+        "schedules": [1],
+        "shift": {"gamma": 1.5, "coarser": 2},
         "plan": {"configurations.3d_fullres.batch_size": 2, f"{network}.features_per_stage": [4, 8, 16]},
         "pretrainings": {
             "med3d": {
@@ -363,7 +489,7 @@ def test_a_miniature_study_from_scans_to_its_page(tmp_path):
                 },
             },
         },
-        "finetuning": {"epochs": 1, "iterations_per_epoch": 2, "validation_iterations": 1},
+        "finetuning": {"epochs": 2, "iterations_per_epoch": 2, "validation_iterations": 1},
         "separation": {"stride": 4},
     }
     write_json(tmp_path / "small.json", study)
@@ -379,12 +505,11 @@ def test_a_miniature_study_from_scans_to_its_page(tmp_path):
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-4000:]
     result = read_json(tmp_path / "run" / "result.json")
-    assert {(run["arm"], len(run["dice"]["mean"])) for run in result["runs"]} == {("pretrained", 2), ("scratch", 2)}
-    assert result["cost"]["cpu_minutes"] > 0
-    for run, folder in zip(result["runs"], ("pretrained", "scratch"), strict=True):
-        results = tmp_path / "run" / "nnUNet_results" / study_steps.LABELLED
-        summary = read_json(next(results.glob(f"*__{folder}-seed0-tuned__*/fold_0/validation/summary.json")))
-        assert run["mean_dice"] == pytest.approx(summary["foreground_mean"]["Dice"])
+    whole = [run for run in result["runs"] if run["fraction"] == 1.0 and run["schedule"] is None]
+    assert [len(run["dice"]["mean"]) for run in whole] == [2] * 4 == [len(run["dice_shifted"]["mean"]) for run in whole]
+    assert {run["steps"] for run in whole} == {4} and len(result["runs"]) == 2 * 2 + 2 * 2 + 2 * 2
+    assert result["cost"]["cpu_minutes"] > 0 and set(result["chosen"].values()) <= {"slow", "fast"}
+    assert {row["labelled_cases"] for row in result["calibration"]} == {2} and len(result["steps_to_twin"]) == 2
     for separation in (result["separation"][name] for name in ("med3d", "s2dc")):
         assert separation["before"] != separation["after"] and len(separation["cases"]) == 2
     page = (tmp_path / "run" / "study.md").read_text()

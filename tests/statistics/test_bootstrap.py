@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nnssl_plugin.statistics import bootstrap as comparison
-from nnssl_plugin.statistics.bootstrap import paired_bootstrap, paired_permutation_p
+from nnssl_plugin.statistics.bootstrap import hierarchical_bootstrap, paired_bootstrap, paired_permutation_p
 
 
 def test_the_interval_is_that_of_a_naive_loop():
@@ -110,3 +110,54 @@ def test_few_subjects_are_permuted_in_every_way():
     expected = np.mean(np.abs(signs @ sums) >= abs(sums.sum()) - 1e-12)
     assert paired_permutation_p(differences, subjects) == pytest.approx(expected)
     assert paired_permutation_p(np.zeros(4), np.arange(4)) == paired_permutation_p([1.0, 2.0], [0, 0]) == 1.0
+
+
+def test_the_hierarchical_interval_is_that_of_a_naive_loop_over_seeds_and_subjects():
+    rng = np.random.default_rng(7)
+    differences = rng.normal(size=(4, 3, 9)) + rng.normal(size=(4, 1, 1)) + rng.normal(size=9)
+    differences[1, 2, 4] = np.nan
+    subjects = np.array(list("aabbccdde"))
+    members = [np.flatnonzero(subjects == name) for name in "abcde"]
+    means = []
+    for _ in range(6000):
+        pretrainings, draws, drawn = (rng.integers(n, size=n) for n in (4, 3, 5))
+        cases = np.concatenate([members[i] for i in drawn])
+        means.append(np.nanmean(differences[np.ix_(pretrainings, draws, cases)]))
+    interval = hierarchical_bootstrap(differences, subjects=subjects, samples=6000)
+    assert interval.mean == pytest.approx(np.nanmean(differences))
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.06)
+    assert interval.pairs == 4 * 3 * 9 - 1
+
+
+def test_the_hierarchical_interval_covers_a_known_shift_where_one_over_cases_does_not():
+    rng = np.random.default_rng(1)
+    hits, naive = 0, 0
+    for trial in range(300):
+        differences = 0.1 + rng.normal(0, 0.1, (10, 1)) + rng.normal(0, 0.1, (10, 30))
+        wide = hierarchical_bootstrap(differences, samples=400, seed=trial)
+        narrow = paired_bootstrap(differences.mean(axis=0), np.zeros(30), samples=400, seed=trial)
+        hits += wide.low <= 0.1 <= wide.high
+        naive += narrow.low <= 0.1 <= narrow.high
+    assert 0.88 <= hits / 300 <= 0.98
+    assert naive / 300 < 0.7
+
+
+def test_the_order_of_seeds_and_chunks_change_nothing_but_one_seed_gives_no_interval(monkeypatch):
+    differences = np.random.default_rng(2).normal(size=(5, 8))
+    whole = hierarchical_bootstrap(differences, samples=3000)
+    turned = hierarchical_bootstrap(differences[::-1], samples=3000)
+    assert (turned.low, turned.high) == pytest.approx((whole.low, whole.high), abs=0.1)
+    monkeypatch.setattr(comparison, "CHUNK", 100 * differences.size)
+    assert hierarchical_bootstrap(differences, samples=3000).low == pytest.approx(whole.low, abs=0.1)
+    one = hierarchical_bootstrap(differences[:1])
+    assert one.mean == pytest.approx(differences[0].mean())
+    assert np.isnan([one.low, one.high]).all()
+    assert hierarchical_bootstrap(np.full((3, 4), np.nan)).pairs == 0
+
+
+def test_differences_without_repeats_or_with_other_subjects_are_refused():
+    for values, subjects in ((np.zeros(4), None), (np.zeros((2, 4)), ["a", "b"])):
+        with pytest.raises(ValueError, match="subjects"):
+            hierarchical_bootstrap(values, subjects=subjects)
+    with pytest.raises(ValueError, match="confidence"):
+        hierarchical_bootstrap(np.zeros((2, 4)), confidence=1.0)

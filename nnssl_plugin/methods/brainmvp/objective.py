@@ -63,13 +63,14 @@ class BrainMVP(PretextTask):
         image = batch["image"]
         size, together = tuple(image.shape[2:]), self.progress >= self.settings.contrast_from
         own, other, paired = draw_modalities(batch["available"], together, generator)
+        masked_by_template, masked_by_other = self._mask(2 * len(image), size, generator).chunk(2)
         return {
             "image": channel_of(image, own),
             "other": channel_of(image, other),
             "modality": own,
             "paired": paired,
-            "masked_by_template": self._mask(len(image), size, generator),
-            "masked_by_other": self._mask(len(image), size, generator),
+            "masked_by_template": masked_by_template,
+            "masked_by_other": masked_by_other,
             "inside": inside_case(batch["origin"], batch["case_shape"], size),
             "origin": batch["origin"],
             "case_shape": batch["case_shape"],
