@@ -110,7 +110,7 @@ def bare(encoder, windows: torch.Tensor, args) -> tuple[int, float]:
 
 
 def embedded(args, files, folder: Path) -> tuple[float, list[tuple[float, float, int, float]]]:
-    """Images per second of ``embed``, and at every commit the time, the processor's, the vectors and the resident MiB."""
+    """Images per second of ``embed``, and at every commit time, processor's time, vectors and resident MiB."""
     (folder / "images").mkdir()
     for case, each in files.items():
         for copy in range(args.repeat):
