@@ -5,6 +5,8 @@
 Every image is linked ``--repeat`` times, so that a small folder makes a long run. The bare pass has all windows in
 memory and computes the encoder's maps alone, in batches of the same size; both take turns. The processes that read take
 some seconds to start, which a short run does not see pay off: ``steady`` leaves the time to the first commit out.
+``processor`` is by the processor's time of this process alone, which other work on the machine does not change: what
+embedding costs it beside the bare pass, where the processes that read keep up.
 """
 
 import argparse
@@ -37,18 +39,21 @@ def main() -> None:
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    embedding.SECONDS = 1.0
     encoder = load_encoder(args.checkpoint, device=args.device)
     files, _ = find_images(args.images, encoder.backbone.preprocessing.file_ending)
     windows, reading = all_windows(encoder, files)
-    found = {"bare": [], "embed": [], "steady": []}
+    found = {"bare": [], "embed": [], "steady": [], "processor_bare": [], "processor_embed": []}
     memory = []
     for _ in range(args.rounds):
-        found["bare"].append(len(files) / bare_seconds(encoder, windows, args))
+        used = time.process_time()
+        passes, seconds = bare(encoder, windows, args)
+        found["bare"].append(len(files) / seconds)
+        found["processor_bare"].append(passes * len(files) / (time.process_time() - used))
         with tempfile.TemporaryDirectory() as folder:
             rate, commits = embedded(args, files, Path(folder))
         found["embed"].append(rate)
-        found["steady"].append(steady(commits))
+        found["steady"].append(steady(commits, 0))
+        found["processor_embed"].append(steady(commits, 1))
         memory = [used for *_, used in commits]
     print(
         json.dumps(
@@ -61,8 +66,12 @@ def main() -> None:
                 "milliseconds_to_read_an_image": reading,
                 "images_per_second": found,
                 "ratios": {
-                    name: [a / b for a, b in zip(found[name], found["bare"], strict=True)]
-                    for name in ("embed", "steady")
+                    name: [a / b for a, b in zip(found[mine], found[bare_one], strict=True)]
+                    for name, mine, bare_one in (
+                        ("embed", "embed", "bare"),
+                        ("steady", "steady", "bare"),
+                        ("processor", "processor_embed", "processor_bare"),
+                    )
                 },
                 "resident_mib_at_commits": memory,
                 "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -85,24 +94,23 @@ def all_windows(encoder, files) -> tuple[torch.Tensor, float]:
 
 
 @torch.no_grad()
-def bare_seconds(encoder, windows: torch.Tensor, args) -> float:
-    """Seconds that the encoder alone takes for all windows; on a GPU in half precision where that embeds so, too."""
-    on_device = windows.to(args.device)
-    for number in (1, args.repeat):
+def bare(encoder, windows: torch.Tensor, args) -> tuple[int, float]:
+    """How often all windows went through the encoder alone, and the seconds of one time (on a GPU the first pass warms
+    up and is left out); on a GPU in half precision, as it embeds there."""
+    on_device, cuda = windows.to(args.device), args.device == "cuda"
+    for number in (1, args.repeat) if cuda else (1,):
         started = time.perf_counter()
         for _ in range(number):
             for batch in on_device.split(args.batch_size):
-                with torch.autocast(args.device, enabled=args.device == "cuda"):
+                with torch.autocast(args.device, enabled=cuda):
                     encoder.backbone.features(batch)
-        if args.device == "cuda":
+        if cuda:
             torch.cuda.synchronize()
-        if args.device == "cpu":
-            return (time.perf_counter() - started) / number
-    return (time.perf_counter() - started) / number
+    return number + cuda, (time.perf_counter() - started) / number
 
 
-def embedded(args, files, folder: Path) -> tuple[float, list[tuple[float, int, float]]]:
-    """Images per second of ``embed``, and at every commit the time, the vectors by then and the resident MiB."""
+def embedded(args, files, folder: Path) -> tuple[float, list[tuple[float, float, int, float]]]:
+    """Images per second of ``embed``, and at every commit time, processor's time, vectors and resident MiB."""
     (folder / "images").mkdir()
     for case, each in files.items():
         for copy in range(args.repeat):
@@ -115,7 +123,7 @@ def embedded(args, files, folder: Path) -> tuple[float, list[tuple[float, int, f
     def measured(store, vectors, rows):
         append(store, vectors, rows)
         used = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
-        commits.append((time.perf_counter(), store.rows, used))
+        commits.append((time.perf_counter(), time.process_time(), store.rows, used))
 
     embedding.StoreWriter.append = measured
     try:
@@ -132,10 +140,10 @@ def embedded(args, files, folder: Path) -> tuple[float, list[tuple[float, int, f
     return done.images_per_second, commits
 
 
-def steady(commits) -> float:
-    """Images per second between the first and the last commit."""
-    (start, first, _), (end, last, _) = commits[0], commits[-1]
-    return (last - first) / max(end - start, 1e-9) if last > first else float("nan")
+def steady(commits, clock: int) -> float:
+    """Images per second between the first and the last commit, by the time (0) or the processor's (1)."""
+    first, last = commits[0], commits[-1]
+    return (last[2] - first[2]) / max(last[clock] - first[clock], 1e-9) if last[2] > first[2] else float("nan")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def main() -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (args.work / name).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(args.work / name)
-    os.environ["nnUNet_extTrainer"] = search_path()
+    os.environ |= {"nnUNet_extTrainer": search_path(), "nnUNet_def_n_proc": "1"}
     for each in SETS:
         if args.only in (None, []) or each.name in args.only:
             evaluate(each, args)

@@ -50,7 +50,7 @@ def main() -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (work / name).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(work / name)
-    os.environ["nnUNet_extTrainer"] = search_path()
+    os.environ |= {"nnUNet_extTrainer": search_path(), "nnUNet_def_n_proc": "1"}
     raw = work / "nnUNet_raw" / NAME
     if not (raw / "dataset.json").is_file():
         write(raw, work / "evaluation")

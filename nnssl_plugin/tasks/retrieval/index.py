@@ -17,6 +17,8 @@ from nnssl_plugin.tasks.retrieval.standardisation import BLOCK, Standardisation
 MOST_SCORES = 2**19
 """Scores that are held at once (2 MiB): they stay in the processor's cache while the best are looked for."""
 FIRST_BLOCK, SMALLEST_BLOCK = 1024, 512
+ROUNDING = 1e-5
+"""Of products and offsets, relative: what lies so near to the bound is looked at."""
 CONDITION = re.compile(r"\s*([^!=]+?)\s*(!?=)\s*(.*?)\s*")
 
 
@@ -86,6 +88,8 @@ class Index:
     ) -> Neighbours:
         """The k nearest rows of each query, by exact search.
 
+        The queries are scaled in place of the rows: q · (x − m)/σ = (q/σ) · x − (q/σ) · m.
+
         Args:
             vectors: (Q, E) raw vectors of the index's encoder.
             k: how many; fewer come where the index holds fewer.
@@ -96,19 +100,17 @@ class Index:
             UserError: the vectors have another length or are not finite, or ``k`` is below 1.
         """
         queries = self.prepared(vectors, k)
-        best, worst = [_Best(k) for _ in queries], np.full(len(queries), -np.inf, dtype=np.float32)
+        scaled = queries * self.standardise.scale
+        best = _Best(scaled @ self.standardise.mean, k)
         hidden = {number: self.rows_of(subject) for number, subject in enumerate(subjects or ()) if subject}
         for start, end in _blocks(len(self.vectors), max(SMALLEST_BLOCK, MOST_SCORES // max(len(queries), 1))):
-            scores = self.scores(queries, start, end)
+            products = scaled @ self.vectors[start:end].T
             if among is not None:
-                scores[:, ~among[start:end]] = -np.inf
+                products[:, ~among[start:end]] = -np.inf
             for query, own in hidden.items():
-                scores[query, own[(own >= start) & (own < end)] - start] = -np.inf
-            for number in np.flatnonzero(scores.max(axis=1) > worst):
-                worst[number] = best[number].add(scores[number], start)
-        found = [each.padded() for each in best]
-        rows, scores = (np.array([each[part] for each in found]).reshape(-1, k) for part in (0, 1))
-        return Neighbours(rows.astype(int), (1 - scores).astype(np.float32))
+                products[query, own[(own >= start) & (own < end)] - start] = -np.inf
+            best.add(products, self.lengths[start:end], start)
+        return Neighbours(best.rows, 1 - best.scores)
 
     def prepared(self, vectors: np.ndarray, k: int = 1) -> np.ndarray:
         """Queries (Q, E) standardised and of length 1.
@@ -126,17 +128,6 @@ class Index:
             raise UserError(f"{k} neighbours were asked for.", "Give 1 or more.")
         return self.standardise(vectors)
 
-    def scores(self, queries: np.ndarray, start: int = 0, end: int | None = None) -> np.ndarray:
-        """Cosines (Q, rows) of prepared queries with the rows from ``start`` to ``end``.
-
-        The queries are scaled in place of the rows: q · (x − m)/σ = (q/σ) · x − (q/σ) · m.
-        """
-        scaled = queries * self.standardise.scale
-        scores = scaled @ self.vectors[start:end].T
-        scores -= (scaled @ self.standardise.mean)[:, None]
-        scores /= self.lengths[start:end]
-        return scores
-
     @cached_property
     def _rows_of_subjects(self) -> dict[str, np.ndarray]:
         names, inverse = np.unique(self.column("subject").astype(str), return_inverse=True)
@@ -151,29 +142,49 @@ class Index:
 
 
 class _Best:
-    """The best k of many scores; of equal ones those that stand first."""
+    """The best k of each query among the rows seen so far, the best first; of equal ones those that stand first.
 
-    def __init__(self, k: int):
-        self.k = k
-        self.rows, self.scores = np.empty(0, dtype=int), np.empty(0, dtype=np.float32)
+    A score is (product − offset) / length. Most products are too small whatever the length of their row: they are left
+    out by one comparison each, and scores are computed of the others alone.
 
-    def add(self, scores: np.ndarray, start: int) -> float:
-        """Take the scores of the rows from ``start`` on; the score that a later row has to exceed."""
-        worst = self.scores[-1] if len(self.scores) == self.k else -np.inf
-        better = np.flatnonzero(scores > worst)
-        if len(better) > 4 * self.k:
-            threshold = np.partition(scores[better], -self.k)[-self.k]
-            better = better[scores[better] >= threshold]
-        rows = np.concatenate((self.rows, better + start))
-        values = np.concatenate((self.scores, scores[better]))
-        order = np.lexsort((rows, -values))[: self.k]
-        self.rows, self.scores = rows[order], values[order]
-        return self.scores[-1] if len(self.scores) == self.k else -np.inf
+    Args:
+        offsets: (Q,) of the queries.
+        k: how many.
+    """
 
-    def padded(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and scores (k,); −1 and −∞ where there are no more."""
-        missing = (0, self.k - len(self.rows))
-        return np.pad(self.rows, missing, constant_values=-1), np.pad(self.scores, missing, constant_values=-np.inf)
+    def __init__(self, offsets: np.ndarray, k: int):
+        self.offsets = offsets
+        self.rows = np.full((len(offsets), k), -1)
+        self.scores = np.full((len(offsets), k), -np.inf, dtype=np.float32)
+
+    def add(self, products: np.ndarray, lengths: np.ndarray, start: int) -> None:
+        """Take the products (Q, n) with the rows from ``start`` on, which have not been seen, and their lengths."""
+        k, (number, width) = self.rows.shape[1], products.shape
+        worst = self.scores[:, -1]
+        least = worst * np.where(worst > 0, lengths.min(), lengths.max()) + self.offsets
+        least -= ROUNDING * (np.abs(least) + np.abs(self.offsets))
+        better = np.flatnonzero(products > least[:, None])
+        queries, columns = np.divmod(better, width)
+        values = (products.ravel()[better] - self.offsets[queries]) / lengths[columns]
+        if len(better) > 4 * self.rows.size and k < width:
+            every = np.full((number, width), -np.inf, dtype=np.float32)
+            every[queries, columns] = values
+            worst = np.nextafter(np.maximum(np.partition(every, -k, axis=1)[:, -k], worst), -np.inf, dtype=np.float32)
+        kept = values > worst[queries]
+        self._merge(queries[kept], columns[kept] + start, values[kept])
+
+    def _merge(self, queries: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
+        if not len(queries):
+            return
+        k = self.rows.shape[1]
+        touched, counts = np.unique(queries, return_counts=True)
+        owners = np.concatenate((np.repeat(touched, k), queries))
+        rows = np.concatenate((self.rows[touched].ravel(), rows))
+        scores = np.concatenate((self.scores[touched].ravel(), scores))
+        order = np.lexsort((rows, -scores, owners))
+        first = np.cumsum(counts + k) - (counts + k)  # of each query in that order
+        kept = order[first[:, None] + np.arange(k)]
+        self.rows[touched], self.scores[touched] = rows[kept], scores[kept]
 
 
 def _blocks(rows: int, size: int) -> Iterator[tuple[int, int]]:

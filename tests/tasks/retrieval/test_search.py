@@ -139,3 +139,32 @@ def test_without_faiss_the_command_that_installs_it_is_named(tmp_path, monkeypat
     with pytest.raises(UserError, match=r"nnssl_plugin\[retrieval\]"):
         load_approximate(made)
     assert made.search(np.eye(3), 1).rows.tolist() == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+@pytest.mark.parametrize("size", [7, 100])
+def test_the_best_of_blocks_are_those_of_a_sort(k, size):
+    """Few different scores, so that most are equal; some rows that may not be found."""
+    rng = np.random.default_rng(k)
+    scores = rng.integers(0, 5, (6, 100)).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.3] = -np.inf
+    best = index._Best(np.zeros(6, dtype=np.float32), k)
+    for start in range(0, 100, size):
+        best.add(scores[:, start : start + size], np.ones(size, dtype=np.float32)[: 100 - start], start)
+    for query, own in enumerate(scores):
+        expected = [row for row in np.argsort(-own, kind="stable") if np.isfinite(own[row])][:k]
+        assert best.rows[query].tolist() == expected + [-1] * (k - len(expected))
+        assert (best.scores[query][: len(expected)] == own[expected]).all()
+
+
+@pytest.mark.parametrize("shift", [-50.0, 0.0, 50.0])
+def test_no_product_is_left_out_that_its_length_makes_the_best(shift):
+    rng = np.random.default_rng(0)
+    products, lengths = rng.normal(shift, 3, (5, 300)).astype(np.float32), rng.uniform(0.1, 9, 300).astype(np.float32)
+    offsets = rng.normal(shift, 3, 5).astype(np.float32)
+    best = index._Best(offsets, 4)
+    for start in range(0, 300, 50):
+        best.add(products[:, start : start + 50], lengths[start : start + 50], start)
+    scores = (products - offsets[:, None]) / lengths
+    np.testing.assert_array_equal(best.rows, np.argsort(-scores, axis=1, kind="stable")[:, :4])
+    np.testing.assert_array_equal(best.scores, np.take_along_axis(scores, best.rows, axis=1))

@@ -82,6 +82,7 @@ def dataset(nnunet_environment):
     """The raw dataset with the small pair in it, as clip leaves it."""
     raw = Path(os.environ["nnUNet_raw"], DATASET)
     raw.mkdir(parents=True)
+    (raw / "dataset.json").write_text("{}")
     save_pair(random_pair(), raw / "clip_pair")
     pair = load_pair(weights=str(raw / "clip_pair"))
     write(raw, pair.embed_texts(["a ball", "stripes"]), pair.weights)
