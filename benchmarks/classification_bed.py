@@ -47,6 +47,8 @@ NETWORK = {
     "n_conv_per_stage_decoder": [1, 1, 1],
 }
 PATCH = [24, 24, 24]
+ENDINGS = {"train": ".nii.gz", "test": "_0000.nii.gz"}
+"""Of the files that adrenal_data.py writes."""
 
 
 class Again:
@@ -74,7 +76,7 @@ def prepare(archive: Path, folder: Path, fractions: list[float]) -> None:
     lines = ["case,diagnosis"]
     for split in ("train", "test"):
         for path in (folder / "adrenal" / split).iterdir():
-            path.rename(scans / path.name.replace("_0000", ""))
+            path.rename(scans / (path.name.removesuffix(ENDINGS[split]) + ".nii.gz"))
         lines += (folder / "adrenal" / f"{split}.csv").read_text().splitlines()[1:]
     table.write_text("\n".join(lines) + "\n")
     number, name = DATASET[7:10], DATASET[11:]

@@ -109,7 +109,7 @@ def choose_recipes(study: Study, runs: list[Run]) -> dict[str, str | None]:
     """Arm → the recipe with the highest Dice on the tuning cases; the only one, or none, where there is no choice."""
     if len(study.recipes) < 2:
         return {arm.name: next(iter(study.recipes), None) for arm in study.arms}
-    return {arm: max(found, key=found.__getitem__) for arm, found in tuned(study, runs).items()}
+    return {arm: max(found, key=found.__getitem__, default=None) for arm, found in tuned(study, runs).items()}
 
 
 def summarise(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
