@@ -200,6 +200,7 @@ def summarise(results: Path, fractions: list[float]) -> dict:
             values = [own[seed]["auroc"] for seed in own]
             row = {"look": "as trained", "labelled_cases": labelled, "arm": arm, "mean": statistics.fmean(values)}
             row |= {"seeds": len(together), "difference_to_scratch": None}
+            row["paired"] = [statistics.fmean(each[seed]["auroc"] for seed in together) for each in (own, twin)]
             row |= {"sd_over_seeds": statistics.stdev(values) if len(values) > 1 else None, "per_seed": values}
             if arm != "scratch":
                 rng, cases = np.random.default_rng(0), sorted(twin[together[0]]["truth"])

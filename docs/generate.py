@@ -167,18 +167,15 @@ def results_table(folder: Path, link: str) -> str:
     rows = [("bed", "labels", "images", "arm", "pretrained", "scratch", "difference (95 % interval)", "n", "seeds")]
     for path in sorted(folder.glob("*.json")):
         bed = read_json(path)
-        twins = {(row["labelled_cases"], row["look"]): row["mean"] for row in bed["rows"] if row["arm"] == "scratch"}
         for row in bed["rows"]:
-            place = (row["labelled_cases"], row["look"])
-            if row["difference_to_scratch"] is not None and place in twins:
+            if row["difference_to_scratch"] is not None:
                 rows.append(
                     (
                         f"[{bed['name']}]({link}{path.stem}.md), {bed['metric']}",
                         str(row["labelled_cases"]),
                         row["look"],
                         row["arm"],
-                        f"{row['mean']:.3f}",
-                        f"{twins[place]:.3f}",
+                        *(f"{mean:.3f}" for mean in row["paired"]),
                         _with_interval(row["difference_to_scratch"]),
                         str(bed["evaluation_cases"]),
                         str(row["seeds"]),
@@ -190,7 +187,7 @@ def results_table(folder: Path, link: str) -> str:
 def _with_interval(found: Mapping[str, Any]) -> str:
     if found["low"] is None:
         return f"{found['mean']:+.3f}"
-    text = f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+    text = f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})".replace("-", "−")
     apart = found["low"] > 0 or found["high"] < 0
     return f"**{text}**" if apart else text
 
