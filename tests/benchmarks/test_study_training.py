@@ -76,7 +76,8 @@ def test_a_classification_bed_pairs_seeds_and_cases(tmp_path):
     }
     (twin,) = found["calibration"]
     gains = [made["scratch", seed] - 0.5 for seed in (0, 1, 2)]
-    assert twin["gain_in_last_fifth"] == pytest.approx(np.mean(gains)) and twin["converged"] is False
+    assert twin["gain_in_last_fifth"] == pytest.approx(np.mean(gains))
+    assert twin["converged"] is bool(np.mean(gains) < np.std(gains, ddof=1) / 3)
 
 
 def test_the_picture_of_all_beds_has_a_line_for_each_difference(tmp_path):
