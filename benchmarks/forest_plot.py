@@ -1,8 +1,8 @@
 """One picture of all beds: each arm's difference to training from scratch, with its interval.
 
-    python benchmarks/forest_plot.py docs/results -o docs/results/forest.png
+    python benchmarks/forest_plot.py docs/results/beds -o docs/results/forest.png
 
-reads the summary.json files of the beds, kept as ``docs/results/NAME.json``.
+reads the summary.json files of the beds, kept as ``docs/results/beds/NAME.json``.
 """
 
 import argparse

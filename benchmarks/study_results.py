@@ -321,7 +321,7 @@ def _calibration(rows: list[dict[str, Any]]) -> str:
             f"{row['sd_over_seeds']:.4f}"
         )
     return (
-        f"**Calibration.** {'; '.join(said)}. A twin counts as converged where the gain (pseudo Dice) is below a third "
+        f"**Calibration.** {'; '.join(said)}. It counts as converged where the gain (pseudo Dice) is below a third "
         "of that spread."
     )
 
@@ -356,8 +356,8 @@ def _steps(rows: list[dict[str, Any]]) -> str:
         values = [f"{row['dice_after_steps'][step]:.3f}" if step in row["dice_after_steps"] else "–" for step in steps]
         head.append(_row([row["arm"], *values, str(row["reached_after"] or "none of them")]))
     return (
-        f"**Steps to the twin's result.** Trainings with schedules of their own; the goal is {rows[0]['goal']:.3f}, "
-        f"{ENOUGH:.0%} of what the twin has after the whole schedule.\n\n" + "\n".join(head) + "\n\n"
+        f"**Steps to the result from scratch.** Trainings with schedules of their own; the goal is {rows[0]['goal']:.3f}, "
+        f"{ENOUGH:.0%} of what training from scratch has after the whole schedule.\n\n" + "\n".join(head) + "\n\n"
     )
 
 

@@ -77,9 +77,9 @@ def generated(
     blocks = {
         "README.md": {
             "methods": methods_table(methods),
-            "results": results_table(root / "docs/results", "docs/results/"),
+            "results": results_table(root / "docs/results/beds", "docs/results/"),
         },
-        "docs/results.md": {"results": results_table(root / "docs/results", "results/")},
+        "docs/results.md": {"results": results_table(root / "docs/results/beds", "results/")},
         "docs/README.md": {"methods": methods_index(methods)},
         "docs/reference/commands.md": {"trainers": trainers_table(methods, tasks)},
         "plans/README.md": {"presets": presets_table(methods, root / "plans")},
@@ -161,8 +161,8 @@ def results_table(folder: Path, link: str) -> str:
     """Every comparison of the beds: each arm beside its twin from scratch, from the summaries kept in ``folder``.
 
     Args:
-        folder: with the summary ``NAME.json`` of each bed beside its page ``NAME.md``.
-        link: from the page to that folder.
+        folder: with the summary ``NAME.json`` of each bed.
+        link: from the page to the folder of the pages ``NAME.md`` of the beds.
     """
     rows = [("bed", "labels", "images", "arm", "pretrained", "scratch", "difference (95 % interval)", "n", "seeds")]
     for path in sorted(folder.glob("*.json")):

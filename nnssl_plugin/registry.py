@@ -54,6 +54,11 @@ class Method:
     """Name for ``nnssl_plugin plan --preset`` → what it is; the first is the recommendation."""
     networks: tuple[str, ...] = NETWORKS
     """Families of networks that it pretrains."""
+    finetuning: str = "segmentation"
+    """Which of :data:`TASKS` segments from its weights where its arrays came along, if it learned any."""
+    alignment: str = ""
+    """Dotted path of what makes the learned alignment of volumes with texts, of the state of its task and its settings;
+    empty where there is none."""
 
     @property
     def trainer_name(self) -> str:
@@ -231,6 +236,7 @@ METHODS = {
             "med3dinsight-paper": "the numbers that the paper states, and its reading of the input. [Not all of it is "
             "literal](#how-literal-the-papers-presets-are)",
         },
+        alignment="nnssl_plugin.methods.med3dinsight.alignment.load_alignment",
     ),
     "s2dc": Method(
         title="S2DC",
@@ -296,6 +302,7 @@ METHODS = {
             "brainmvp-reference": "the numbers of the paper's public code: a grid of blocks, 0.8 of them, a weight of "
             "10 for the distillation, templates scaled to [0, 1], a fifth of the run from templates alone",
         },
+        finetuning="brainmvp-segmentation",
     ),
     "lvm-med": Method(
         title="LVM-Med",

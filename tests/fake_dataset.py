@@ -104,9 +104,10 @@ def fake_plan(
 
 def _write_case(path: Path, rng: np.random.Generator, channels: int, shape) -> None:
     image = rng.normal(size=(channels, *shape)).astype(np.float32)
-    image[:, 5:12, 6:14, 4:12] += 3 * rng.uniform(0.5, 1.5, (channels, 1, 1, 1))
+    body = np.s_[:, slice(5, 12) if shape[0] > 1 else slice(None), 6:14, 4:12]  # a picture is one slice
+    image[body] += 3 * rng.uniform(0.5, 1.5, (channels, 1, 1, 1))
     seg = np.zeros((1, *shape), dtype=np.int8)
-    seg[:, 5:12, 6:14, 4:12] = 1
+    seg[body] = 1
     properties = {
         "spacing": [1.0, 1.0, 1.0],
         "nibabel_stuff": {"original_affine": np.eye(4), "reoriented_affine": np.eye(4)},

@@ -29,6 +29,11 @@ def test_every_folder_of_methods_has_its_entry(repository):
     assert packages == {method.package for method in METHODS.values()} | {name for name in own if ".methods." in name}
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_fine_tuning_of_its_own_is_a_task(name):
+    assert METHODS[name].finetuning in TASKS
+
+
 @pytest.mark.parametrize("entry", [*METHODS.values(), *TASKS.values()], ids=lambda entry: entry.trainer_name)
 def test_the_trainer_is_found_by_nnunet_and_is_the_installed_class(entry):
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -51,6 +56,12 @@ def test_what_the_entry_says_is_what_the_task_does(name):
     assert bool(task.needs.triplets) == ("texts" in method.needs)
     assert trainer.method == name and isinstance(trainer.method_defaults, located(method.settings))
     assert trainer.training_defaults == located(method.training)
+
+
+def test_alignments_are_functions():
+    assert [name for name, method in METHODS.items() if method.alignment and callable(located(method.alignment))] == [
+        "med3dinsight"
+    ]
 
 
 @every_method

@@ -8,8 +8,6 @@ tensor. A plan that adapt wrote itself is replaced as long as nothing was traine
 stages and blocks, other kernels, strides and token grids are adapted by the rules of docs/reference/adaptation.md.
 """
 
-TRAINER = "PretrainedSegmentationTrainer"
-
 
 def add_arguments(parser):
     parser.add_argument("-d", required=True, metavar="ID", help="target dataset, ID or name")
@@ -82,4 +80,12 @@ def run(args):
     for written in (adapted.plan, adapted.weights, adapted.report_file):
         if written is not None:
             print(f"wrote {written}")
-    print(f"next: nnUNetv2_train {args.d} {args.c} 0 -p {adapted.plans_name} -tr {TRAINER}")
+    print(f"next: nnUNetv2_train {args.d} {args.c} 0 -p {adapted.plans_name} -tr {_trainer(adapted)}")
+
+
+def _trainer(adapted):
+    """That of the method's own fine-tuning, where what it needs beside the weights came along."""
+    from nnssl_plugin.registry import METHODS, TASKS
+
+    own = METHODS[adapted.method].finetuning if adapted.arrays and adapted.method in METHODS else "segmentation"
+    return TASKS[own].trainer_name

@@ -2,10 +2,13 @@
 
     nnssl_plugin embed -m CHECKPOINT -i IMAGES -o INDEX
     nnssl_plugin embed -m MODEL_FOLDER -d 501 -o INDEX --rows lesion --metadata patients.csv -device cuda
+    nnssl_plugin embed -m MED3DINSIGHT_CHECKPOINT -i IMAGES -o INDEX --aligned
 
 Images are named as for nnU-Net (CASE_0000.nii.gz, one file per channel) and preprocessed as in training. --metadata is
 a table with the column case and any others; subject says which cases are of one patient, so that none finds itself. The
 same command goes on after an interruption. A case that cannot be used is named and left out; the exit code is then 1.
+With --aligned, vectors lie in the space of the texts that the pretraining aligned volumes with, for search --text; the
+dataset with these texts is looked for in nnUNet_raw.
 """
 
 FAILED = 1
@@ -29,6 +32,7 @@ def add_arguments(parser):
         help="windows that cover the image, pooled inside the body, or the whole image fitted into one "
         "(default: windows)",
     )
+    parser.add_argument("--aligned", action="store_true", help="vectors in the space of texts, for search --text")
     add_image_arguments(parser)
 
 
@@ -40,7 +44,9 @@ def add_image_arguments(parser):
     parser.add_argument("--metadata", metavar="CSV", help="table with the column case, perhaps subject, and any others")
     parser.add_argument("-seg", metavar="DIR", help="segmentations (CASE.nii.gz), for --rows lesion")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows of one pass (default: 4)")
-    parser.add_argument("-np", type=int, default=2, metavar="N", help="threads that read images (default: 2)")
+    parser.add_argument(
+        "-np", type=int, default=2, metavar="N", help="processes that read images beside this one (default: 2)"
+    )
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: cpu")
     parser.add_argument(
         "--trust",
@@ -50,7 +56,27 @@ def add_image_arguments(parser):
 
 
 def run(args):
-    return embed(args, args.m, args.o, rows=args.rows, view=args.view)
+    how = {"alignments": alignment_of} if args.aligned else {}
+    return embed(args, args.m, args.o, rows=args.rows, view=args.view, **how)
+
+
+def alignment_of(method):
+    """What makes the alignment of a method with texts, by the method's name."""
+    from importlib import import_module
+
+    from nnssl_plugin.errors import UserError
+    from nnssl_plugin.registry import METHODS
+
+    aligned = {name: entry.alignment for name, entry in METHODS.items() if entry.alignment}
+    if method not in aligned:
+        titles = ", ".join(METHODS[name].title for name in aligned)
+        raise UserError(
+            f"The weights come from {METHODS[method].title if method in METHODS else method or 'an unknown training'}, "
+            "which does not align volumes with texts.",
+            f"Leave --aligned out, or take a checkpoint of: {titles}.",
+        )
+    module, _, function = aligned[method].rpartition(".")
+    return getattr(import_module(module), function)
 
 
 def embed(args, model, folder, **how):
@@ -66,7 +92,7 @@ def embed(args, model, folder, **how):
         segmentations=segmentations,
         device=args.device,
         batch_size=args.batch_size,
-        threads=args.np,
+        processes=args.np,
         trust=args.trust,
         **how,
     )

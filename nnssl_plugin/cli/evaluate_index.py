@@ -1,4 +1,4 @@
-"""``evaluate retrieval`` and ``evaluate probe``: what the vectors of an index are good for."""
+"""``evaluate retrieval`` and ``evaluate probe``: what vectors and maps of an encoder are good for."""
 
 RETRIEVAL = """Measure retrieval in an index of embeddings, or in several beside one another.
 
@@ -12,12 +12,18 @@ case of the same subject). But for the last, rows of the query's subject are nev
 the query. Writes retrieval.json, queries.csv and retrieval.png; intervals draw subjects.
 """
 
-PROBE = """Predict a column of an index from its vectors: nearest neighbours, and a linear classifier.
+PROBE = """What can be read from frozen features? Structures in images, or a column of an index of embeddings.
 
+    nnssl_plugin evaluate probe -d 502 -w mae=CHECKPOINT_1 s2dc=CHECKPOINT_2 -f 0 -o probe.json
+    nnssl_plugin evaluate probe -d 502 -w CHECKPOINT -f 0 --labelled 5 --seeds 0 1 2
     nnssl_plugin evaluate probe --index mae=INDEX_1 untrained=INDEX_2 --target diagnosis -o probe.json
 
-Folds are stratified by class and grouped by subject; accuracy, macro F1 and AUROC of all folds together, with intervals
-over subjects.
+With -d: a ridge regression of each voxel's class on the maps of all stages of the encoder is fitted to the labels of
+the fold's training cases, in closed form; Dice is that of its whole validation cases, beside a random encoder and
+labels that are shuffled. No schedule, no learning rate, seconds to minutes.
+
+With --index: nearest neighbours and a linear classifier on the vectors. Folds are stratified by class and grouped by
+subject; accuracy, macro F1 and AUROC of all folds together, with intervals over subjects.
 """
 
 
@@ -37,15 +43,27 @@ def add_index_kinds(kinds):
         kind.add_argument(flag, action="append", default=[], metavar="COLUMN=VALUE", help=f"{said} (default: all)")
     kind = kinds.add_parser(
         "probe",
-        help="do vectors tell a class?",
+        help="what can be read from frozen features?",
         description=PROBE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kind.add_argument("--index", required=True, nargs="+", metavar="[NAME=]INDEX", help="folders that embed wrote")
-    kind.add_argument("--target", required=True, metavar="COLUMN", help="column to predict")
+    images = kind.add_argument_group("structures in images")
+    images.add_argument("-d", metavar="ID", help="labelled, preprocessed dataset")
+    images.add_argument("-w", nargs="+", metavar="[NAME=]FILE", help="checkpoints or other weights to compare")
+    images.add_argument("-f", type=int, metavar="FOLD", help="fold of splits_final.json")
+    images.add_argument("-p", default="nnUNetPlans", metavar="PLAN", help="plan of the network (default: nnUNetPlans)")
+    images.add_argument("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
+    images.add_argument("--labelled", type=int, metavar="N", help="draw so many training cases (default: all)")
+    images.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the draws, one each (default: 0)"
+    )
+    images.add_argument("-device", default="cpu", choices=("cpu", "cuda", "mps"), help="default: cpu")
+    vectors = kind.add_argument_group("a column of an index")
+    vectors.add_argument("--index", nargs="+", metavar="[NAME=]INDEX", help="folders that embed wrote")
+    vectors.add_argument("--target", metavar="COLUMN", help="column to predict")
+    vectors.add_argument("--folds", type=int, default=5, metavar="N", help="default: 5")
+    vectors.add_argument("--neighbours", type=int, default=10, metavar="N", help="default: 10")
     kind.add_argument("-o", metavar="FILE", help="JSON file for the numbers")
-    kind.add_argument("--folds", type=int, default=5, metavar="N", help="default: 5")
-    kind.add_argument("--neighbours", type=int, default=10, metavar="N", help="default: 10")
 
 
 def _retrieval(args):
@@ -57,6 +75,38 @@ def _retrieval(args):
 
 
 def _probe(args):
+    from nnssl_plugin.errors import UserError
+
+    of_images = args.d is not None and args.w is not None and args.f is not None
+    of_vectors = args.index is not None and args.target is not None
+    if of_images == of_vectors:
+        raise UserError(
+            "It is not clear what is to be read: structures in images, or a column of an index.",
+            "Give either -d ID -w CHECKPOINT -f FOLD, or --index INDEX --target COLUMN.",
+        )
+    (_probe_images if of_images else _probe_vectors)(args)
+
+
+def _probe_images(args):
+    from nnssl_plugin.io.files import write_json
+    from nnssl_plugin.tasks.probing.probe import evaluate_voxels, names_of, voxel_table
+
+    result = evaluate_voxels(
+        args.d,
+        args.p,
+        names_of(args.w),
+        fold=args.f,
+        configuration=args.c,
+        labelled=args.labelled,
+        seeds=args.seeds,
+        device=args.device,
+    )
+    if args.o:
+        write_json(args.o, result)
+    print(voxel_table(result))
+
+
+def _probe_vectors(args):
     from nnssl_plugin.tasks.retrieval.probe import evaluate_probe, probe_table
 
     found = evaluate_probe(_named(args.index), args.target, output=args.o, folds=args.folds, neighbours=args.neighbours)

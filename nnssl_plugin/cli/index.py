@@ -8,7 +8,7 @@ Adding takes the model that made the index, or -m where it has moved; another en
 as a whole or not at all, and two processes cannot change one index at a time.
 """
 
-from nnssl_plugin.cli.embed import add_image_arguments, embed
+from nnssl_plugin.cli.embed import add_image_arguments, alignment_of, embed
 
 
 def add_arguments(parser):
@@ -41,6 +41,8 @@ def _info(args):
     print(f"rows: one per {encoder['rows_are']}, view: {encoder['view']}")
     print(f"encoder: {encoder['network']}, method {encoder['method'] or 'unknown'}, {encoder['weights']}'s weights")
     print(f"vector: {' + '.join(encoder['parts'])}; patch {encoder['patch_size']}, spacing {encoder['spacing_mm']} mm")
+    if "alignment" in store.facts:
+        print(f"texts: {store.facts['alignment']['weights']}")
     print(f"model: {made['model']}\nencoder's SHA-256: {encoder['encoder_sha256']}")
 
 
@@ -49,6 +51,8 @@ def _add(args):
 
     facts = VectorStore(args.index).facts
     how = {"rows": facts["encoder"]["rows_are"], "view": facts["encoder"]["view"], "new": False}
+    if "alignment" in facts:
+        how["alignments"] = alignment_of
     return embed(args, args.m or facts["made"]["model"], args.index, **how)
 
 

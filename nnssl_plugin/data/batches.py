@@ -1,14 +1,12 @@
 """The batch of a step, a function of (seed, rank, step) alone, so that a run can stop and go on anywhere."""
 
 import math
-import signal
-import time
 from collections.abc import Collection, Iterator, Sequence
 from itertools import cycle
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from nnssl_plugin.data.batch import Batch, Needs, Place
 from nnssl_plugin.data.cases import CaseFacts, Cases
@@ -222,52 +220,6 @@ class StepBatches(Dataset):
             "image_embedding": np.asarray(image, dtype=np.float32),
             "text_embedding": np.asarray(text, dtype=np.float32),
         }
-
-
-class BatchStream:
-    """Batches of the steps ``first`` … ``last - 1`` in order, counting the seconds spent waiting for them.
-
-    Workers are spawned, on every system alike: forking a process that already runs threads can hang.
-
-    Args:
-        batches: what yields batch *k*.
-        steps: the step indices, in order.
-        workers: processes that read ahead; 0 reads in this process.
-        pin_memory: for faster copies to a CUDA device.
-    """
-
-    def __init__(self, batches: Dataset, steps: Sequence[int], *, workers: int, pin_memory: bool = False):
-        self.waited = 0.0
-        self.batches = batches
-        self._loader = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            multiprocessing_context="spawn" if workers else None,
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=_leave_signals_to_the_trainer if workers else None,
-        )
-        self._iterator: Iterator | None = None
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        if self._iterator is None:
-            self._iterator = iter(self._loader)
-        batch = next(self._iterator)
-        self.waited += time.perf_counter() - started
-        return batch
-
-    def close(self) -> None:
-        """End the workers."""
-        self._iterator = None
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A scheduler signals every process; a worker that died of it would break the step that is being finished."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(values: list):

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
-from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from torch.nn import functional
 
 
@@ -71,6 +70,9 @@ def covering_origins(shape: Sequence[int], window: Sequence[int], *, step: float
         window: size of a window.
         step: between two windows, over their size; they overlap more only where the box is no multiple of it.
     """
+    # here: workers of a training import this module, and predict nothing
+    from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+
     covered = [max(size, wanted) for size, wanted in zip(shape, window, strict=True)]
     centred = [-((whole - size) // 2) for whole, size in zip(covered, shape, strict=True)]
     starts = compute_steps_for_sliding_window(tuple(covered), tuple(window), step)

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnssl_plugin.checkpoints.sources.source import Source, read_source
-from nnssl_plugin.data.images import Image, UnusableCase, read_image
+from nnssl_plugin.data.images import UnusableCase
 from nnssl_plugin.data.windows import covering_origins, read_window
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.features.preprocessing import Preprocessing
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.plans import build_network, input_channels, read_dataset_json
 
@@ -49,34 +49,17 @@ class PretrainedBackbone(Backbone):
         image_channels = input_channels(plans, configuration, dataset_json)
         super().__init__(network, channels or image_channels)
         self.image_channels = image_channels
-        self._plans = PlansManager(dict(plans))
-        self._planned = self._plans.get_configuration(configuration)
-        self._dataset_json = dict(dataset_json)
+        self.preprocessing = Preprocessing(plans, configuration, dataset_json)
 
     @property
     def patch_size(self) -> tuple[int, ...]:
         """Size of the windows in voxels, in the order of the plan's axes."""
-        return tuple(self._planned.patch_size)
+        return self.preprocessing.patch_size
 
     @property
     def spacing(self) -> tuple[float, ...]:
         """Spacing of preprocessed images in mm, in the order of the plan's axes."""
-        return tuple(float(size) for size in self._planned.spacing)
-
-    @property
-    def file_ending(self) -> str:
-        """Of images, such as ``.nii.gz``."""
-        return self._dataset_json["file_ending"]
-
-    @property
-    def reader(self) -> str:
-        """nnU-Net's reader of the plan."""
-        return self._plans.plans["image_reader_writer"]
-
-    @property
-    def transpose_forward(self) -> tuple[int, ...]:
-        """Which axis of what the reader gives is each axis of a preprocessed image."""
-        return tuple(self._plans.transpose_forward)
+        return self.preprocessing.spacing
 
     @property
     def device(self) -> torch.device:
@@ -104,30 +87,12 @@ class PretrainedBackbone(Backbone):
             return self._preprocess_array(image, spacing)
         files = [image] if isinstance(image, (str, Path)) else list(image)
         try:
-            read = self.read([Path(file) for file in files])
+            read = self.preprocessing.read([Path(file) for file in files])
         except UnusableCase as error:
             raise UserError(
                 f"{files[0]}: {error}.", "Give one readable file per channel, in the plan's order."
             ) from error
         return np.asarray(read.data, dtype=np.float32)
-
-    def read(self, files: Sequence[Path], segmentation: Path | None = None) -> Image:
-        """The preprocessed image of a case, its labels where there are any, and what is odd about it.
-
-        Args:
-            files: one per channel.
-            segmentation: file of labels.
-
-        Raises:
-            UnusableCase: see :func:`~nnssl_plugin.data.images.read_image`.
-        """
-        return read_image(
-            tuple(files),
-            plans=self._plans,
-            configuration=self._planned,
-            dataset_json=self._dataset_json,
-            segmentation=segmentation,
-        )
 
     def windows(self, image: ImageLike, *, spacing: Sequence[float] | None = None) -> Tensor:
         """The preprocessed image in windows of the plan's patch size that cover it: (W, C, *patch_size).
@@ -175,12 +140,7 @@ class PretrainedBackbone(Backbone):
             )
         if not np.isfinite(image).all():
             raise UserError("The array holds values that are NaN or infinite.", "Replace them.")
-        properties = {"spacing": [float(size) for size in spacing]}
-        preprocessor = self._planned.preprocessor_class(verbose=False)
-        data, _, _ = preprocessor.run_case_npy(
-            image.astype(np.float32), None, properties, self._plans, self._planned, self._dataset_json
-        )
-        return np.asarray(data, dtype=np.float32)
+        return self.preprocessing.of_array(image.astype(np.float32), spacing)
 
 
 def load_backbone(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import nibabel
 import numpy as np
 
 PLANES = ("coronal", "sagittal", "axial")
@@ -23,7 +22,9 @@ def stored_axis(affine: np.ndarray, plane: str) -> tuple[int, bool]:
     Returns:
         the axis (0 to 2) of the stored array (i, j, k), and whether it runs against the RAS direction.
     """
-    orientation = nibabel.io_orientation(affine)
+    from nibabel import io_orientation  # here: workers of a training import this module, and need no reader of files
+
+    orientation = io_orientation(affine)
     axis = int(np.flatnonzero(orientation[:, 0] == RAS_AXIS[plane])[0])
     return axis, bool(orientation[axis, 1] < 0)
 

@@ -4,6 +4,9 @@ Shapes: ``n`` rows and columns; ``...`` is any batch of independent problems. A 
 every row, (..., n) int64.
 """
 
+import functools
+import importlib.util
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -14,7 +17,8 @@ def linear_assignment(affinity: Tensor) -> Tensor:
     """The permutation p with the largest Σ_i affinity[i, p(i)], exactly.
 
     A CPU solves one problem after the other with SciPy, some µs for n = 16 and many times faster there than
-    :func:`shortest_augmenting_paths`, which other devices run for all problems at once without the host.
+    :func:`shortest_augmenting_paths`, which other devices run for all problems at once without the host, CUDA with
+    Triton as one kernel.
 
     Args:
         affinity: (..., n, n), finite.
@@ -30,7 +34,16 @@ def linear_assignment(affinity: Tensor) -> Tensor:
     with torch.no_grad():
         if affinity.device.type == "cpu":
             return _one_by_one(affinity)
+        if has_kernels(affinity):
+            from nnssl_plugin.objectives import assignment_kernels  # needs Triton
+
+            return assignment_kernels.shortest_augmenting_paths(affinity)
         return shortest_augmenting_paths(affinity)
+
+
+def has_kernels(values: Tensor) -> bool:
+    """Whether Triton's kernels can be used on these numbers."""
+    return values.device.type == "cuda" and _has_triton()
 
 
 def shortest_augmenting_paths(affinity: Tensor) -> Tensor:
@@ -103,6 +116,11 @@ def _augment(row_of: Tensor, column_of: Tensor, free: Tensor, came_from: Tensor,
         going = going & (here != row)
         column = torch.where(going, given_up, column)
     return row_of, column_of
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _indices(cost: Tensor) -> Tensor:

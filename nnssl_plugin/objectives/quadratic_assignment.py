@@ -4,8 +4,9 @@ Maximised over permutations p of n rows: Σ_i node[i, p(i)] + ½ Σ_ij pair[(i, 
 what comes back is the best that local searches from several starts came by.
 
 Shapes: G problems, S permutations of each, n rows and columns. All loops have fixed lengths and read nothing on the
-host, but for a CPU, where they end once nothing changes and where problems that are decided leave. Everything is
-deterministic. ``pair`` holds n⁴ numbers per problem, 0.26 MB for n = 16 in float32: meant for n up to about 40.
+host, but for a CPU, where they end once nothing changes and where problems that are decided leave. On CUDA with Triton
+the searches are one kernel each. Everything is deterministic. ``pair`` holds n⁴ numbers per problem, 0.26 MB for n = 16
+in float32: meant for n up to about 40.
 """
 
 from typing import NamedTuple
@@ -14,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_plugin.objectives.assignment import linear_assignment
+from nnssl_plugin.objectives.assignment import has_kernels, linear_assignment
 
 FRANK_WOLFE_STEPS = 5
 ASCENT_STEPS = 40
 """Greatest number of swaps of the ascent; with n = 16 it has ended after about 20."""
-TABU_STEPS = 32
+LARGE = 1e30
+"""Taken from what a forbidden swap gains."""
+TABU_STEPS = 24
 """Swaps of the search that goes on where the starts ended in different permutations."""
 
 
@@ -104,14 +107,15 @@ def frank_wolfe(problem: QuadraticProblem, steps: int) -> Tensor:
 
 def ascend(problem: QuadraticProblem, permutations: Tensor, steps: int) -> Tensor:
     """Swaps the two rows that gain most, until none gains: (G, S, n) → (G, S, n), after at most ``steps`` swaps."""
+    if has_kernels(problem.pair):
+        return _searched_by_kernel(problem, permutations, steps, tabu=False)
     walk = _Walk(problem, permutations)
     for _ in range(steps):
-        gains, places = walk.swaps()
-        gain, chosen = gains.max(1)
+        gain, chosen = walk.gains().flatten(1).max(1)
         moves = gain > walk.rounding
         if permutations.device.type == "cpu" and not moves.any():
             break
-        walk.swap(_chosen(places, chosen), moves)
+        walk.swap(torch.where(moves, chosen, 0))
     return walk.permutations.view_as(permutations)
 
 
@@ -132,19 +136,20 @@ def tabu_search(problem: QuadraticProblem, permutations: Tensor, steps: int) -> 
     """
     if len(permutations) == 0:
         return permutations
+    if has_kernels(problem.pair):
+        return _searched_by_kernel(problem, permutations, steps, tabu=True)
     walk, n = _Walk(problem, permutations), permutations.shape[-1]
-    best, below = walk.permutations, walk.rounding.new_zeros(len(walk.rounding))  # how far the walk is below its best
-    until = torch.zeros(len(best), n * n, dtype=torch.int32, device=best.device)
-    always = torch.ones_like(below, dtype=torch.bool)
+    best, below = walk.permutations.clone(), torch.zeros_like(walk.rounding)  # how far the walk is below its best
+    until = torch.zeros_like(walk.gradient, dtype=torch.int32)
     for step in range(steps):
-        gains, places = walk.swaps()
-        forbidden = until.gather(1, places[:, 2:].flatten(1)).unflatten(1, (2, -1)).amin(1) > step
-        no_record = gains <= (below + walk.rounding)[:, None]
-        chosen = gains.masked_fill(forbidden & no_record, -torch.inf).argmax(1)
-        gain = gains.gather(1, chosen[:, None]).squeeze(1)
-        places = _chosen(places, chosen)
-        walk.swap(places, always)
-        until.scatter_(1, places[:, :2], step + n // 2 + 7 * step % (n // 2 + 1))
+        gains, left = walk.gains(), walk.under_swaps(until)
+        forbidden = torch.minimum(left, left.mT) > step
+        no_record = gains <= (below + walk.rounding)[:, None, None]
+        allowed = torch.where(forbidden & no_record, gains - LARGE, gains)
+        chosen = allowed.flatten(1).argmax(1)  # where all are forbidden the first one
+        gain = gains.flatten(1).gather(1, chosen[:, None]).squeeze(1)
+        before = walk.swap(chosen)
+        until.flatten(1).scatter_(1, before, step + n // 2 + 7 * step % (n // 2 + 1))
         below = below - gain
         best = torch.where((below < 0)[:, None], walk.permutations, best)
         below = below.clamp(min=0)
@@ -152,49 +157,76 @@ def tabu_search(problem: QuadraticProblem, permutations: Tensor, steps: int) -> 
 
 
 class _Walk:
-    """P = G · S permutations that change by swaps, with the gradient of the objective at each kept up to date.
+    """P = G · S permutations that change by swaps, with what each swap would gain kept up to date.
 
-    A place is an index into the flat n × n matrix of a permutation. A swap of rows i < j has four: those of i and j
-    before it and those after it. There are W = n (n − 1) / 2 swaps.
+    A place is an index into the flat n × n matrix of a permutation. A swap i · n + j is that of the rows i and j, so
+    that every swap has two numbers, and that of a row with itself changes nothing.
     """
 
     def __init__(self, problem: QuadraticProblem, permutations: Tensor) -> None:
-        n = permutations.shape[-1]
-        self.permutations = permutations.flatten(0, 1)  # (P, n)
-        gradient = problem.node[:, None] + problem.products(permutations)
-        self.gradient = gradient.view(-1, n * n)
+        n, device = permutations.shape[-1], permutations.device
+        self.permutations = permutations.flatten(0, 1).clone()  # (P, n)
+        self.gradient = _gradient(problem, permutations)  # (P, n, n)
         self.rounding = _rounding(self.gradient)
         self.pair = problem.pair.reshape(-1, n * n)
         self.offset = _graph_of(permutations)[:, None] * n**2
-        self.rows = torch.triu_indices(n, n, 1, device=permutations.device)  # (2, W)
-        self.signs = torch.arange(4, device=permutations.device).gt(1).to(gradient.dtype) * 2 - 1  # −1, −1, 1, 1
+        row = torch.arange(n, device=device)
+        self.first_place = row * n
+        self.rows_of = torch.cartesian_prod(row, row)  # (n², 2)
+        self.signs = self.pair.new_tensor([-1.0, -1.0, 1.0, 1.0]).expand(len(self.offset), 4)
+        every = row.expand_as(self.permutations)
+        self.quadratic = self._quadratic(every, every * n + self.permutations + self.offset)  # (P, n, n)
 
-    def swaps(self) -> tuple[Tensor, Tensor]:
-        """What each swap would add to the objective (P, W), and its places (P, 4, W).
+    def gains(self) -> Tensor:
+        """What each swap would add to the objective, (P, n, n); −∞ for a row with itself.
 
         With D the change of the permutation matrix, ⟨gradient, D⟩ + ½ ⟨D, pair · D⟩; pairs of one row or column are 0.
         """
-        n = self.permutations.shape[-1]
-        columns = self.permutations[:, self.rows]
-        places = torch.cat((columns, columns.flip(1)), 1).unflatten(1, (2, 2)) + self.rows * n
-        linear = self.gradient.gather(1, places.flatten(1)).view_as(places).sum(2)
-        pairs = (places[:, :, 0] + self.offset[:, :, None]) * n**2 + places[:, :, 1]
-        quadratic = self.pair.view(-1).index_select(0, pairs.flatten()).view_as(pairs).sum(1)
-        return linear[:, 1] - linear[:, 0] + quadratic, places.flatten(1, 2)
+        taken = self.under_swaps(self.gradient)
+        now = taken.diagonal(dim1=1, dim2=2)
+        return (taken + taken.mT) - (now[:, :, None] + now[:, None]) + self.quadratic
 
-    def swap(self, places: Tensor, moves: Tensor) -> None:
-        """Makes one swap, given by its places (P, 4), where ``moves`` (P,)."""
-        n = self.permutations.shape[-1]
-        weights = self.signs * moves[:, None]
-        change = F.embedding_bag(places + self.offset, self.pair, mode="sum", per_sample_weights=weights)
-        self.gradient = self.gradient + change
-        taken = torch.where(moves[:, None], places[:, 2:], places[:, :2])
-        self.permutations = self.permutations.scatter(1, taken // n, taken % n)
+    def under_swaps(self, values: Tensor) -> Tensor:
+        """Of values (P, n, n) at all places those that row i has in the column of row j: (P, n, n)."""
+        return values.gather(2, self.permutations[:, None].expand_as(values))
+
+    def swap(self, swaps: Tensor) -> Tensor:
+        """Makes one swap (P,); the places of both rows before it, (P, 2)."""
+        rows = self.rows_of[swaps]
+        columns = self.permutations.gather(1, rows)
+        swapped, first = columns.flip(1), self.first_place[rows]
+        before, after = first + columns, first + swapped
+        places = torch.cat((before, after), 1) + self.offset
+        change = F.embedding_bag(places, self.pair, mode="sum", per_sample_weights=self.signs)
+        self.gradient += change.view_as(self.gradient)
+        self.permutations.scatter_(1, rows, swapped)
+        quadratic = self._quadratic(rows, places[:, 2:])
+        self.quadratic.scatter_(1, rows[:, :, None].expand_as(quadratic), quadratic)
+        self.quadratic.scatter_(2, rows[:, None].expand_as(quadratic.mT), quadratic.mT)
+        return before
+
+    def _quadratic(self, rows: Tensor, places: Tensor) -> Tensor:
+        """½ ⟨D, pair · D⟩ of the swaps of some rows (P, R) with all rows, (P, R, n); ``places`` (P, R) of these rows,
+        as rows of ``self.pair``."""
+        square, columns = self.pair.shape[1], self.permutations
+        own = columns.gather(1, rows)
+        now = (places * square)[:, :, None] + (self.first_place + columns)[:, None]
+        then = ((places - own) * square + own)[:, :, None] + (columns * square + self.first_place)[:, None]
+        found = self.pair.view(-1).index_select(0, torch.stack((now, then)).flatten())
+        return found.view(2, *now.shape).sum(0).scatter_(2, rows[:, :, None], -torch.inf)
 
 
-def _chosen(places: Tensor, chosen: Tensor) -> Tensor:
-    """(P, 4, W) and (P,) → (P, 4)."""
-    return places.gather(2, chosen[:, None, None].expand(-1, 4, 1)).squeeze(2)
+def _searched_by_kernel(problem: QuadraticProblem, permutations: Tensor, steps: int, *, tabu: bool) -> Tensor:
+    from nnssl_plugin.objectives import quadratic_assignment_kernels  # needs Triton
+
+    gradient = _gradient(problem, permutations).flatten(1)
+    given = gradient, problem.pair, permutations, _rounding(gradient)
+    return quadratic_assignment_kernels.search(*given, steps=steps, tabu=tabu).view_as(permutations)
+
+
+def _gradient(problem: QuadraticProblem, permutations: Tensor) -> Tensor:
+    """Of the objective at each permutation: (G, S, n) → (P, n, n)."""
+    return (problem.node[:, None] + problem.products(permutations)).flatten(0, 1)
 
 
 def _undecided(ends: Tensor) -> Tensor | slice:

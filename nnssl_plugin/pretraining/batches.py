@@ -6,10 +6,9 @@ from itertools import chain
 from operator import attrgetter
 
 import numpy as np
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnssl_plugin.data.batch import Needs
-from nnssl_plugin.data.batches import BatchStream, StepBatches
+from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.data.cases import Cases, available_channels
 from nnssl_plugin.data.mixture import MixedBatches
 from nnssl_plugin.data.triplets import by_case, describe_encoders, load_embeddings, read_embeddings, read_triplets
@@ -25,22 +24,6 @@ LOOKED_AT = 200
 """Steps whose slices and texts are looked at before training."""
 SMALLEST_FLOOR = 0.005
 """Of a loss, from which on it is worth a line."""
-
-
-def streams_of(trainer, splits: Sequence[tuple[list[str], list[str]]]) -> tuple[BatchStream, BatchStream]:
-    """Training batches of a ``Pretrainer`` from its present step on, and its few validation batches for every epoch.
-
-    Args:
-        trainer: the initialised trainer.
-        splits: training and validation cases of each of its datasets.
-    """
-    workers, pin = get_allowed_n_proc_DA(), trainer.device.type == "cuda"
-    train, validation = (batches_of(trainer, [split[purpose] for split in splits], purpose) for purpose in PURPOSES)
-    again = list(range(trainer.num_val_iterations_per_epoch)) * (trainer.num_epochs - trainer.current_epoch)
-    return (
-        BatchStream(train, range(trainer.step, trainer.total_steps), workers=workers, pin_memory=pin),
-        BatchStream(validation, again, workers=min(workers, 1), pin_memory=pin),
-    )
 
 
 def batches_of(trainer, cases: Sequence[list[str]], purpose: int) -> StepBatches | MixedBatches:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_plugin.checkpoints.adaptation.adapt import architecture_differences, check_coverage
+from nnssl_plugin.checkpoints.adaptation.arrays import fit_arrays
 from nnssl_plugin.checkpoints.adaptation.finetuning_plan import fit_source, input_differences
 from nnssl_plugin.checkpoints.adaptation.report import LoadReport
 from nnssl_plugin.checkpoints.format.provenance import describe_network, weights_hash
@@ -36,7 +37,8 @@ def take_weights_entry(block: dict[str, Any]) -> str | None:
 
 
 def start_from(trainer, weights: str) -> dict[str, Any]:
-    """Put weights into the trainer's network; its task then copies them into its teachers (``on_weights_loaded``).
+    """Put weights into the trainer's network; its task then copies them into its teachers (``on_weights_loaded``), and
+    arrays that the method learns beside its network (templates) go on, too, on the grid of the plan.
 
     The report is logged and saved in the results folder.
 
@@ -70,6 +72,10 @@ def start_from(trainer, weights: str) -> dict[str, Any]:
     )
     backbone.network.load_state_dict(state)
     trainer.task.on_weights_loaded()
+    known = {name: array for name, array in source.arrays.items() if name in trainer.continued_arrays}
+    arrays, notes = fit_arrays(known, plans, configuration, trainer.dataset_json)
+    trainer.take_arrays(arrays)
+    report = report.with_notes(notes)
     if trainer.local_rank == 0:
         report.save(join(trainer.output_folder, REPORT))
     trainer.print_to_log_file(f"Pretraining goes on from {path}\n{report.table()}", add_timestamp=False)

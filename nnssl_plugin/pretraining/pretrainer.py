@@ -6,6 +6,7 @@ anywhere and go on with the same weights, bit for bit on a CPU.
 """
 
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from os.path import join
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, autocast, nn
 
 from nnssl_plugin.checkpoints.format.spatial_arrays import ENTRY, SpatialArray, declared
 from nnssl_plugin.data.batch import Batch
-from nnssl_plugin.data.batches import BatchStream, StepBatches
+from nnssl_plugin.data.batches import StepBatches
+from nnssl_plugin.data.streams import BatchStream, prepare_workers
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
@@ -26,7 +29,7 @@ from nnssl_plugin.networks.fast_blocks import use_fast_blocks
 from nnssl_plugin.networks.recomputing import recompute_activations
 from nnssl_plugin.nnunet.planes import axis_letters
 from nnssl_plugin.pretraining.batch_norm import RunningStatistics, check_batch_norm
-from nnssl_plugin.pretraining.batches import TRAIN, VALIDATE, open_batches, streams_of
+from nnssl_plugin.pretraining.batches import PURPOSES, TRAIN, VALIDATE, batches_of, open_batches
 from nnssl_plugin.pretraining.datasets import PlannedDataset, check_sources, datasets_of, splits_of
 from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_entry
 from nnssl_plugin.pretraining.optimisation import optimisation_of
@@ -41,6 +44,7 @@ from nnssl_plugin.pretraining.validation import ValidationNumbers
 from nnssl_plugin.training.distributed import gather_samples
 from nnssl_plugin.training.epoch_sums import EpochSums
 from nnssl_plugin.training.figures import draw_progress
+from nnssl_plugin.training.loading import streams_of
 from nnssl_plugin.training.pictures import draw_pictures
 from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
 from nnssl_plugin.training.resumable import FINAL, ResumableTrainer
@@ -62,6 +66,8 @@ class Pretrainer(ResumableTrainer):
     method_defaults: Any
     citations: tuple[str, ...] = ()
     seconds_between_checkpoints = 0.0
+    continued_arrays: tuple[str, ...] = ()
+    """Names of the spatial arrays that :meth:`take_arrays` takes up from initial weights."""
 
     def __init__(
         self,
@@ -108,6 +114,9 @@ class Pretrainer(ResumableTrainer):
     def spatial_arrays(self) -> dict[str, SpatialArray]:
         """Volumes that the task learned and that checkpoints carry to other grids, by their names; usually none."""
         return {}
+
+    def take_arrays(self, arrays: Mapping[str, SpatialArray]) -> None:
+        """Go on from arrays of :attr:`continued_arrays` that the initial weights hold, on the grid of this plan."""
 
     # ------------------------------------------------------------------ building
 
@@ -187,7 +196,8 @@ class Pretrainer(ResumableTrainer):
         splits = splits_of(self)
         self.cases_of_datasets = [len(training) for training, _ in splits]
         self.training_cases = sum(self.cases_of_datasets)
-        return streams_of(self, splits)
+        of_purpose = (batches_of(self, [split[purpose] for split in splits], purpose) for purpose in PURPOSES)
+        return streams_of(self, *of_purpose)
 
     def open_batches(self, dataset: PlannedDataset, cases: list[str], stream: tuple[int, ...]) -> StepBatches:
         """Batches of one dataset; ``stream`` begins with seed and purpose."""
@@ -205,6 +215,7 @@ class Pretrainer(ResumableTrainer):
     # ------------------------------------------------------------------ training
 
     def on_train_start(self) -> None:
+        prepare_workers(get_allowed_n_proc_DA())
         super().on_train_start()
         if self.step == 0 and self.local_rank == 0:
             Path(self.output_folder, SKIPPED).unlink(missing_ok=True)  # of an earlier run

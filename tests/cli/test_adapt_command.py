@@ -5,9 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from fake_dataset import NAME, fake_plan, write_fake_dataset
 
-from nnssl_plugin.checkpoints.format.files import save_checkpoint
+from nnssl_plugin.checkpoints.format.files import read_checkpoint, save_checkpoint
+from nnssl_plugin.checkpoints.format.provenance import describe_network
+from nnssl_plugin.checkpoints.format.spatial_arrays import SpatialArray, as_state
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json
 from nnssl_plugin.nnunet.plans import build_network
@@ -28,6 +31,24 @@ def test_it_prints_the_table_the_files_and_the_next_command(folder, tmp_path, ca
     assert "encoder" in printed and "100.0%" in printed
     assert str(folder / "nnUNetPlans-toy_3d_fullres.pth") in printed
     assert "nnUNetv2_train 901 3d_fullres 0 -p nnUNetPlans-toy -tr PretrainedSegmentationTrainer" in printed
+
+
+@pytest.mark.parametrize(
+    ("names", "trainer"),
+    [(("T2", "mr"), "BrainMVPSegmentationTrainer"), (("T2", "FLAIR"), "PretrainedSegmentationTrainer")],
+)
+def test_the_next_command_names_the_method_s_own_trainer_where_its_arrays_serve(
+    folder, tmp_path, capsys, names, trainer
+):
+    source = tmp_path / "source.pth"
+    array = SpatialArray(torch.zeros(2, 8, 8, 8), names, (1.0,) * 3, ("IS", "PA", "LR"), ("ZScoreNormalization",) * 2)
+    provenance = {"method": "brainmvp", "network": describe_network(fake_plan(), "3d_fullres")}
+    content = read_checkpoint(source) | {"provenance": provenance}
+    save_checkpoint(content | as_state({"templates": array}), source)
+    assert main(["adapt", "-d", "901", "-w", str(source), "-n", "toy"]) == 0
+    assert capsys.readouterr().out.endswith(f"0 -p nnUNetPlans-toy -tr {trainer}\n")
+    assert main(["adapt", "-d", "901", "-w", str(source), "-n", "twin", "--from-scratch"]) == 0
+    assert capsys.readouterr().out.endswith("-tr PretrainedSegmentationTrainer\n")
 
 
 def test_from_scratch_needs_no_checkpoint(folder, capsys):

@@ -9,7 +9,7 @@ import torch
 from fake_dataset import NAME, write_fake_dataset
 
 from nnssl_plugin.data.batch import Needs, Place
-from nnssl_plugin.data.batches import BatchStream, StepBatches
+from nnssl_plugin.data.batches import StepBatches
 from nnssl_plugin.data.cases import Cases, available_channels
 from nnssl_plugin.data.triplets import (
     Embeddings,
@@ -119,7 +119,7 @@ def test_window_is_the_piece_of_the_case_it_claims_to_be(open_batches):
 def test_places_are_whole_numbers_on_the_host_and_the_tensors_say_the_same(open_batches, patch, window):
     """They survive a worker, and name the piece of the case to the voxel, the slice of a 2D window included."""
     batches = open_batches(Needs(window=window), patch=patch)
-    batch = next(BatchStream(batches, [3], workers=0))
+    batch = batches[3]
     for i, (case, place) in enumerate(zip(batch["cases"], batch["places"], strict=True)):
         assert type(place) is Place and all(type(v) is int for three in vars(place).values() for v in three)
         assert place == pickle.loads(pickle.dumps(place)) and place.case_shape == SHAPE
@@ -273,16 +273,6 @@ def test_free_crops_move_where_the_case_is_smaller_and_are_repeatable(open_batch
 def test_places_lie_in_the_middle_half(size, expected):
     rng = np.random.default_rng(0)
     assert {random_place(size, rng) for _ in range(200)} == expected
-
-
-@pytest.mark.slow
-def test_workers_keep_the_order(open_batches):
-    batches = open_batches()
-    stream = BatchStream(batches, range(3, 7), workers=2)
-    got = [next(stream) for _ in range(4)]
-    stream.close()
-    assert all(same(batch, batches[k]) for batch, k in zip(got, range(3, 7), strict=True))
-    assert stream.waited > 0
 
 
 def test_absent_channels_are_said(nnunet_environment, tmp_path):

@@ -46,22 +46,8 @@ def folder(tmp_path_factory):
         words = ["--preset", "brainmvp", "--set", narrow, *PRETRAINING, *FINETUNING]
         assert main(["plan", "-d", ID, "-n", PLAN, *words]) == 0
         train(root, "all", PLAN, "BrainMVPPretrainer")
-        assert (
-            main(
-                [
-                    "adapt",
-                    "-d",
-                    ID,
-                    "-w",
-                    str(result(root, f"BrainMVPPretrainer__{PLAN}", "all")),
-                    "-p",
-                    PLAN,
-                    "-n",
-                    "pre",
-                ]
-            )
-            == 0
-        )
+        weights = str(result(root, f"BrainMVPPretrainer__{PLAN}", "all"))
+        assert main(["adapt", "-d", ID, "-w", weights, "-p", PLAN, "-n", "pre"]) == 0
         train(root, "0", f"{PLAN}-pre", TRAINER)
 
         write_phantoms(root / "images", 2, seed=2, **grid)
@@ -81,6 +67,12 @@ def train(root, fold, plan, trainer):
 
 def result(root, run, fold):
     return root / "nnUNet_results" / DATASET / f"{run}__3d_fullres" / f"fold_{fold}" / "checkpoint_final.pth"
+
+
+def test_each_case_lacks_a_modality_and_each_modality_is_lacked(folder):
+    present = read_json(folder / "nnUNet_raw" / DATASET / "modalities.json")
+    assert len(present) == CASES and all(len(channels) == 3 for channels in present.values())
+    assert len({tuple(channels) for channels in present.values()}) == len(NAMES)
 
 
 def test_the_templates_of_the_pretraining_arrive_unchanged(folder):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import command
+from torchvision.models import resnet50
 
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json, write_json
@@ -106,3 +107,20 @@ def test_slices_are_predicted_and_merged_to_the_volume(folder):
     prediction = nibabel.load(predicted)
     assert prediction.shape == image.shape and set(np.unique(prediction.get_fdata())) <= {0, 1, 2}
     np.testing.assert_allclose(prediction.affine, image.affine, atol=1e-4)
+
+
+def test_resnet_50_is_pretrained_fine_tuned_and_exported_for_torchvision(folder):
+    planned = ("configurations.2d.patch_size=[64,64]", *SETTINGS, "batch_size=4")
+    assert main(["plan", "-d", ID, "-n", "r50", "--preset", "resnet50-unet", "lvm-med", "--set", *planned]) == 0
+    train(folder, "all", "r50", PRETRAINER)
+    weights = fold_of(folder, PRETRAINER, "r50", "all") / "checkpoint_final.pth"
+    assert main(["adapt", "-d", ID, "-w", str(weights), "-p", "r50", "-n", "pre", "-c", "2d"]) == 0
+    report = read_json(folder / "nnUNet_preprocessed" / DATASET / "r50-pre_2d_report.json")
+    assert report["coverage"]["encoder"] == 1.0
+    train(folder, "0", "r50-pre", FINETUNER)
+    summary = read_json(fold_of(folder, FINETUNER, "r50-pre", "0") / "validation" / "summary.json")
+    assert np.isfinite(summary["foreground_mean"]["Dice"])
+    assert main(["export", "-w", str(weights), "-o", str(folder / "r50"), "--format", "torchvision"]) == 0
+    encoder = torch.load(folder / "r50" / "encoder.pth", weights_only=True)
+    lacking, unknown = resnet50().load_state_dict(encoder, strict=False)
+    assert set(lacking) == {"fc.weight", "fc.bias"} and unknown == []

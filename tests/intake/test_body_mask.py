@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from nnssl_plugin.intake.body_mask import body_mask
+from nnssl_plugin.intake.body_mask import _fill_slices, body_mask
 
 
 def share_equal(mask, truth):
@@ -94,3 +94,11 @@ def test_mask_is_the_same_twice_and_one_region_of_noise_is_no_crash():
     np.testing.assert_array_equal(first, body_mask(array.copy(), np.eye(4), modality="MR"))
     sizes = np.bincount(ndimage.label(first)[0].ravel())[1:]
     assert sizes.min() >= 1
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(7, 9, 11), (1, 6, 5), (4, 1, 1)])
+def test_holes_are_filled_slice_by_slice(axis, shape):
+    mask = np.random.default_rng(axis).random(shape) < 0.6
+    expected = np.stack([ndimage.binary_fill_holes(plane) for plane in np.moveaxis(mask, axis, 0)])
+    np.testing.assert_array_equal(_fill_slices(mask, axis), np.moveaxis(expected, 0, axis))

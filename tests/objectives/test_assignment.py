@@ -1,6 +1,10 @@
 """Linear assignment against SciPy and every permutation."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +72,42 @@ def test_problems_that_are_not_square_are_refused():
         linear_assignment(torch.zeros(3, 4))
 
 
-def test_reads_nothing_on_the_host_of_a_gpu():
+def test_reads_nothing_on_the_host_of_a_gpu(monkeypatch):
+    monkeypatch.setattr("nnssl_plugin.objectives.assignment._has_triton", lambda: False)
     with FakeTensorMode(), torch.device("cuda"):
         assert linear_assignment(torch.randn(4, 8, 8)).shape == (4, 8)
+
+
+@pytest.mark.slow
+def test_kernels_equal_the_operators_under_the_interpreter():
+    """In a process of its own: Triton looks at the variable when it is first imported."""
+    pytest.importorskip("triton", reason="Triton is not installed; PyTorch brings it for CUDA on Linux")
+    script = Path(__file__).with_name("interpreted_kernels.py")
+    run = subprocess.run(
+        [sys.executable, str(script)], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["16", "cases"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [2, 16, 40])
+def test_kernels_compile_for_gpus_that_are_not_here(nodes):
+    triton = pytest.importorskip("triton", reason="Triton is not installed; PyTorch brings it for CUDA on Linux")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("under the interpreter nothing is compiled")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from nnssl_plugin.objectives import assignment_kernels, quadratic_assignment_kernels
+
+    lanes = {"LANES": nodes, "NODES": nodes, "PLACES": nodes**2, "SWAPS": nodes * (nodes - 1) // 2}
+    constants = {name: triton.next_power_of_2(count) for name, count in lanes.items()} | {"TABU": True}
+    numbers = dict.fromkeys(("n", "steps", "starts", "swaps"), "i32") | dict.fromkeys(constants, "constexpr")
+    whole = dict.fromkeys(("permutations", "best", "until", "rows"), "*i32") | {"columns": "*i64"}
+    for kernel in (assignment_kernels._assign, quadratic_assignment_kernels._search):
+        kinds = dict.fromkeys(kernel.arg_names, "*fp32") | whole | numbers
+        signature = {name: kinds[name] for name in kernel.arg_names}
+        chosen = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=chosen)
+        assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm

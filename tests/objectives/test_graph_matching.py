@@ -125,6 +125,15 @@ def test_searches_keep_count_of_the_objective_and_never_lose(search):
     assert (values[-1] > values[0]).all()
 
 
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_a_search_goes_on_where_every_swap_is_forbidden(nodes):
+    arguments, _ = graph_pairs(20, nodes, noise=1.0)
+    pair = _pair_affinity(arguments["edge_affinity"], arguments["edges_source"], arguments["edges_target"], nodes)
+    problem = QuadraticProblem(arguments["node_affinity"], pair)
+    starts = torch.arange(nodes).expand(20, 1, nodes)
+    torch.testing.assert_close(problem.value(tabu_search(problem, starts, 20))[:, 0], brute_force(**arguments)[1])
+
+
 def test_no_swap_improves_the_end_of_the_ascent():
     arguments, _ = graph_pairs(4, 6, noise=1.0)
     edge, source, target = (arguments[name] for name in ("edge_affinity", "edges_source", "edges_target"))
@@ -239,7 +248,8 @@ def test_precisions_agree_and_autocast_does_not_reach_it():
     assert torch.equal(match_graphs(**whole), match_graphs(**as_float))
 
 
-def test_reads_nothing_on_the_host_of_a_gpu():
+def test_reads_nothing_on_the_host_of_a_gpu(monkeypatch):
+    monkeypatch.setattr("nnssl_plugin.objectives.assignment._has_triton", lambda: False)
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         features, truth = torch.randn(2, 4, 8), torch.zeros(2, 4, dtype=torch.long)
         edges = nearest_neighbour_edges(features, 2)
@@ -251,6 +261,15 @@ def test_reads_nothing_on_the_host_of_a_gpu():
         )
         of_nodes, of_edges, *_ = _GraphMatching.backward(saved, torch.randn(2, 4, 4))
         assert (of_nodes.shape, of_edges.shape) == ((2, 4, 4), (2, 8, 8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("nodes", [2, 7, 16, 33])
+def test_a_gpu_finds_what_a_cpu_finds(nodes):
+    arguments, _ = graph_pairs(8, nodes, noise=0.1)
+    found = match_graphs(**{name: x.cuda() for name, x in arguments.items()}).cpu()
+    values = [matching_affinity(p, **arguments) for p in (found, match_graphs(**arguments))]
+    torch.testing.assert_close(*values)
 
 
 def test_what_does_not_fit_is_refused():

@@ -102,7 +102,7 @@ def test_signal_saves_in_mid_epoch_and_resume_is_exact(reference, number):
 
 
 @pytest.mark.slow
-def test_two_spawned_workers_give_the_same_weights(reference, monkeypatch):
+def test_two_workers_give_the_same_weights(reference, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
     assert_same(reference[0], state_of(run()))
     with pytest.raises(Killed):

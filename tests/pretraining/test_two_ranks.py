@@ -80,7 +80,7 @@ def train_med3dinsight(rank):
     loss = trainer.task.loss
     trainer.task.loss = lambda outputs, progress: (seen.append(len(outputs["volume"])), loss(outputs, progress))[1]
     trainer.run_training()
-    cases = [trainer.dataloader_train._loader.dataset.cases_of_step(step) for step in range(6)]
+    cases = [trainer.dataloader_train.batches.cases_of_step(step) for step in range(6)]
     return {"state": dict(trainer.task.state_dict()), "seen": seen, "cases": cases}
 
 

@@ -50,11 +50,19 @@ class ClipPair:
         """Embed N pictures ((H, W, 3) uint8 each) and N texts: two (N, E) float32 arrays with rows of length 1."""
         from PIL import Image
 
-        device = next(self.model.parameters()).device
         batch = torch.stack([self.transform(Image.fromarray(picture)) for picture in pictures])
-        image = self.model.encode_image(batch.to(device), normalize=True)
-        text = self.model.encode_text(self.tokenise(texts).to(device), normalize=True)
-        return image.float().cpu().numpy(), text.float().cpu().numpy()
+        image = self.model.encode_image(batch.to(self._device), normalize=True)
+        return image.float().cpu().numpy(), self.embed_texts(texts)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> np.ndarray:
+        """Embed N texts: (N, E) float32 with rows of length 1."""
+        text = self.model.encode_text(self.tokenise(texts).to(self._device), normalize=True)
+        return text.float().cpu().numpy()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 def load_pair(*, weights: str | None = None, model: str | None = None) -> ClipPair:

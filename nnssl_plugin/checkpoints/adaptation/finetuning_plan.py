@@ -56,6 +56,10 @@ class Adapted:
     weights: Path | None
     report_file: Path | None
     report: LoadReport | None
+    method: str | None = None
+    """Of the weights, where their provenance names it."""
+    arrays: tuple[str, ...] = ()
+    """The checkpoint's spatial arrays that hold something of a channel of the dataset."""
 
 
 def adapt_checkpoint(
@@ -125,11 +129,13 @@ def adapt_checkpoint(
         tables=tables,
     )
     arrays, notes = fit_arrays(source.arrays, plans, configuration, dataset_json)
+    channels = describe_input(plans, configuration, dataset_json)["channels"]
+    known = tuple(name for name, array in arrays.items() if any(array.number_of(c) is not None for c in channels))
     report = report.with_notes(notes)
     save_checkpoint(_weights_file(source, state, report) | as_state(arrays), file)
     report.save(report_file := file.with_name(f"{file.stem}_report.json"))
     write_json(plan_file, plan)  # last: a plan never names weights that are not there
-    return Adapted(new_name, plan_file, file, report_file, report)
+    return Adapted(new_name, plan_file, file, report_file, report, source.provenance.get("method"), known)
 
 
 def _other_tables(weights: str | Path, mapping: str | Path | None) -> list[str]:

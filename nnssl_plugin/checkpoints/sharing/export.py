@@ -118,6 +118,7 @@ def export_checkpoint(
         results=[read_results(result) for result in results],
         papers=papers or {},
         health=content[HEALTH],
+        arrays=spatial_arrays_of(content, Path(path)) if layout in WITH_ARRAYS else {},
     )
     with new_folder(folder) as temporary:
         WRITERS[layout](content, temporary)
@@ -270,3 +271,5 @@ WRITERS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {
     "timm": _write_for(TIMM),
 }
 """``--format`` → what writes its files."""
+WITH_ARRAYS = ("safetensors", "nnunet", "nnssl")
+"""Layouts that hold the checkpoint's spatial arrays beside the weights."""

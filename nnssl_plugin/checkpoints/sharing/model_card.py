@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nnssl_plugin.checkpoints.format.health import SUM
 from nnssl_plugin.checkpoints.format.provenance import datasets_of, licence_of
+from nnssl_plugin.checkpoints.format.spatial_arrays import SpatialArray
 from nnssl_plugin.checkpoints.format.tensors import parameters_in
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json
@@ -144,6 +145,7 @@ def model_card(
     results: Sequence[Results] = (),
     papers: Mapping[str, PaperLike] | None = None,
     health: Mapping[str, float] | None = None,
+    arrays: Mapping[str, SpatialArray] | None = None,
 ) -> str:
     """The card as Markdown with YAML in front.
 
@@ -155,6 +157,7 @@ def model_card(
         results: what :func:`read_results` gave.
         papers: method → its paper, for a full BibTeX entry.
         health: what :func:`~nnssl_plugin.checkpoints.format.health.health_of` gave.
+        arrays: volumes that were learned beside the weights and are part of the folder.
 
     Raises:
         UserError: for a provenance that leaves out what a card says.
@@ -172,7 +175,7 @@ def model_card(
     method, network = provenance["method"], provenance["network"]["class"].rpartition(".")[2]
     sections = [
         f"# Model Card for {network} pretrained with {method}\n\n{_summary(provenance)}",
-        _details(provenance, weights, paper, sha256),
+        _details(provenance, weights, paper, sha256, arrays or {}),
         _uses(),
         _limitations(provenance),
         "## How to Get Started with the Model\n\n"
@@ -282,7 +285,13 @@ def _summary(provenance: Mapping[str, Any]) -> str:
     )
 
 
-def _details(provenance: Mapping[str, Any], weights: Mapping[str, Tensor], paper: PaperLike | None, sha256: str) -> str:
+def _details(
+    provenance: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    paper: PaperLike | None,
+    sha256: str,
+    arrays: Mapping[str, SpatialArray],
+) -> str:
     kwargs = provenance["network"]["kwargs"]
     lines = [
         f"- **Model type:** `{provenance['network']['class']}`, {parameters_in(weights):,} parameters, "
@@ -297,6 +306,9 @@ def _details(provenance: Mapping[str, Any], weights: Mapping[str, Tensor], paper
                 f"- **{relation}:** {origin.get('method', origin.get('kind', 'not stated'))}, licence "
                 f"{licence_of(origin) or 'not stated'}, weights `{origin.get('weights_sha256', 'not stated')}`"
             )
+    lines += [
+        f"- **Beside the weights:** {_markdown(name)} of {_markdown(array.said())}" for name, array in arrays.items()
+    ]
     shape = [
         f"`{key}` {json.dumps(kwargs[key])}"
         for key in ("features_per_stage", "strides", "kernel_sizes")

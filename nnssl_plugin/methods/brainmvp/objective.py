@@ -108,11 +108,11 @@ class BrainMVP(PretextTask):
         self.progress.fill_(progress)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The templates at their own rate, without weight decay, which would draw them to 0, and outside clipping, as a
-        norm over millions of voxels would hold back the network."""
+        """The templates at their own rate and weight decay, and outside clipping, as a norm over millions of voxels
+        would hold back the network."""
         others = [p for p in self.parameters() if p.requires_grad and p is not self.templates]
-        templates = {"params": [self.templates], "lr_scale": self.template_scale, "weight_decay": 0.0, "clip": False}
-        return [{"params": others}, templates]
+        own = {"lr_scale": self.template_scale, "weight_decay": self.settings.template_decay, "clip": False}
+        return [{"params": others}, {"params": [self.templates]} | own]
 
     @property
     def crosses(self) -> Tensor:

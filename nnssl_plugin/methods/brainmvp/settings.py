@@ -32,6 +32,10 @@ class Settings:
     template_lr: Positive = 3e-3
     """Largest learning rate of the templates, on the same schedule as the network's. A value moves by about this much
     in a step in which it is replaced, so a short run needs a larger one (3e-4, the network's [paper])."""
+    template_decay: NonNegative = 0.0
+    """Weight decay of the templates [1e-5, the network's, paper]. In a run of n steps it leaves about
+    exp(-n · `template_lr` · `template_decay` / 2) of what the first steps put into voxels that no later gradient
+    reaches."""
     template_size: tuple[Count, Count, Count] | None = None
     """Size of the templates in voxels along the plan's axes; `null`: the largest preprocessed case."""
     template_warmup: Share = 0.0

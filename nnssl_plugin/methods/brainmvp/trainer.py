@@ -1,6 +1,9 @@
 """``nnUNetv2_train ID 3d_fullres all -tr BrainMVPPretrainer``."""
 
 from collections import Counter
+from collections.abc import Mapping
+
+import torch
 
 from nnssl_plugin.checkpoints.format.provenance import describe_input
 from nnssl_plugin.checkpoints.format.spatial_arrays import SpatialArray
@@ -10,6 +13,10 @@ from nnssl_plugin.methods.brainmvp.settings import TRAINING, Settings
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.planes import grid_axes
 from nnssl_plugin.pretraining.pretrainer import Pretrainer
+from nnssl_plugin.transforms.placement import on_case
+
+TEMPLATES = "templates"
+"""Name of the spatial array that checkpoints declare."""
 
 
 class BrainMVPPretrainer(Pretrainer):
@@ -18,6 +25,7 @@ class BrainMVPPretrainer(Pretrainer):
     method = "brainmvp"
     training_defaults = TRAINING
     method_defaults = Settings()
+    continued_arrays = (TEMPLATES,)
     citations = (
         "Rui, S., Chen, L., Tang, Z., Wang, L., Liu, M., Zhang, S., Wang, X.: Multi-modal Vision Pre-training for "
         "Medical Image Analysis (BrainMVP). arXiv:2410.10604.",
@@ -41,7 +49,7 @@ class BrainMVPPretrainer(Pretrainer):
         seen = self._input()
         schemes = seen["normalisation"]
         return {
-            "templates": SpatialArray(
+            TEMPLATES: SpatialArray(
                 values=self.task.shown_templates().detach(),
                 names=self.task.modalities,
                 spacing_mm=tuple(seen["spacing_mm"]),
@@ -49,6 +57,17 @@ class BrainMVPPretrainer(Pretrainer):
                 normalisation=tuple(schemes if len(schemes) > 1 else schemes * len(self.task.modalities)),
             )
         }
+
+    @torch.no_grad()
+    def take_arrays(self, arrays: Mapping[str, SpatialArray]) -> None:
+        """Templates go on where a modality of this name was learned before, centre on centre; the others start at 0."""
+        learned = arrays.get(TEMPLATES)
+        if learned is None:
+            return
+        for template, name in zip(self.task.templates, self.task.modalities, strict=True):
+            number = learned.number_of(name)
+            if number is not None:
+                template.copy_(on_case(learned.values[number], template.shape))
 
     def get_dataloaders(self):
         loaders = super().get_dataloaders()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor
 
-from nnssl_plugin.data.batches import BatchStream
+from nnssl_plugin.data.streams import BatchStream, prepare_workers
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.finetuning.parameter_groups import rest_at_test_mode
 from nnssl_plugin.finetuning.weights import load_planned_weights, planned_optimisation
@@ -48,6 +48,7 @@ from nnssl_plugin.tasks.classification.settings import (
 )
 from nnssl_plugin.tasks.classification.validation import ClassValidation
 from nnssl_plugin.training.figures import Panel, draw_progress
+from nnssl_plugin.training.loading import streams_of
 from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
 from nnssl_plugin.training.resumable import ResumableTrainer
 
@@ -184,19 +185,11 @@ class PretrainedClassificationTrainer(ResumableTrainer):
         )
         unchanged = ValidationBatches(validation, self._inputs(), batch_size=self.batch_size)
         self.num_val_iterations_per_epoch = len(unchanged)
-        workers = get_allowed_n_proc_DA()
-        again = list(range(len(unchanged))) * (self.num_epochs - self.current_epoch)
-        return (
-            self._stream(batches, range(self.step, self.total_steps), workers),
-            self._stream(unchanged, again, min(workers, 1)),
-        )
+        return streams_of(self, batches, unchanged)
 
     def training_dataset(self, dataset):
         """What training draws its cases from: nnU-Net's dataset of them, unless a subclass puts something around it."""
         return dataset
-
-    def _stream(self, batches, steps, workers: int) -> BatchStream:
-        return BatchStream(batches, steps, workers=workers, pin_memory=self.device.type == "cuda")
 
     def _inputs(self):
         """What the network sees of a case when nothing is random."""
@@ -215,6 +208,7 @@ class PretrainedClassificationTrainer(ResumableTrainer):
     # ------------------------------------------------------------------ training
 
     def on_train_start(self) -> None:
+        prepare_workers(get_allowed_n_proc_DA())
         if not self.was_initialized:
             self.initialize()
         if self.step == 0 and self.finetuning.weights is not None:

@@ -12,12 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from nnssl_plugin.checkpoints.adaptation.adapt import check_coverage
-from nnssl_plugin.checkpoints.adaptation.finetuning_plan import fit_source
-from nnssl_plugin.checkpoints.sources.source import read_source
 from nnssl_plugin.data.cases import Cases
 from nnssl_plugin.data.windows import random_origin, read_labels, read_window
 from nnssl_plugin.diagnostics.collapse import effective_rank, feature_std
@@ -34,6 +31,7 @@ from nnssl_plugin.nnunet.plans import (
     resolve_configuration,
 )
 from nnssl_plugin.nnunet.splits import read_splits
+from nnssl_plugin.tasks.probing.weights import load_fitted
 
 BACKGROUND = "background"
 TITLES = {"labels": "all labels and background", "structures": "labels among themselves", "tokens": "all tokens"}
@@ -126,7 +124,7 @@ def evaluate_tokens(
         "before": measure(before, labels),
     }
     if weights is not None:
-        _load(network, Path(weights), plans, configuration)
+        load_fitted(network, weights, plans, configuration)
         result["after"] = measure(_tokens(backbone, windows.images, stride, device)[0], labels)
     return result
 
@@ -216,12 +214,6 @@ def _tokens(backbone: Backbone, images: Tensor, stride: int, device: str) -> tup
         tokens, grid = backbone.tokens(backbone.features(image[None].to(device)), stride)
         found.append(tokens[0].float().cpu())
     return torch.cat(found), grid
-
-
-def _load(network: nn.Module, path: Path, plans: dict[str, Any], configuration: str) -> None:
-    state, report = fit_source(read_source(path), network, plans, configuration)
-    check_coverage(report)
-    network.load_state_dict(state)
 
 
 def _number(value: float | None) -> str:

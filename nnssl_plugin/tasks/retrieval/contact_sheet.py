@@ -4,6 +4,7 @@ import base64
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from nnssl_plugin.tasks.retrieval.queries import Query
 PNG_FILE, HTML_FILE = "neighbours.png", "neighbours.html"
 MOST_QUERIES = 50
 """Rows of a sheet."""
-LETTERS = 20
-"""Of a name that fit below a thumbnail."""
+LETTERS, LINE = 20, 15
+"""Letters of a name that fit below a thumbnail, and pixels of a line."""
 HIDDEN = ("rank", "distance", "case", "part", "image", "height")
 """Cells that the page does not list below a picture."""
 
@@ -42,7 +43,8 @@ def write_sheets(
     thumbnails = Thumbnails(reader)
     shown = []
     for query, answer in list(zip(queries, answers, strict=True))[:MOST_QUERIES]:
-        tiles = [Tile(query.name, "query", {}, thumbnails.of(query.image, query.height))]
+        picture = thumbnails.of(query.image, query.height) if query.image else _written(query.name)
+        tiles = [Tile(query.name, "query", {}, picture)]
         for found in answer["neighbours"]:
             name = f"{found['case']}/{found['part']}" if found["part"] else found["case"]
             about = {key: value for key, value in found.items() if key not in HIDDEN and value}
@@ -106,6 +108,14 @@ class Thumbnails:
             return thumbnail(plane, np.zeros(plane.shape[:2], dtype=bool))
         volume = array[0].T
         return volume_thumbnail(volume, np.zeros(volume.shape, dtype=bool), affine, height=float(height or 0.5))
+
+
+def _written(text: str) -> Image.Image:
+    """A tile with a text, as much of it as fits."""
+    tile = Image.new("RGB", (EDGE, EDGE), (60, 60, 60))
+    lines = wrap(text, LETTERS)[: EDGE // LINE - 1]
+    ImageDraw.Draw(tile).multiline_text((4, 4), "\n".join(lines), fill=(255, 255, 255))
+    return tile
 
 
 def _write_png(path: Path, shown: Sequence[Sequence[Tile]]) -> None:

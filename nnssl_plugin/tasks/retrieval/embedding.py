@@ -1,9 +1,7 @@
 """Images in, an index of vectors out: in batches over cases, the next images read while the encoder computes."""
 
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,17 +14,19 @@ from tqdm import tqdm
 from nnssl_plugin.data.images import UnusableCase, find_images
 from nnssl_plugin.data.vector_store import StoreWriter, VectorStore, writing
 from nnssl_plugin.errors import UserError
-from nnssl_plugin.features.pretrained_backbone import PretrainedBackbone
-from nnssl_plugin.tasks.retrieval.encoder import Encoder, Sums, joined, load_encoder, vector_of
-from nnssl_plugin.tasks.retrieval.inputs import CASE, LESION, WINDOWS, Prepared, Row, cut, prepare_case
+from nnssl_plugin.features.preprocessing import Preprocessing
+from nnssl_plugin.intake.workers import ahead_in_processes
+from nnssl_plugin.tasks.retrieval.encoder import Alignment, Alignments, Encoder, Sums, joined, load_encoder, vector_of
+from nnssl_plugin.tasks.retrieval.inputs import CASE, LESION, WHOLE, WINDOWS, Prepared, Row, cut, prepare_case
 from nnssl_plugin.tasks.retrieval.standardisation import statistics_of
+from nnssl_plugin.tasks.retrieval.text_space import ALIGNMENT_FILE, TextSpace, facts_of, keep_space, text_space
 
 BATCH = 4
 """Windows of one pass."""
 SECONDS = 5.0
 """Between two commits; a killed run repeats what came after the last."""
-AHEAD = 4
-"""Images that are read ahead of the encoder, each in a thread of its own where there are so many."""
+FEW = 8
+"""Images up to which no process is started: that takes some seconds."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def embed_images(
     view: str = WINDOWS,
     device: str = "cpu",
     batch_size: int = BATCH,
-    threads: int = 2,
+    processes: int = 2,
     trust: bool = False,
     new: bool = True,
+    alignments: Alignments | None = None,
 ) -> Embedded:
     """Add the vectors of a folder of images to an index, and make it where there is none.
 
@@ -100,9 +101,10 @@ def embed_images(
         view: ``windows`` at the plan's spacing, pooled inside the body, or the ``whole`` image fitted into one.
         device: ``cpu``, ``cuda`` or ``mps``.
         batch_size: windows of one pass.
-        threads: that read and preprocess images.
+        processes: that read and preprocess images beside this one, where there are more than :data:`FEW`; 0: this one.
         trust: build the network whatever class the file names.
-        new: False: refuse where there is no index.
+        new: False: refuse where there is no index, or one whose first build was interrupted.
+        alignments: vectors shall lie in the space of the texts that the encoder was aligned with; see ``encoder``.
 
     Raises:
         UserError: the index was made by another encoder or of other rows, another process writes to it, or no case
@@ -110,21 +112,56 @@ def embed_images(
     """
     if rows == LESION and segmentations is None:
         raise UserError("Lesions need segmentations.", "Name their folder (CASE.nii.gz) with -seg, or a dataset by -d.")
-    encoder = load_encoder(model, device=device, trust=trust)
-    cases = _cases_of(images, encoder.backbone.file_ending, metadata or {}, segmentations)
+    encoder = load_encoder(model, device=device, trust=trust, alignments=alignments)
+    space = None
+    if encoder.alignment is not None:
+        _check_alignment(encoder.alignment, rows, view)
+        if not (Path(folder) / ALIGNMENT_FILE).is_file():
+            space = _space_of(encoder, encoder.alignment)
+    preprocessing = encoder.backbone.preprocessing
+    cases = _cases_of(images, preprocessing.file_ending, metadata or {}, segmentations)
     facts = encoder.facts | {"rows_are": rows, "view": view if rows == CASE else WINDOWS}
     failed, start = dict(cases.left_out), {"dimensions": encoder.dimensions, "encoder": facts, "made": _made(encoder)}
+    if space is not None:
+        start["alignment"] = facts_of(space)
     with writing(folder, start if new else None) as store:
         check_same_encoder(store, facts)
+        if space is not None:
+            keep_space(store.folder, space)
+        if not new and not store.facts["frozen"]:
+            raise UserError(
+                f"{store.folder} is not finished: embed was interrupted, and statistics are those of the first images.",
+                "Run the same nnssl_plugin embed again, then add.",
+            )
         there = {row["case"] for row in store.table()}
         waiting = [case for case in cases.files if case not in there]
-        prepare = partial(_prepare, cases=cases, backbone=encoder.backbone, rows=rows, view=facts["view"])
+        prepare = partial(_prepare, preprocessing=preprocessing, rows=rows, view=facts["view"])
+        prepared = _ahead(
+            [_Scan(case, cases.files[case], cases.segmentations.get(case)) for case in waiting], prepare, processes
+        )
         before, started = store.rows, time.perf_counter()
-        warnings = _embed(waiting, prepare, Batches(encoder, batch_size), store, cases, failed, threads=threads)
+        warnings = _embed(waiting, prepared, Batches(encoder, batch_size), store, cases, failed)
         done = len(waiting) - len(failed.keys() & set(waiting))
         rate = done / max(time.perf_counter() - started, 1e-9)
         drift = _settle(store, before, failed)
         return Embedded(store.folder, done, len(cases.files) - len(waiting), store.rows, failed, warnings, rate, drift)
+
+
+def _check_alignment(alignment: Alignment, rows: str, view: str) -> None:
+    if rows == LESION:
+        raise UserError("Vectors in the space of texts stand for images or windows.", "Leave --rows lesion out.")
+    if alignment.whole and view != WHOLE:
+        raise UserError("The alignment was trained on whole images.", "Embed them so: --view whole")
+
+
+def _space_of(encoder: Encoder, alignment: Alignment) -> TextSpace:
+    """The texts that an encoder was aligned with."""
+    if encoder.dataset is None:
+        raise UserError(
+            f"{encoder.path} does not say which dataset's texts it was aligned with.",
+            "Use the checkpoint that the training itself wrote.",
+        )
+    return text_space(encoder.dataset, alignment)
 
 
 def _settle(store: StoreWriter, before: int, failed: Mapping[str, str]) -> float | None:
@@ -175,26 +212,63 @@ def drift_of(vectors: np.ndarray, statistics: np.ndarray) -> float:
 
 
 def _made(encoder: Encoder) -> dict[str, Any]:
-    return {"model": str(encoder.path.resolve()), "reader": encoder.backbone.reader}
+    return {"model": str(encoder.path.resolve()), "reader": encoder.backbone.preprocessing.reader}
 
 
-def _prepare(case: str, *, cases: Cases, backbone: PretrainedBackbone, rows: str, view: str) -> Prepared:
-    segmentation = cases.segmentations.get(case) if rows == LESION else None
-    if rows == LESION and (segmentation is None or not segmentation.is_file()):
-        raise UnusableCase(f"it has no segmentation {segmentation or ''}".rstrip())
-    return prepare_case(case, cases.files[case], backbone, rows=rows, view=view, segmentation=segmentation)
+_Place = tuple[int, int]
+"""Number of a case, and of the row in it that a window belongs to."""
 
 
-def _embed(waiting, prepare, batches: "Batches", store: StoreWriter, cases: Cases, failed: dict[str, str], *, threads):
+@dataclass(frozen=True)
+class _Scan:
+    """What another process is told of a case."""
+
+    case: str
+    files: tuple[Path, ...]
+    segmentation: Path | None
+
+
+def _prepare(scan: _Scan, *, preprocessing: Preprocessing, rows: str, view: str) -> Prepared | UnusableCase:
+    """The case, or why it cannot be used."""
+    segmentation = scan.segmentation if rows == LESION else None
+    try:
+        if rows == LESION and (segmentation is None or not segmentation.is_file()):
+            raise UnusableCase(f"it has no segmentation {segmentation or ''}".rstrip())
+        return prepare_case(scan.case, scan.files, preprocessing, rows=rows, view=view, segmentation=segmentation)
+    except UnusableCase as reason:
+        return reason
+
+
+def _ahead(
+    scans: Sequence[_Scan], prepare: Callable[[_Scan], Prepared | UnusableCase], processes: int
+) -> Iterator[Prepared | UnusableCase]:
+    """The prepared cases in their order, read ahead by other processes."""
+    if len(scans) <= FEW or processes < 1:
+        return map(prepare, scans)
+    return ahead_in_processes(prepare, scans, processes, killed=_killed)
+
+
+def _killed(scan: _Scan) -> UnusableCase:
+    return UnusableCase("the process that read it was ended, likely for want of memory")
+
+
+def _embed(
+    waiting: Sequence[str],
+    prepared: Iterator[Prepared | UnusableCase],
+    batches: "Batches",
+    store: StoreWriter,
+    cases: Cases,
+    failed: dict[str, str],
+) -> dict[str, tuple[str, ...]]:
     """Embed the cases, commit what is done every few seconds; case → what is odd about it."""
     warnings, pending, committed = {}, [], time.perf_counter()
-    for case, prepared in tqdm(_ahead(waiting, prepare, threads), total=len(waiting), desc="embed", unit="image"):
-        if isinstance(prepared, UnusableCase):
-            failed[case] = str(prepared)
+    for case, found in tqdm(zip(waiting, prepared, strict=True), total=len(waiting), desc="embed", unit="image"):
+        if isinstance(found, UnusableCase):
+            failed[case] = str(found)
             continue
-        if prepared.warnings:
-            warnings[case] = prepared.warnings
-        pending += batches.add(prepared)
+        if found.warnings:
+            warnings[case] = found.warnings
+        pending += batches.add(found)
         if time.perf_counter() - committed > SECONDS:
             _commit(pending, store, cases, failed)
             pending, committed = [], time.perf_counter()
@@ -221,29 +295,10 @@ def _commit(finished: Sequence[Finished], store: StoreWriter, cases: Cases, fail
         store.append(np.concatenate([found.vectors for found in usable]), rows)
 
 
-def _ahead(cases: Sequence[str], prepare, threads: int) -> Iterator[tuple[str, Prepared | UnusableCase]]:
-    """The prepared cases in their order, at most :data:`AHEAD` more than were asked for."""
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        waiting: deque[tuple[str, Future]] = deque()
-        for case in cases:
-            waiting.append((case, pool.submit(_or_reason, prepare, case)))
-            if len(waiting) > max(AHEAD, threads):
-                name, future = waiting.popleft()
-                yield name, future.result()
-        while waiting:
-            name, future = waiting.popleft()
-            yield name, future.result()
-
-
-def _or_reason(prepare, case: str) -> Prepared | UnusableCase:
-    try:
-        return prepare(case)
-    except UnusableCase as reason:
-        return reason
-
-
 class Batches:
     """Windows of several cases in one pass; a case is finished when all of its windows are.
+
+    What a pass found is asked for when the next one has been started, so that windows are cut while a device computes.
 
     Args:
         encoder: reads them.
@@ -252,9 +307,8 @@ class Batches:
 
     def __init__(self, encoder: Encoder, size: int):
         self.encoder, self.size = encoder, size
-        self._windows: list[
-            tuple[int, int, np.ndarray, np.ndarray]
-        ] = []  # number of the case, of the row, data, inside
+        self._cut: list[tuple[_Place, np.ndarray, np.ndarray]] = []  # data and what counts in it
+        self._running: tuple[list[_Place], Sums] | None = None
         self._open: dict[int, tuple[Prepared, list[Sums | None]]] = {}
         self._number = 0
 
@@ -264,30 +318,37 @@ class Batches:
         for number, row in enumerate(prepared.rows):
             self._add_row(number, row, prepared)
         self._number += 1
-        waiting = {number for number, *_ in self._windows}
+        running = self._running[0] if self._running else []
+        waiting = {case for case, _ in [*running, *(place for place, *_ in self._cut)]}
         return [self._finish(number) for number in list(self._open) if number not in waiting]
 
     def flush(self) -> list[Finished]:
         """The rest."""
         self._read()
+        self._read()
         return [self._finish(number) for number in list(self._open)]
 
     def _add_row(self, number: int, row: Row, prepared: Prepared) -> None:
-        for place in range(len(row.places)):
-            self._windows.append((self._number, number, *cut(prepared, row, place, self.encoder.backbone.patch_size)))
-            if len(self._windows) == self.size:
+        for window in range(len(row.places)):
+            pieces = cut(prepared, row, window, self.encoder.backbone.patch_size)
+            self._cut.append(((self._number, number), *pieces))
+            if len(self._cut) == self.size:
                 self._read()
 
     def _read(self) -> None:
-        if not self._windows:
+        """Start a pass over the windows that were cut, and take what the one before found."""
+        before, self._running = self._running, None
+        if self._cut:
+            places, data, inside = zip(*self._cut, strict=True)
+            sums = self.encoder.read(torch.from_numpy(np.stack(data)), torch.from_numpy(np.stack(inside)))
+            self._running, self._cut = (list(places), sums), []
+        if before is None:
             return
-        data, inside = (torch.from_numpy(np.stack([window[part] for window in self._windows])) for part in (2, 3))
-        sums = self.encoder.read(data, inside)
-        for place, (case, row, *_) in enumerate(self._windows):
+        places, sums = before[0], before[1].cpu()
+        for place, (case, row) in enumerate(places):
             own = Sums(sums.weight[place], {name: value[place] for name, value in sums.parts.items()})
             rows = self._open[case][1]
             rows[row] = joined(rows[row], own)
-        self._windows = []
 
     def _finish(self, number: int) -> Finished:
         prepared, rows = self._open.pop(number)

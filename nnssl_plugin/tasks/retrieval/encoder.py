@@ -1,14 +1,16 @@
 """The encoder of a checkpoint, and what it says of an image in one vector."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nnssl_plugin.checkpoints.format.files import is_safetensors, read_checkpoint
-from nnssl_plugin.checkpoints.format.provenance import weights_hash
+from nnssl_plugin.checkpoints.format.provenance import datasets_of, weights_hash
 from nnssl_plugin.checkpoints.format.shared_folder import read_shared_folder
 from nnssl_plugin.checkpoints.format.teacher import teacher_weights
 from nnssl_plugin.checkpoints.sources.source import read_source
@@ -17,10 +19,36 @@ from nnssl_plugin.features.pretrained_backbone import PretrainedBackbone, load_b
 from nnssl_plugin.networks.family import reader_of
 
 FINAL = "checkpoint_final.pth"
-SUMMARY, MEAN, MAXIMUM = "summary", "mean", "maximum"
-"""Parts of a vector: the summary token; mean and maximum of the coarsest map."""
+SUMMARY, MEAN, MAXIMUM, ALIGNED = "summary", "mean", "maximum", "aligned"
+"""Parts of a vector: the summary token; mean and maximum of the coarsest map; the embedding in the space of texts."""
 LEAST_WEIGHT = 1e-6
 """Of each token of a window in which no token lies inside: it counts only where its row has nothing else."""
+
+
+class Alignment(Protocol):
+    """What a pretraining has learned to bring volumes into the space of texts."""
+
+    metric: np.ndarray
+    """(E, E) of the Mahalanobis distance between both."""
+    centre: bool
+    """Whether both are compared by what sets them apart from their means."""
+    whole: bool
+    """Whether the training showed whole images, not windows."""
+
+    @property
+    def dimensions(self) -> int:
+        """Length E of an embedding."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """All that was learned."""
+
+    def embed(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """Volumes by the tokens (B, L, C) of their coarsest map: (B, E)."""
+
+
+Alignments = Callable[[str | None], Callable[[Mapping[str, Tensor], Mapping[str, Any]], Alignment]]
+"""Name of a method → what makes its alignment of the state of its task and its settings; the command hands it in."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +58,11 @@ class Sums:
     weight: Tensor
     """(B,) voxels inside, over those of a token."""
     parts: dict[str, Tensor]
-    """:data:`SUMMARY` and :data:`MEAN` times the weight, and the :data:`MAXIMUM`; (B, C)."""
+    """:data:`SUMMARY`, :data:`MEAN` and :data:`ALIGNED` times the weight, and the :data:`MAXIMUM`; (B, C)."""
+
+    def cpu(self) -> "Sums":
+        """On the CPU; on a device this waits for the pass."""
+        return Sums(self.weight.cpu(), {name: value.cpu() for name, value in self.parts.items()})
 
 
 @dataclass(frozen=True)
@@ -46,11 +78,15 @@ class Encoder:
     teacher: bool
     """Whether the weights are those of the pretraining's teacher."""
     method: str | None
+    dataset: str | None = None
+    """That the pretraining saw."""
+    alignment: Alignment | None = None
+    """Where vectors lie in the space of texts."""
 
     @property
     def dimensions(self) -> int:
         """Length of a vector."""
-        return self.backbone.channels[-1] * len(self.parts)
+        return self.alignment.dimensions if self.alignment else self.backbone.channels[-1] * len(self.parts)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -67,6 +103,7 @@ class Encoder:
             "patch_size": list(self.backbone.patch_size),
             "spacing_mm": list(self.backbone.spacing),
             "unit_range": self.unit_range,
+            **({"alignment_sha256": weights_hash(self.alignment.weights)} if self.alignment else {}),
         }
 
     @torch.no_grad()
@@ -92,7 +129,9 @@ class Encoder:
         }
         if summary is not None:
             parts[SUMMARY] = summary.float() * total
-        return Sums(total[:, 0].cpu(), {name: parts[name].cpu() for name in self.parts})
+        if self.alignment is not None:
+            parts[ALIGNED] = self.alignment.embed(*self.backbone.tokens([each.float() for each in features])) * total
+        return Sums(total[:, 0], {name: parts[name] for name in self.parts})
 
     def _weights(self, inside: Tensor, counts: tuple[int, ...]) -> Tensor:
         """(B, 1, N): how much of each token's cell lies inside."""
@@ -108,16 +147,20 @@ class Encoder:
         return x.expand(-1, channels, *[-1] * (x.ndim - 2)) if x.shape[1] != channels else x
 
 
-def load_encoder(model: str | Path, *, device: str = "cpu", trust: bool = False) -> Encoder:
+def load_encoder(
+    model: str | Path, *, device: str = "cpu", trust: bool = False, alignments: Alignments | None = None
+) -> Encoder:
     """The encoder of a model: the teacher's weights where the pretraining had one, else the network's.
 
     Args:
         model: a checkpoint, a folder that ``export`` wrote, or ``TRAINER__PLANS__CONFIG``.
         device: ``cpu``, ``cuda`` or ``mps``.
         trust: build the network whatever class the file names.
+        alignments: vectors shall lie in the space of the texts that the encoder was aligned with; None: its features.
 
     Raises:
-        UserError: no such file, several that could be meant, or one that says too little or reads other channels.
+        UserError: no such file, several that could be meant, one that says too little or reads other channels, or that
+            was not aligned.
     """
     path = checkpoint_of(model)
     backbone = load_backbone(path, device=device, trust=trust)
@@ -127,7 +170,8 @@ def load_encoder(model: str | Path, *, device: str = "cpu", trust: bool = False)
             f"{backbone.image_channels} of an image.",
             f"Fit its weights to the images, and take what that writes: nnssl_plugin adapt -d ID -w {path} -n NAME",
         )
-    teacher = _teacher_of(path)
+    content = _content_of(path)
+    teacher = teacher_weights(content)
     if teacher is not None:
         own = backbone.network.state_dict()
         backbone.network.load_state_dict({key: teacher.get(key, value) for key, value in own.items()})
@@ -135,8 +179,20 @@ def load_encoder(model: str | Path, *, device: str = "cpu", trust: bool = False)
     of_tokens = backbone.has_summary or backbone.encodes_subsets
     parts = ((SUMMARY,) if backbone.has_summary else ()) + ((MEAN,) if of_tokens else (MEAN, MAXIMUM))
     settings = provenance.get("settings") or {}
+    method, datasets = provenance.get("method"), [data.get("dataset") for data in datasets_of(provenance)]
+    alignment = None
+    if alignments is not None:
+        alignment = alignments(method)((content.get("ssl_state") or {}).get("task") or {}, settings)
+        parts = (ALIGNED,)
     return Encoder(
-        backbone, path, parts, settings.get("intensity") == "unit", teacher is not None, provenance.get("method")
+        backbone,
+        path,
+        parts,
+        settings.get("intensity") == "unit",
+        teacher is not None,
+        method,
+        datasets[0] if len(datasets) == 1 else None,
+        alignment,
     )
 
 
@@ -156,10 +212,11 @@ def checkpoint_of(model: str | Path) -> Path:
     return (whole or found)[0]
 
 
-def _teacher_of(path: Path) -> dict[str, Tensor] | None:
+def _content_of(path: Path) -> Mapping[str, Any]:
+    """What lies beside the weights."""
     if path.is_file() and is_safetensors(path):
-        return None
-    return teacher_weights(read_shared_folder(path) if path.is_dir() else read_checkpoint(path))
+        return {}
+    return read_shared_folder(path) if path.is_dir() else read_checkpoint(path)
 
 
 def vector_of(sums: Sums) -> Tensor:

@@ -14,9 +14,9 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.tasks.retrieval.encoder import MAXIMUM
 from nnssl_plugin.tasks.retrieval.standardisation import BLOCK, Standardisation
 
-MOST_SCORES = 2**22
-"""Scores that are held at once (16 MiB)."""
-FIRST_BLOCK = 1024
+MOST_SCORES = 2**19
+"""Scores that are held at once (2 MiB): they stay in the processor's cache while the best are looked for."""
+FIRST_BLOCK, SMALLEST_BLOCK = 1024, 512
 CONDITION = re.compile(r"\s*([^!=]+?)\s*(!?=)\s*(.*?)\s*")
 
 
@@ -98,7 +98,7 @@ class Index:
         queries = self.prepared(vectors, k)
         best, worst = [_Best(k) for _ in queries], np.full(len(queries), -np.inf, dtype=np.float32)
         hidden = {number: self.rows_of(subject) for number, subject in enumerate(subjects or ()) if subject}
-        for start, end in _blocks(len(self.vectors), max(1, MOST_SCORES // max(len(queries), 1))):
+        for start, end in _blocks(len(self.vectors), max(SMALLEST_BLOCK, MOST_SCORES // max(len(queries), 1))):
             scores = self.scores(queries, start, end)
             if among is not None:
                 scores[:, ~among[start:end]] = -np.inf

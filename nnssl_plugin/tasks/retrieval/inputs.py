@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from nnssl_plugin.data.images import Image, UnusableCase
 from nnssl_plugin.data.windows import covering_origins, read_window, resize
-from nnssl_plugin.features.pretrained_backbone import PretrainedBackbone
+from nnssl_plugin.features.preprocessing import Preprocessing
 from nnssl_plugin.intake.body_mask import body_mask
 from nnssl_plugin.nnunet.geometry import affine_of
 from nnssl_plugin.nnunet.planes import stored_axis
@@ -52,7 +52,7 @@ class Prepared:
 def prepare_case(
     case: str,
     files: Sequence[Path],
-    backbone: PretrainedBackbone,
+    preprocessing: Preprocessing,
     *,
     rows: str = CASE,
     view: str = WINDOWS,
@@ -63,7 +63,7 @@ def prepare_case(
     Args:
         case: its name.
         files: one per channel.
-        backbone: gives preprocessing and patch size.
+        preprocessing: of the encoder; it also gives the size of a window.
         rows: one of :data:`ROWS`.
         view: one of :data:`VIEWS`, for rows that stand for a case.
         segmentation: labels, for lesions.
@@ -71,10 +71,10 @@ def prepare_case(
     Raises:
         UnusableCase: as ``read_image`` does, and where a case has no lesion.
     """
-    image = backbone.read(files, segmentation)
-    window = (1,) * (3 - len(backbone.patch_size)) + backbone.patch_size
+    image = preprocessing.read(files, segmentation)
+    window = (1,) * (3 - len(preprocessing.patch_size)) + preprocessing.patch_size
     made = [
-        replace(row, facts=row.facts | {"height": _height(image, row, backbone)})
+        replace(row, facts=row.facts | {"height": _height(image, row, preprocessing.transpose_forward)})
         for row in _rows(image, window, rows, view)
     ]
     if not made:
@@ -161,7 +161,7 @@ def _place(origin: np.ndarray) -> tuple[int, ...]:
     return tuple(int(each) for each in origin)
 
 
-def _height(image: Image, row: Row, backbone: PretrainedBackbone) -> str:
+def _height(image: Image, row: Row, transpose_forward: Sequence[int]) -> str:
     """Where the middle of what counts lies between the lowest (0) and the highest (1) axial slice of the image's file;
     empty for pictures."""
     affine, shape = affine_of(image.properties), image.data.shape[1:]
@@ -172,7 +172,7 @@ def _height(image: Image, row: Row, backbone: PretrainedBackbone) -> str:
         return ""
     box, whole = image.properties["bbox_used_for_cropping"], image.properties["shape_before_cropping"]
     of_reader = {}
-    for axis, reader_axis in enumerate(backbone.transpose_forward):
+    for axis, reader_axis in enumerate(transpose_forward):
         profile = inside.sum(axis=tuple(other for other in range(3) if other != axis))
         middle = np.average(low[axis] + np.arange(len(profile)) + 0.5, weights=profile) / shape[axis]
         first, end = box[axis]

@@ -11,7 +11,7 @@ import numpy as np
 from nnssl_plugin.data.images import UnusableCase
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.tasks.retrieval.embedding import BATCH, Batches, check_same_encoder
-from nnssl_plugin.tasks.retrieval.encoder import Encoder, load_encoder
+from nnssl_plugin.tasks.retrieval.encoder import ALIGNED, Alignments, Encoder, load_encoder
 from nnssl_plugin.tasks.retrieval.index import Index, Neighbours
 from nnssl_plugin.tasks.retrieval.inputs import prepare_case
 
@@ -28,7 +28,7 @@ class Query:
     subject: str | None
     """Whose rows it does not find; None: unknown."""
     image: str
-    """The file of its first channel."""
+    """The file of its first channel; empty for a text."""
     height: str = ""
     """See ``inputs``: where its slice lies."""
 
@@ -42,6 +42,7 @@ def queries_of(
     segmentations: str | Path | None = None,
     device: str = "cpu",
     trust: bool = False,
+    alignments: Alignments | None = None,
 ) -> list[Query]:
     """A query for each row that the images, or cases of the index, make.
 
@@ -53,6 +54,7 @@ def queries_of(
         segmentations: folder with ``CASE.nii.gz``, for an index of lesions.
         device: ``cpu``, ``cuda`` or ``mps``.
         trust: build the network whatever class the file names.
+        alignments: see ``encoder``; needed for images where the index lies in the space of texts.
 
     Raises:
         UserError: an image cannot be read, or the model is not the index's.
@@ -63,7 +65,7 @@ def queries_of(
         if not Path(each).is_file() and (index.column("case") == str(each)).any():
             queries += _of_index(str(each), index)
             continue
-        encoder = encoder or _encoder_of(index, model, device, trust)
+        encoder = encoder or _encoder_of(index, model, device, trust, alignments)
         queries += _of_image(Path(each), index, encoder, subject, segmentations)
     return queries
 
@@ -114,7 +116,7 @@ def _of_index(case: str, index: Index) -> list[Query]:
 def _of_image(
     path: Path, index: Index, encoder: Encoder, subject: str | None, segmentations: str | Path | None
 ) -> list[Query]:
-    ending = encoder.backbone.file_ending
+    ending = encoder.backbone.preprocessing.file_ending
     case = path.name.removesuffix(ending).removesuffix("_0000")
     segmentation = None if segmentations is None else Path(segmentations) / f"{case}{ending}"
     facts = index.store.facts["encoder"]
@@ -123,7 +125,7 @@ def _of_image(
         prepared = prepare_case(
             case,
             _channels(path),
-            encoder.backbone,
+            encoder.backbone.preprocessing,
             rows=facts["rows_are"],
             view=facts["view"],
             segmentation=segmentation,
@@ -142,11 +144,14 @@ def _of_image(
     ]
 
 
-def _encoder_of(index: Index, model: str | Path | None, device: str, trust: bool) -> Encoder:
+def _encoder_of(
+    index: Index, model: str | Path | None, device: str, trust: bool, alignments: Alignments | None
+) -> Encoder:
     made = index.store.facts["made"]["model"]
     if model is None and not Path(made).exists():
         raise UserError(f"The model that made the index is no longer at {made}.", "Name it with -m.")
-    encoder = load_encoder(model or made, device=device, trust=trust)
+    aligned = alignments if ALIGNED in index.store.facts["encoder"]["parts"] else None
+    encoder = load_encoder(model or made, device=device, trust=trust, alignments=aligned)
     rows = {name: index.store.facts["encoder"][name] for name in ("rows_are", "view")}
     check_same_encoder(index.store, encoder.facts | rows)
     return encoder

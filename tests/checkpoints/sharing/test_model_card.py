@@ -9,6 +9,7 @@ from fake_dataset import fake_plan
 from huggingface_hub import ModelCard
 
 from nnssl_plugin.checkpoints.format.provenance import describe_pretraining
+from nnssl_plugin.checkpoints.format.spatial_arrays import SpatialArray
 from nnssl_plugin.checkpoints.sharing.model_card import LICENCES, USAGE, model_card, read_results
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
@@ -195,6 +196,14 @@ def test_the_end_of_the_training_is_said():
         health={"feature_std": 0.91234, "skipped_steps": 3.0},
     )
     assert "At the end of the pretraining: feature_std 0.9123, skipped_steps 3." in text
+
+
+def test_what_was_learned_beside_the_weights_is_named():
+    array = SpatialArray(torch.zeros(2, 4, 5, 6), ("T1", "<b>"), (3.0, 1.0, 1.0), ("IS", "PA", "LR"), ("noNorm",) * 2)
+    weights = {"w": torch.ones(2)}
+    text = model_card(provenance(), layout="safetensors", weights=weights, sha256="a", arrays={"templates": array})
+    assert "- **Beside the weights:** templates of T1, &lt;b&gt;: 4 × 5 × 6 voxels of 3.0 × 1.0 × 1.0 mm" in text
+    assert "Beside the weights" not in card()
 
 
 def test_results_are_means_without_cases(tmp_path):

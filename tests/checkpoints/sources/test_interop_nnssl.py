@@ -1,10 +1,12 @@
-"""What nnssl and nnU-Net's development version ask of a checkpoint, written anew from their public code.
+"""What nnssl and the development versions of nnU-Net and nnDetection ask of a checkpoint, written anew from their code.
 
 - MIC-DKFZ/nnssl, ``src/nnssl/adaptation_planning/adaptation_plan.py`` (``AdaptationPlan.from_dict``),
   ``experiment_planning/experiment_planners/plan.py`` (``Plan.from_dict``) and ``training/nnsslTrainer/
   AbstractTrainer.py`` (``verify_adaptation_plans``): the block's fields, then a strict load of encoder and stem.
 - MIC-DKFZ/nnUNet, ``nnunetv2/experiment_planning/like_nnssl.py`` (``preprocess_like_nnssl``, ``plan_like_dynamic``)
   and ``training/nnUNetTrainer/pretraining/pretrainedTrainer.py``: read with ``weights_only=True``.
+- MIC-DKFZ/nnDetection at commit d2f83c4, ``nndet/ptmodule/detr/ResEnc_BoxDETR_v002.py`` and
+  ``Primus_BoxDETR_v0002.py``, ``load_custom_state_dict``: strict loads of two parts, found by the starts of keys.
 """
 
 import pydoc
@@ -13,10 +15,12 @@ import pytest
 import torch
 from fake_dataset import fake_plan
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from small_pretraining import pretrain_one_step
+from small_pretraining import ONE_STEP, pretrain_one_step
+from small_primus import with_primus
 
 from nnssl_plugin.checkpoints.format.provenance import nnssl_adaptation_plan
 from nnssl_plugin.checkpoints.sharing.export import export_checkpoint
+from nnssl_plugin.methods.mae.trainer import MAEPretrainer
 from nnssl_plugin.nnunet.plans import build_network
 
 BLOCK = {
@@ -69,6 +73,7 @@ ARCHITECTURE = {
     "nonlin_kwargs",
 }
 """Fields of nnssl's dataclasses, which take no others."""
+MAE = {"trainer_class": MAEPretrainer, "pretraining": ONE_STEP | {"warmup_epochs": 0}}
 LIBRARY = "dynamic_network_architectures.architectures.unet."
 
 
@@ -125,6 +130,52 @@ def test_nnunets_fine_tuning_finds_what_it_reads(checkpoint):
         assert all(weight.shape[1] == 2 and torch.equal(weight, projections[0]) for weight in projections)
         for citation in sorted(content["citations"], key=lambda entry: entry.get("type", "")):
             assert citation["type"] and citation["name"] and all(citation["apa_citations"])
+
+
+def nndetections_parts(content, wanted_channels):
+    """State dicts of encoder and stem as nnDetection makes them: whatever starts with the block's keys, without every
+    occurrence of them; for more channels than the pretraining's, the first projection repeated and scaled."""
+    block, parts = content["nnssl_adaptation_plan"], []
+    for key in (block["key_to_encoder"], block["key_to_stem"]):
+        weights = {name: value for name, value in content["network_weights"].items() if name.startswith(key)}
+        if key == block["key_to_stem"] and wanted_channels > block["pretrain_num_input_channels"]:
+            first = weights[f"{block['keys_to_in_proj'][0]}.weight"]
+            repeated = first.repeat(1, wanted_channels, 1, 1, 1) / wanted_channels
+            weights |= {f"{name}.weight": repeated for name in block["keys_to_in_proj"]}
+        parts.append({name.replace(key, "").removeprefix("."): value for name, value in weights.items()})
+    return parts
+
+
+@pytest.mark.parametrize("channels, wanted", [(1, 1), (1, 3), (2, 2)])
+def test_nndetections_residual_encoder_loads_strictly(tmp_path, channels, wanted):
+    path = pretrain_one_step(tmp_path, residual=True, channels=channels, **MAE)
+    exported = export_checkpoint(path, tmp_path / "nnssl", layout="nnssl").folder
+    content = torch.load(exported / "checkpoint_final.pth", weights_only=True)
+    encoder = rebuild(content["nnssl_adaptation_plan"]["architecture_plans"], wanted).encoder  # its backbone.resenc
+    stages, stem = nndetections_parts(content, wanted)
+    encoder.stages.load_state_dict(stages)
+    encoder.stem.load_state_dict(stem)
+    image = torch.rand(1, channels, 16, 16, 16).expand(-1, wanted, -1, -1, -1)
+    pretrained = rebuild(content["nnssl_adaptation_plan"]["architecture_plans"], channels)
+    pretrained.load_state_dict(content["network_weights"], strict=False)
+    for mine, other in zip(pretrained.encoder(image[:, :channels]), encoder(image), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+
+
+def test_nndetections_primus_loads_strictly(tmp_path):
+    path = pretrain_one_step(tmp_path, network=with_primus, **MAE)
+    exported = export_checkpoint(path, tmp_path / "nnssl", layout="nnssl").folder
+    content = torch.load(exported / "checkpoint_final.pth", weights_only=True)
+    block = content["nnssl_adaptation_plan"]
+    network = build_network(
+        with_primus(fake_plan()), "3d_fullres", {"channel_names": {"0": "a", "1": "b"}, "labels": {"background": 0}}
+    )
+    transformer, stem = nndetections_parts(content, 2)
+    network.eva.load_state_dict(transformer)
+    network.down_projection.load_state_dict(stem)
+    configuration = next(iter(block["pretrain_plan"]["configurations"].values()))
+    assert configuration["patch_size"] == [16, 16, 16] and stem["proj.weight"].shape[2:] == (4, 4, 4)
+    assert block["key_to_lpe"] == "eva.pos_embed" and "pos_embed" in transformer
 
 
 def test_another_networks_block_names_its_class_in_full():

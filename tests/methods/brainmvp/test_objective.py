@@ -192,9 +192,9 @@ def test_transformers_take_part():
 
 
 def test_templates_have_a_group_of_their_own():
-    task = make(template_lr=3e-2)
+    task = make(template_lr=3e-2, template_decay=0.2)
     others, own = task.parameter_groups()
-    assert own["params"] == [task.templates] and own["weight_decay"] == 0 and own["clip"] is False
+    assert own["params"] == [task.templates] and own["weight_decay"] == 0.2 and own["clip"] is False
     assert own["lr_scale"] == pytest.approx(100)
     assert all(p is not task.templates for p in others["params"])
 

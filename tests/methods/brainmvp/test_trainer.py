@@ -8,12 +8,14 @@ import pytest
 import torch
 from fake_dataset import NAME
 from method_checks import assert_resumes_exactly
-from pretraining_harness import make_trainer, run
+from pretraining_harness import assert_same, make_trainer, run
 
-from nnssl_plugin.checkpoints.format.spatial_arrays import read_spatial_arrays
+from nnssl_plugin.checkpoints.format.files import read_checkpoint, save_checkpoint
+from nnssl_plugin.checkpoints.format.spatial_arrays import SpatialArray, as_state, read_spatial_arrays, resampled
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.methods.brainmvp.trainer import BrainMVPPretrainer, cost_of_templates
 from nnssl_plugin.pretraining.passes import backward
+from nnssl_plugin.transforms.placement import on_case
 
 SMALL = {"epochs": 1, "iterations_per_epoch": 3, "validation_iterations": 1, "batch_size": 2}
 NUMBERS = ("train/distillation", "train/cross_modal", "train/contrast", "diagnostics/template_error")
@@ -78,6 +80,23 @@ def test_absent_modalities_are_never_shown_and_their_templates_stay_zero(monkeyp
     said = "\n".join(map(str, lines))
     assert "no training case has MR_2" in said and "3 of 6 cases have one channel" in said
     assert "Templates: 3 x 18 x 20 x 17 voxels" in said
+
+
+def test_a_pretraining_that_goes_on_takes_the_templates_up_on_its_own_grid():
+    first = run(**arguments())
+    content = read_checkpoint(Path(first.output_folder, "checkpoint_final.pth"))
+    values = torch.randn(2, 9, 25, 17, generator=torch.Generator().manual_seed(1))
+    array = SpatialArray(values, ("other", "mr_1"), (2.0, 1.0, 1.0), ("IS", "PA", "LR"), ("ZScoreNormalization",) * 2)
+    source = {key: content[key] for key in ("network_weights", "provenance")} | as_state({"templates": array})
+    save_checkpoint(source, Path(first.preprocessed_dataset_folder_base, "first.pth"))
+    second = make_trainer(**arguments({"weights": "first.pth"}))
+    second.on_train_start()
+    second.on_train_end()
+    assert_same(second.task.backbone.network.state_dict(), first.task.backbone.network.state_dict())
+    fitted = resampled(array, spacing_mm=(1.0, 1.0, 1.0), axes=("IS", "PA", "LR"))
+    assert torch.equal(second.task.templates[1], on_case(fitted.values[1], (18, 20, 17)))
+    assert torch.count_nonzero(second.task.templates[[0, 2]]) == 0
+    assert "array templates carried: other, mr_1: 18 × 25 × 17 voxels" in Path(second.log_file).read_text()
 
 
 def test_a_virtual_batch_gives_templates_the_gradient_of_the_whole():

@@ -174,6 +174,21 @@ def test_a_small_encoder_learns_to_match_images_that_it_has_not_seen():
     assert measured() < before - 0.15
 
 
+def test_property_8_under_adam_a_large_strength_is_of_no_account():
+    ends = []
+    for strength in (80.0, 640.0):
+        task = make_task(noise=1.0, strength=strength)
+        optimiser = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=1e-3, eps=1e-20)
+        start = torch.cat([p.detach().flatten() for p in task.parameters()])
+        for step in range(6):
+            optimiser.zero_grad()
+            task(task.views(make_batch(16, seed=step), torch.Generator().manual_seed(step)), 0.0)["total"].backward()
+            optimiser.step()
+        ends.append(torch.cat([p.detach().flatten() for p in task.parameters()]))
+    assert (ends[0] - start).abs().max() > 1e-3
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
 def test_pictures_show_images_and_their_matches():
     task = make_task()
     pictures = task.pictures(task.views(make_batch(9), torch.Generator().manual_seed(0)))

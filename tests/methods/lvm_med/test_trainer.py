@@ -1,15 +1,18 @@
 """LVMMedPretrainer on planned networks: what is trained and logged, channels, several datasets, chunks, resume."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fake_dataset import write_fake_dataset
 from method_checks import assert_resumes_exactly
-from pretraining_harness import make_trainer, run
+from pretraining_harness import assert_same, make_trainer, run, state_of
 from small_planar import NETWORKS, with_planar
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.io.files import write_json
 from nnssl_plugin.methods.lvm_med.trainer import LVMMedPretrainer
 
 METHOD = {"nodes": 4, "neighbours": 2, "dim": 8, "token_stride": 4}
@@ -102,6 +105,48 @@ def test_scans_of_two_channels_train_a_network_of_three():
     assert_finite(trainer)
 
 
+PICTURES = "Dataset903_Pictures"
+SOURCES = [
+    {"dataset": "901", "configuration": "2d", "kind": "scan"},
+    {"dataset": PICTURES, "configuration": "2d", "kind": "picture", "weight": 3, "batch_size": 5},
+]
+
+
+def both_sources(*, resume=None):
+    """A trainer on slices of volumes of one channel and on three times as many colour pictures of another size."""
+    plan = write_fake_dataset(name=PICTURES, channels=3, dimensions=2, shape=(1, 24, 20), cases=5)
+    plan["configurations"]["2d"] |= {"patch_size": [12, 20], "spacing": [0.5, 0.5]}
+    write_json(Path(os.environ["nnUNet_preprocessed"], PICTURES, "nnUNetPlans.json"), plan)
+    more = {"sources": SOURCES, "iterations_per_epoch": 8, "validation_iterations": 1}
+    return make_trainer(**arguments(more, channels=3, image_share=(0.85, 0.95)), channels=1, resume=resume)
+
+
+def test_pictures_and_slices_of_volumes_are_drawn_by_their_weights():
+    trainer = both_sources()
+    trainer.initialize()
+    loader, _ = trainer.get_dataloaders()
+    drawn = [next(loader) for _ in range(8)]
+    shapes = {"scan": (4, 1, 16, 16), "picture": (5, 3, 12, 20)}
+    assert all(batch["image"].shape == shapes[batch["kind"]] for batch in drawn)
+    assert sorted(batch["kind"] for batch in drawn) == ["picture"] * 6 + ["scan"] * 2
+
+
+def test_one_network_learns_from_both_and_goes_on_after_a_stop_bit_for_bit():
+    trainer = both_sources()
+    trainer.run_training()
+    history = trainer.log.history()
+    assert trainer.task.backbone.input_channels == 3 and history["skipped_steps"] == [0.0]
+    for name in ("train/matching", "val/matching", "diagnostics/matching_accuracy"):
+        assert all(np.isfinite(history[f"{name}/{kind}"]).all() for kind in ("scan", "picture")), name
+    stopped = both_sources()
+    stopped.interruption.requested = lambda: stopped.step == 5
+    with pytest.raises(SystemExit):
+        stopped.run_training()
+    resumed = both_sources(resume="checkpoint_latest.pth")
+    resumed.run_training()
+    assert_same(state_of(trainer), state_of(resumed))
+
+
 def test_a_virtual_batch_has_the_graphs_of_the_whole():
     assert_finite(run(**arguments({"batch_size": 8, "chunk_size": 3})))
 
@@ -112,6 +157,12 @@ def test_images_outside_of_all_graphs_are_told_and_a_single_image_is_refused():
     assert "2 of the 6 images of a batch belong to no graph of 4" in log.read_text()
     with pytest.raises(UserError, match="batch of 1 image makes no graph"):
         run(**arguments({"batch_size": 1}))
+
+
+def test_the_smallest_batch_is_a_graph_of_two_nodes():
+    trainer = run(**arguments({"batch_size": 2}))
+    assert_finite(trainer)
+    assert trainer.log.history()["diagnostics/chance"] == [0.5]
 
 
 def test_volumes_in_3d_are_refused():

@@ -40,7 +40,7 @@ def scans(tmp_path):
 def by_loop(checkpoint, scans, case):
     """Mean and maximum over the tokens of all windows, weighed by the body in their cells, voxel by voxel."""
     backbone = nnssl.load_backbone(checkpoint)
-    prepared = prepare_case(case, [scans / f"{case}_0000.nii.gz"], backbone)
+    prepared = prepare_case(case, [scans / f"{case}_0000.nii.gz"], backbone.preprocessing)
     (row,) = prepared.rows
     weights, values = [], []
     for number in range(len(row.places)):
@@ -74,15 +74,26 @@ def test_the_vector_is_the_mean_and_maximum_inside_the_body(checkpoint, scans, t
 @pytest.mark.parametrize("rows, view", [("case", "windows"), ("case", "whole"), ("window", "windows")])
 def test_a_vector_does_not_depend_on_its_batch(checkpoint, scans, tmp_path, rows, view):
     first, second = (tmp_path / name for name in ("one", "many"))
-    embed_images(scans, first, checkpoint, batch_size=1, threads=1, rows=rows, view=view)
-    embed_images(scans, second, checkpoint, batch_size=7, threads=3, rows=rows, view=view)
+    embed_images(scans, first, checkpoint, batch_size=1, rows=rows, view=view)
+    embed_images(scans, second, checkpoint, batch_size=7, rows=rows, view=view)
     np.testing.assert_allclose(VectorStore(first).vectors(), VectorStore(second).vectors(), atol=1e-5)
     assert VectorStore(first).table() == VectorStore(second).table()
 
 
+@pytest.mark.slow
+def test_other_processes_read_the_same_and_tell_what_they_could_not(checkpoint, scans, tmp_path, monkeypatch):
+    (scans / "case_01_0000.nii.gz").write_bytes(b"no image")
+    monkeypatch.setattr(embedding, "FEW", 3)
+    done = {n: embed_images(scans, tmp_path / str(n), checkpoint, processes=n) for n in (0, 2)}
+    assert set(done[2].failed) == {"case_01"} and done[2].failed == done[0].failed
+    here, there = (VectorStore(tmp_path / str(n)) for n in (0, 2))
+    assert here.table() == there.table()
+    np.testing.assert_array_equal(here.vectors(), there.vectors())
+
+
 def test_the_whole_image_keeps_its_proportions(checkpoint, scans):
     backbone = nnssl.load_backbone(checkpoint)
-    prepared = prepare_case("case_00", [scans / "case_00_0000.nii.gz"], backbone, view="whole")
+    prepared = prepare_case("case_00", [scans / "case_00_0000.nii.gz"], backbone.preprocessing, view="whole")
     window, _ = cut(prepared, prepared.rows[0], 0, backbone.patch_size)
     depth, height, width = prepared.data.shape[1:]
     assert window.shape == (1, 16, 16, 16) and depth == 36  # 18 slices of 2 mm; 36 voxels become 16
@@ -111,11 +122,11 @@ def test_the_height_is_that_of_the_file_whatever_its_orientation(checkpoint, tmp
     volume[5:15, 5:15, 12:18] = 100  # high up
     nibabel.save(nibabel.Nifti1Image(volume + np.random.default_rng(0).random(volume.shape), np.eye(4)), scan)
     backbone = nnssl.load_backbone(checkpoint)
-    up = float(prepare_case("a", [scan], backbone).rows[0].facts["height"])
+    up = float(prepare_case("a", [scan], backbone.preprocessing).rows[0].facts["height"])
     turned = nibabel.as_closest_canonical(nibabel.load(scan)).as_reoriented(np.array([[2, -1], [0, 1], [1, 1]]))
     nibabel.save(turned, scan)
     assert abs(up - 15 / 20) < 0.03
-    assert abs(float(prepare_case("a", [scan], backbone).rows[0].facts["height"]) - up) < 0.01
+    assert abs(float(prepare_case("a", [scan], backbone.preprocessing).rows[0].facts["height"]) - up) < 0.01
 
 
 def test_two_dimensions_and_several_channels(nnunet_environment, tmp_path):
@@ -237,6 +248,8 @@ def test_an_interrupted_index_goes_on(checkpoint, scans, tmp_path, monkeypatch):
         embed_images(scans, tmp_path / "index", checkpoint)
     with pytest.raises(UserError, match="embed again"):
         nnssl.load_index(tmp_path / "index")
+    with pytest.raises(UserError, match="embed again"):  # its statistics would be those of other images
+        embed_images(scans, tmp_path / "index", checkpoint, new=False)
     done = embed_images(scans, tmp_path / "index", checkpoint)
     assert done.skipped >= 1 and done.rows == 6
     embed_images(scans, tmp_path / "whole", checkpoint)
@@ -248,7 +261,7 @@ def test_an_interrupted_index_goes_on(checkpoint, scans, tmp_path, monkeypatch):
 def _in_a_child(scans, folder, checkpoint, new):
     embedding.SECONDS = 0.0
     torch.set_num_threads(1)
-    embed_images(scans, folder, checkpoint, batch_size=1, new=new)
+    embed_images(scans, folder, checkpoint, batch_size=1, processes=0, new=new)
 
 
 def kill_at_random_moments(scans, folder, checkpoint, *, times, new):

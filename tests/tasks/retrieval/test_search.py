@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from small_index import make_index
 
 import nnssl_plugin as nnssl
 from nnssl_plugin.data.vector_store import writing
@@ -9,24 +10,6 @@ from nnssl_plugin.errors import UserError
 from nnssl_plugin.tasks.retrieval import approximate, index
 from nnssl_plugin.tasks.retrieval.approximate import load_approximate
 from nnssl_plugin.tasks.retrieval.standardisation import Standardisation, statistics_of
-
-
-def make_index(folder, vectors, parts=("mean", "maximum"), **columns):
-    rows = [
-        {
-            "case": f"case_{n:04d}",
-            "part": "",
-            "subject": f"subject_{n // 2}",
-            "image": "",
-            **{k: v[n] for k, v in columns.items()},
-        }
-        for n in range(len(vectors))
-    ]
-    facts = {"dimensions": vectors.shape[1], "encoder": {"parts": list(parts)}, "made": {}}
-    with writing(folder, facts) as store:
-        store.append(vectors, rows)
-        store.freeze(statistics_of(vectors))
-    return nnssl.load_index(folder)
 
 
 def naive(vectors, queries, k, standardise):

@@ -24,14 +24,13 @@ from nnssl_plugin.methods.brainmvp.finetuning.cases import ChannelTemplates, Tem
 from nnssl_plugin.methods.brainmvp.finetuning.consistency import PairLoss
 from nnssl_plugin.methods.brainmvp.finetuning.mixing import Mixing
 from nnssl_plugin.methods.brainmvp.finetuning.settings import Settings
+from nnssl_plugin.methods.brainmvp.trainer import TEMPLATES
 from nnssl_plugin.nnunet.raw_folders import raw_folder
 from nnssl_plugin.tasks.classification.trainer import PretrainedClassificationTrainer
 from nnssl_plugin.tasks.segmentation.trainer import PretrainedSegmentationTrainer
 from nnssl_plugin.training.planned_network import DEFAULT_DEVICE
 from nnssl_plugin.training.resumable import ResumableTrainer
 
-TEMPLATES = "templates"
-"""Name of the spatial array that BrainMVP's pretraining declares."""
 CONSISTENCY = "consistency"
 """Series of nnU-Net's log: mean squared difference of the copies' deepest features, of the steps of an epoch."""
 MIXING = 11
