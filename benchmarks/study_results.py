@@ -356,7 +356,8 @@ def _steps(rows: list[dict[str, Any]]) -> str:
         values = [f"{row['dice_after_steps'][step]:.3f}" if step in row["dice_after_steps"] else "–" for step in steps]
         head.append(_row([row["arm"], *values, str(row["reached_after"] or "none of them")]))
     return (
-        f"**Steps to the result from scratch.** Trainings with schedules of their own; the goal is {rows[0]['goal']:.3f}, "
+        "**Steps to the result from scratch.** Trainings with schedules of their own; the goal is "
+        f"{rows[0]['goal']:.3f}, "
         f"{ENOUGH:.0%} of what training from scratch has after the whole schedule.\n\n" + "\n".join(head) + "\n\n"
     )
 
