@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,7 +45,7 @@ def work_of(work: Callable[[], Any], device: str) -> dict[str, float]:
     events = profile.key_averages()
     return {
         "launches": sum(each.count for each in events if each.key in LAUNCHES),
-        "kernel_ms": sum(each.self_device_time_total for each in events) / 1000,
+        "kernel_ms": sum(each.self_device_time_total for each in events if each.device_type == DeviceType.CUDA) / 1000,
         "waits": sum(each.count for each in events if each.key in WAITS),
     }
 

@@ -10,26 +10,41 @@ end the folder holds result.json, table.md and two figures. Evaluation cases cho
 import argparse
 import multiprocessing
 import os
+import queue
 import signal
 import sys
 import time
 import traceback
 from copy import deepcopy
+from multiprocessing.managers import BaseManager
 from pathlib import Path
 
-from frozen_study import CAPTIONS, DATASET, Arm, Study, label_draws, parts_of, prepare, read_frozen_study
-from label_efficiency import DATA
+from frozen_study import (
+    CAPTIONS,
+    DATASET,
+    Arm,
+    Study,
+    fork_context,
+    label_draws,
+    parts_of,
+    prepare,
+    preprocess,
+    read_frozen_study,
+    write_captions,
+)
 from study_steps import PLAN, environment
 
+from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import read_json, write_json
 
-QUIET = {"validation_iterations": 5, "figure_every": 10**6}
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+VALIDATION = {"validation_iterations": 5}
 
 
 def runs_of(study: Study, parts: int) -> list[tuple[Arm, int, int]]:
     """Arm, seed and part of each run, the important ones first and the seeds of all arms beside each other."""
     runs = [(arm, seed, part) for arm in study.arms for seed in range(arm.seeds) for part in range(parts)]
-    return sorted(runs, key=lambda run: (run[0].priority + run[1] // 2, run[1], run[2]))
+    return sorted(runs, key=lambda run: (run[0].priority + run[1], run[1], run[2]))
 
 
 def run_file(folder: Path, arm: Arm, seed: int, part: int) -> Path:
@@ -39,14 +54,13 @@ def run_file(folder: Path, arm: Arm, seed: int, part: int) -> Path:
 
 def work(study: Study, data: Path, folder: Path, device: str, waiting, until: float) -> None:
     """Carry out runs until none is left or the time is over; what fails is told and left."""
-    os.environ |= environment(folder, one_thread=device == "cpu") | {"nnUNet_n_proc_DA": "0", "MPLBACKEND": "Agg"}
+    import_all(study, folder)
     import torch
 
     torch.set_num_threads(1)
-    torch.backends.cudnn.benchmark = True
     parts = parts_of(study, data)
     while time.time() < until:
-        run = waiting.get()
+        _, run = waiting.get()
         if run is None:
             return
         arm, seed, part = run
@@ -61,6 +75,21 @@ def work(study: Study, data: Path, folder: Path, device: str, waiting, until: fl
             number: round(sum(sum(c) for c in d) / max(1, sum(map(len, d))), 3) for number, d in result["dice"].items()
         }
         print(f"{arm.name} seed {seed} part {part}: {spent}, Dice {five}", flush=True)
+
+
+def import_all(study: Study, folder: Path) -> None:
+    """Set nnU-Net's folders and import what runs need, once for all processes that are forked."""
+    os.environ |= environment(folder, one_thread=True) | {
+        "nnUNet_n_proc_DA": "0",
+        "MPLBACKEND": "Agg",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # looks for a GPU without making it unusable for forked processes
+    }
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    import nnssl_plugin.tasks.probing.voxels  # noqa: F401
+
+    for trainer in {arm.trainer for arm in study.arms if arm.trainer}:
+        recursive_find_trainer_class_by_name(trainer)
 
 
 def mean_dice(dice: list[list[float]]) -> float:
@@ -136,7 +165,7 @@ def pretrain(study: Study, arm: Arm, seed: int, part: int, plans: dict, dataset_
     plans = deepcopy(plans) | {"plans_name": f"{PLAN}-{arm.name}-seed{seed}", "continue_training": False}
     if arm.captions:
         plans["dataset_name"] = CAPTIONS[arm.captions]
-    block = plans["pretraining"] = {"seed": seed, "method": {}} | QUIET
+    block = plans["pretraining"] = {"seed": seed, "method": {}} | VALIDATION
     for key, value in (study.pretraining | arm.edits).items():
         name, _, own = key.partition(".")
         target, name = (block["method"], own) if own else (block, name)
@@ -144,6 +173,7 @@ def pretrain(study: Study, arm: Arm, seed: int, part: int, plans: dict, dataset_
     trainer_class = recursive_find_trainer_class_by_name(arm.trainer)
     trainer = trainer_class(plans, study.configuration, part, dataset_json, torch.device(device))
     trainer.disable_checkpointing = True
+    trainer.pictures_are_due = trainer._figures_are_due = lambda: False
     trainer.initialize()
     task, weights = trainer.task, trainer.task.weights
     task.weights = lambda progress: weights(progress) | arm.terms
@@ -170,24 +200,74 @@ def carry_out_study(study_file: Path, folder: Path, *, data: Path, jobs: int, de
 
     started = time.time()
     study = read_frozen_study(study_file)
-    prepare(study, data, folder, device=device)
-    runs = runs_of(study, max(1, study.cases.parts))
-    left = [run for run in runs if not run_file(folder, *run).exists()]
+    prepare(study, data, folder)
+    import_all(study, folder)
+    preprocess(study, folder, jobs=jobs)
     (folder / "runs").mkdir(exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    waiting = context.Queue()
-    for run in [*left, *[None] * jobs]:
-        waiting.put(run)
+    runs = list(enumerate(runs_of(study, max(1, study.cases.parts))))
+    left = [(place, run) for place, run in runs if not run_file(folder, *run).exists()]
+    waiting = _queue()
     arguments = (study, data, folder, device, waiting, started + seconds)
+    context = _context(device)
     workers = [context.Process(target=work, args=arguments, daemon=True) for _ in range(min(jobs, len(left)))]
     for worker in workers:
         worker.start()
+    for entry in left:
+        if not entry[1][0].captions:
+            waiting.put(entry)
+    for entry in _captioned(study, data, folder, left, device):  # while the others run
+        waiting.put(entry)
+    for number in range(jobs):
+        waiting.put((len(runs) + number, None))
     for worker in workers:
         worker.join()
-    waiting.cancel_join_thread()
     done = [read_json(path) for path in sorted((folder / "runs").glob("*.json"))]
     print(f"{len(done)} of {len(runs)} runs are done.")
     write_results(study, done, folder, study_file=study_file, device=device, jobs=jobs)
+
+
+def _captioned(study: Study, data: Path, folder: Path, left: list, device: str) -> list:
+    """The runs that need captions, once there are some; none where that fails, which is told."""
+    runs = [entry for entry in left if entry[1][0].captions]
+    try:
+        if runs:
+            write_captions(study, data, folder, device=device)
+    except UserError as error:
+        print(f"No captions: {error}", flush=True)
+        return []
+    return runs
+
+
+def _context(device: str):
+    """Forked workers, which import nothing anew, unless something has touched CUDA before the fork."""
+    forked = fork_context()
+    if device == "cpu":
+        return forked
+    trial = forked.Process(target=_use_cuda)
+    trial.start()
+    trial.join()
+    return forked if trial.exitcode == 0 else multiprocessing.get_context("spawn")
+
+
+def _use_cuda() -> None:
+    import torch
+
+    torch.zeros(1, device="cuda")
+
+
+class _Queues(BaseManager):
+    """Holds the queue from which all workers take what comes first."""
+
+
+_Queues.register("PriorityQueue", queue.PriorityQueue)
+
+
+def _queue():
+    manager = _Queues(ctx=fork_context())
+    manager.start()
+    waiting = manager.PriorityQueue()
+    waiting.manager = manager  # lives as long as the queue
+    return waiting
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
 """A study of frozen features as one JSON file: what it says, which cases it takes, and its datasets on disk."""
 
 import json
+import multiprocessing
 import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,8 @@ class Study:
     plan: dict[str, Any] = field(default_factory=dict)
     pretraining: dict[str, Any] = field(default_factory=dict)
     body_part: str = ""
+    clip: dict[str, Any] = field(default_factory=dict)
+    """Flags of ``nnssl_plugin clip``, for arms with captions."""
     configuration: str = "3d_fullres"
 
 
@@ -142,19 +146,54 @@ def label_draws(study: Study, part: Part) -> dict[int, list[tuple[str, ...]]]:
     return drawn
 
 
-def prepare(study: Study, data: Path, folder: Path, *, device: str) -> None:
-    """Write raw datasets, plan, preprocessed cases and captions into the study's folder; what is there stays."""
+def prepare(study: Study, data: Path, folder: Path) -> None:
+    """Write raw dataset, plan and folds into the study's folder; what is there stays."""
     parts, run = parts_of(study, data), _Commands(folder)
     _write_raw(study, data, folder)
     dataset = str(DATASET_ID)
     run("plan", "nnUNetv2_plan_and_preprocess", "-d", dataset, "-npfp", "4", "--no_pp")
     run("edit-plan", *edit_command(dataset, "nnUNetPlans", PLAN, study.plan))
-    preprocess = ("nnUNetv2_preprocess", "-d", dataset, "-plans_name", PLAN, "-c", study.configuration, "-np", "4")
-    run("preprocess", *preprocess)
     folds = [{"train": list(part.pretraining), "val": list(part.tuning)} for part in parts]
     write_json(folder / "nnUNet_preprocessed" / DATASET / "splits_final.json", folds)
-    if any(arm.captions for arm in study.arms):
-        _write_captions(study, data, folder, parts[0], run, device)
+
+
+def preprocess(study: Study, folder: Path, *, jobs: int) -> None:
+    """nnU-Net's preprocessing of the cases that lack it, in forked processes: its command starts each anew, which takes
+    longer than small cases do. The folders of nnU-Net must be set to those of the study."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans = read_json(folder / "nnUNet_preprocessed" / DATASET / f"{PLAN}.json")
+    target = folder / "nnUNet_preprocessed" / DATASET
+    target /= PlansManager(plans).get_configuration(study.configuration).data_identifier
+    target.mkdir(parents=True, exist_ok=True)
+    images = sorted((folder / "nnUNet_raw" / DATASET / "imagesTr").iterdir())
+    names = [image.name.removesuffix(f"_0000{ENDING}") for image in images]
+    tasks = [(name, plans, study.configuration, folder, target) for name in names]
+    left = [task for task in tasks if not (target / f"{task[0]}.pkl").exists()]
+    with fork_context().Pool(jobs) as pool:
+        pool.starmap(_preprocess_case, left, chunksize=4)
+
+
+def _preprocess_case(name: str, plans: dict, configuration: str, folder: Path, target: Path) -> None:
+    import torch
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    torch.set_num_threads(1)
+    planned, raw = PlansManager(plans), folder / "nnUNet_raw" / DATASET
+    described = planned.get_configuration(configuration)
+    described.preprocessor_class(verbose=False).run_case_save(
+        str(target / name),
+        [str(raw / "imagesTr" / f"{name}_0000{ENDING}")],
+        str(raw / "labelsTr" / f"{name}{ENDING}"),
+        planned,
+        described,
+        read_json(raw / "dataset.json"),
+    )
+
+
+def fork_context():
+    """Processes that share what has been imported, where the system can fork."""
+    return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 class _Commands:
@@ -202,12 +241,13 @@ def _describe(study: Study, raw: Path, cases: int) -> None:
     write_json(raw / "dataset.json", content)
 
 
-def _write_captions(study: Study, data: Path, folder: Path, part: Part, run: _Commands, device: str) -> None:
+def write_captions(study: Study, data: Path, folder: Path, *, device: str) -> None:
     """Raw datasets of the cases that pretrainings may see, one for each kind of captions.
 
     A pair of encoders is trained on slices and true texts; shuffled captions are its embeddings with the texts dealt
     out anew, so that they say what slices look like, but not which.
     """
+    part, run = parts_of(study, data)[0], _Commands(folder)
     images, labels = (files_by_case(data, place) for place in (study.data.images, study.data.labels))
     seen = (*part.pretraining, *part.tuning)
     for name in CAPTIONS.values():
@@ -220,11 +260,12 @@ def _write_captions(study: Study, data: Path, folder: Path, part: Part, run: _Co
     template, shuffled, named = (folder / "nnUNet_raw" / CAPTIONS[kind] for kind in (CAPTIONED, SHUFFLED, NAMED))
     body = ("--body-part", study.body_part) if study.body_part else ()
     run("caption", "nnssl_plugin", "caption", "-d", template.name, *body)
-    run("clip", "nnssl_plugin", "clip", "-d", template.name, "-device", device)
+    flags = [word for flag, value in study.clip.items() for word in (f"--{flag}", str(value))]
+    run("clip", "nnssl_plugin", "clip", "-d", template.name, "-device", device, *flags)
     triplets = read_triplets(template)
     if not (named / "triplets.jsonl").exists():
         write_triplets(named, [_with_structures(triplet, labels, study.data.label_names) for triplet in triplets])
-    run("clip-named", "nnssl_plugin", "clip", "-d", named.name, "-device", device)
+    run("clip-named", "nnssl_plugin", "clip", "-d", named.name, "-device", device, *flags)
     _shuffle(template, shuffled, triplets)
 
 

@@ -100,8 +100,9 @@ def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Resize (C, *spatial) to (C, *size): axes that shrink are averaged (no aliasing), axes that grow interpolated."""
     x = torch.from_numpy(np.asarray(image, dtype=np.float32))[None]
     shrunk = [min(a, b) for a, b in zip(x.shape[2:], size, strict=True)]
-    x = functional.interpolate(x, size=shrunk, mode="area")
-    x = functional.interpolate(x, size=tuple(size), mode={2: "bilinear", 3: "trilinear"}[len(shrunk)])
+    for target, mode in ((shrunk, "area"), (list(size), {2: "bilinear", 3: "trilinear"}[len(shrunk)])):
+        if target != list(x.shape[2:]):  # to its own size both are the image itself
+            x = functional.interpolate(x, size=target, mode=mode)
     return x[0].numpy()
 
 

@@ -28,13 +28,17 @@ class FastConv(ConvDropoutNormReLU):
         return self.normalised(self.convolved(x), None, _slope(getattr(self, "nonlin", None)))
 
     def convolved(self, x: Tensor) -> Tensor:
-        """What is normalised."""
-        x = self.conv(x)
-        return self.dropout(x) if hasattr(self, "dropout") else x
+        """What is normalised: without the convolution's bias, which the normalisation takes away again."""
+        if hasattr(self, "dropout"):
+            return self.dropout(self.conv(x))
+        return self.conv._conv_forward(x, self.conv.weight, None)
 
     def normalised(self, x: Tensor, residual: Tensor | None, slope: float) -> Tensor:
         """Normalise, add a residual and activate."""
-        return normalise(x, self.norm.weight, self.norm.bias, residual, eps=self.norm.eps, slope=slope)
+        cancelled = None if hasattr(self, "dropout") else self.conv.bias
+        return normalise(
+            x, self.norm.weight, self.norm.bias, residual, eps=self.norm.eps, slope=slope, cancelled=cancelled
+        )
 
 
 class FastBasicBlock(BasicBlockD):
@@ -63,7 +67,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def use_fast_blocks(network: nn.Module) -> None:
-    """Swap the blocks of a bare network, in place; once is enough.
+    """Swap the blocks of a bare network, in place; once is enough. Weights are moved to channels-last memory.
 
     Args:
         network: PlainConvUNet or ResidualEncoderUNet with instance normalisation and LeakyReLU.
@@ -71,19 +75,36 @@ def use_fast_blocks(network: nn.Module) -> None:
     Raises:
         UserError: for any other network, which stays as it is.
     """
-    encoder = getattr(network, "encoder", None)
-    blocks = [module for module in network.modules() if type(module) in FAST]
-    if encoder is None or not blocks:
-        if any(isinstance(module, FastConv) for module in network.modules()):
-            return
-        raise _refusal(network, "its layers are not nnU-Net's convolution blocks")
-    for block in blocks:
-        reason = _unknown(block)
-        if reason:
-            raise _refusal(network, reason)
-    for block in blocks:
+    if has_fast_blocks(network):
+        return
+    reason = reason_against_fast_blocks(network)
+    if reason:
+        raise UserError(
+            f"{type(network).__name__} has no fast blocks: {reason}.",
+            "Leave the setting fast out, or take a plan with nnU-Net's PlainConvUNet or ResidualEncoderUNet.",
+        )
+    for block in _blocks(network):
         block.__class__ = FAST[type(block)]
-    encoder.register_forward_pre_hook(_to_channels_last)
+    dimensions = next(parameter.ndim for parameter in network.parameters() if parameter.ndim > 1)
+    network.to(memory_format=torch.channels_last if dimensions == 4 else torch.channels_last_3d)
+    network.encoder.register_forward_pre_hook(_to_channels_last)
+
+
+def has_fast_blocks(network: nn.Module) -> bool:
+    """Whether the blocks were swapped."""
+    return any(isinstance(module, FastConv) for module in network.modules())
+
+
+def reason_against_fast_blocks(network: nn.Module) -> str:
+    """Why a network cannot have them; empty if it can."""
+    blocks = _blocks(network)
+    if not blocks or not hasattr(network, "encoder"):
+        return "its layers are not nnU-Net's convolution blocks"
+    return next(filter(None, map(_unknown, blocks)), "")
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if type(module) in FAST]
 
 
 def _unknown(block: nn.Module) -> str:
@@ -123,10 +144,3 @@ def _to_channels_last(encoder: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[T
         x = x.contiguous()
         return x.as_strided(x.shape, (x.stride(0), 1, *x.stride()[2:])), *others
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d), *others
-
-
-def _refusal(network: nn.Module, reason: str) -> UserError:
-    return UserError(
-        f"{type(network).__name__} has no fast blocks: {reason}.",
-        "Leave the setting fast out, or use a plan with PlainConvUNet or ResidualEncoderUNet as nnU-Net plans them.",
-    )

@@ -47,6 +47,7 @@ def normalise(
     *,
     eps: float = 1e-5,
     slope: float = NO_ACTIVATION,
+    cancelled: Tensor | None = None,
 ) -> Tensor:
     """LeakyReLU(instance normalisation of ``x``, times ``weight`` plus ``bias``, plus ``residual``).
 
@@ -59,6 +60,7 @@ def normalise(
         residual: of the shape of ``x``.
         eps: added to the variance.
         slope: of LeakyReLU below 0, at least 0; 1 is no activation.
+        cancelled: (C,), a bias that was not added to ``x``, since the mean takes it away; its gradient is 0.
 
     Returns:
         (N, C, *spatial), of the type of ``x``.
@@ -68,7 +70,7 @@ def normalise(
     """
     if x.shape[2:].numel() == 1:
         raise ValueError(f"Instance normalisation needs more than one voxel per channel, got {tuple(x.shape)}")
-    return _Normalise.apply(x, weight, bias, residual, eps, slope)
+    return _Normalise.apply(x, weight, bias, residual, cancelled, eps, slope)
 
 
 class _Normalise(torch.autograd.Function):
@@ -81,6 +83,7 @@ class _Normalise(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
+        cancelled: Tensor | None,
         eps: float,
         slope: float,
     ) -> Tensor:
@@ -88,18 +91,19 @@ class _Normalise(torch.autograd.Function):
         forward = normalised if kernels is None else kernels.normalised
         y, mean, scale = forward(x, weight, bias, residual, eps=eps, slope=slope)
         # LeakyReLU keeps the sign: the result tells its branch; without a residual the input does
-        ctx.save_for_backward(x, weight, bias, mean, scale, y if residual is not None else None)
+        ctx.save_for_backward(x, weight, bias, mean, scale, y if residual is not None else None, cancelled)
         ctx.slope = slope
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, scale, y = ctx.saved_tensors
+        x, weight, bias, mean, scale, y, cancelled = ctx.saved_tensors
         kernels = _kernels(x)
         backward = gradients if kernels is None else kernels.gradients
         found = backward(gradient, x, weight, bias, y, mean=mean, scale=scale, slope=ctx.slope)
         affine = (None, None) if weight is None else (found.weight.to(weight.dtype), found.bias.to(bias.dtype))
-        return found.x, *affine, found.residual, None, None
+        of_cancelled = None if cancelled is None else torch.zeros_like(cancelled)
+        return found.x, *affine, found.residual, of_cancelled, None, None
 
 
 def normalised(

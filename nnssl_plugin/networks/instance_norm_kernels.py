@@ -20,6 +20,8 @@ MOST_CHANNELS = 64
 """Of a tile."""
 MOST_CHUNKS = 256
 """Into which the voxels of a sample are cut for statistics and sums."""
+WARPS = 4
+"""Of a program."""
 
 
 class Layout(NamedTuple):
@@ -61,7 +63,7 @@ def normalised(
     mean, scale = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
     means, squares = _sums(cut, x)
     _statistics_of_chunks[(cut.chunks, cut.samples, cut.blocks)](
-        x, means, squares, cut.voxels, cut.channels, cut.chunk, ROWS=cut.rows, BLOCK=cut.block
+        x, means, squares, cut.voxels, cut.channels, cut.chunk, ROWS=cut.rows, BLOCK=cut.block, num_warps=WARPS
     )
     _statistics[(cut.samples, cut.blocks)](
         means, squares, mean, scale, eps, cut.voxels, cut.channels, cut.chunks, cut.chunk, BLOCK=cut.block, MANY=64
@@ -80,6 +82,7 @@ def normalised(
         RESIDUAL=residual is not None,
         ROWS=cut.rows,
         BLOCK=cut.block,
+        num_warps=WARPS,
     )
     return Normalised(y, mean, scale)
 
@@ -107,16 +110,16 @@ def gradients(
         "ACTIVATED": slope != NO_ACTIVATION,
         "ROWS": cut.rows,
         "BLOCK": cut.block,
+        "num_warps": WARPS,
     }
     chunks = _sums(cut, x)
     _sums_of_chunks[(cut.chunks, cut.samples, cut.blocks)](
         *common, *chunks, slope, cut.voxels, cut.channels, cut.chunk, **options
     )
-    of_bias, of_weight = (each.sum(1) for each in chunks)  # (N, C)
+    sums = chunks.sum(2)  # (2, N, C)
     _apply_backward[(triton.cdiv(cut.voxels, cut.rows), cut.samples, cut.blocks)](
         *common,
-        of_bias,
-        of_weight,
+        *sums,
         of_x,
         of_x if of_residual is None else of_residual,
         slope,
@@ -124,17 +127,17 @@ def gradients(
         cut.channels,
         **options,
     )
-    return Gradients(of_x, of_weight.sum(0), of_bias.sum(0), of_residual)
+    of_bias, of_weight = sums.sum(1)
+    return Gradients(of_x, of_weight, of_bias, of_residual)
 
 
 def _channels_last(maps: Tensor) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last if maps.ndim == 4 else torch.channels_last_3d)
 
 
-def _sums(cut: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for two numbers per chunk and channel."""
-    both = torch.empty(2, cut.samples, cut.chunks, cut.channels, dtype=torch.float32, device=x.device)
-    return both[0], both[1]
+def _sums(cut: Layout, x: Tensor) -> Tensor:
+    """Room for two numbers per chunk and channel, (2, N, chunks, C)."""
+    return torch.empty(2, cut.samples, cut.chunks, cut.channels, dtype=torch.float32, device=x.device)
 
 
 def _given(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@ Shapes: ``n`` rows (volumes), ``m`` columns (slices or texts), ``d`` dimensions 
 independent problems. Marginals are uniform, 1/n and 1/m.
 """
 
+import importlib.util
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ COST_EPSILON = 1e-8
 
 ABSORB_EVERY = 5
 """Iterations of the solver between two times that the plan is made anew and convergence is looked at."""
+
+LARGEST = 64
+"""Rows or columns of a problem that Triton's kernel solves: its plan stays in registers."""
 
 
 def mahalanobis_cost(x: Tensor, y: Tensor, metric: Tensor) -> Tensor:
@@ -59,9 +64,10 @@ def log_partial_transport_plan(
         cost: (..., n, m); solved in float64 where the device has it.
         mass: s in (0, 1], the mass to transport; never more than the marginals hold, so that 1 works for every n.
         epsilon: ε > 0, in units of the cost.
-        iterations: greatest number of iterations, at least 1; on a CPU they end once nothing changes any more.
-        solver: ``"log"`` solves all problems at once and reads nothing on the host of a GPU; ``"pot"`` runs the
-            entropic solver of the package POT, one problem at a time.
+        iterations: greatest number of iterations, at least 1; they end once nothing changes any more, except in
+            problems too large for the kernel on a GPU.
+        solver: ``"log"`` solves all problems at once, on CUDA in one launch where they are of up to 64 × 64, and reads
+            nothing on the host of a GPU; ``"pot"`` runs the entropic solver of the package POT, one problem at a time.
 
     Returns:
         (..., n, m) log π, finite also where π underflows; float32 for costs in half precision.
@@ -155,7 +161,9 @@ class _LogPlan(torch.autograd.Function):
             log_plan = _pot(kernel, mass=mass, iterations=iterations)
         else:
             tolerance = max(4 * torch.finfo(cost.dtype).eps, 1e-13)
-            log_plan = _bregman_projections(kernel, mass=mass, iterations=iterations, tolerance=tolerance)
+            kernels = _kernels(kernel)
+            solve = _bregman_projections if kernels is None else kernels.bregman_projections
+            log_plan = solve(kernel, mass=mass, iterations=iterations, tolerance=tolerance)
         ctx.save_for_backward(kernel, log_plan)
         ctx.balanced, ctx.epsilon = mass == 1, epsilon
         return log_plan.to(cost.dtype)
@@ -206,6 +214,15 @@ def _bregman_projections(kernel: Tensor, *, mass: float, iterations: int, tolera
         if kernel.device.type == "cpu" and change.abs().amax().item() < tolerance:
             break
     return log_plan.reshape(shape)
+
+
+def _kernels(kernel: Tensor) -> ModuleType | None:
+    """Triton's kernel, where it can be used."""
+    if kernel.device.type != "cuda" or max(kernel.shape[-2:]) > LARGEST or importlib.util.find_spec("triton") is None:
+        return None
+    from nnssl_plugin.objectives import partial_transport_kernels  # needs Triton
+
+    return partial_transport_kernels
 
 
 def _pot(kernel: Tensor, *, mass: float, iterations: int) -> Tensor:

@@ -25,7 +25,7 @@ from nnssl_plugin.data.streams import BatchStream, prepare_workers
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.networks.fast_blocks import use_fast_blocks
+from nnssl_plugin.networks.fast_blocks import has_fast_blocks, reason_against_fast_blocks, use_fast_blocks
 from nnssl_plugin.networks.recomputing import recompute_activations
 from nnssl_plugin.nnunet.planes import axis_letters
 from nnssl_plugin.pretraining.batch_norm import RunningStatistics, check_batch_norm
@@ -153,11 +153,15 @@ class Pretrainer(ResumableTrainer):
             )
         channels = self.network_channels(num_input_channels)
         network = super().build_network_architecture(plans_manager, configuration_manager, channels, *others, **options)
-        if self.training_settings.fast:
+        if self._takes_fast_blocks(network):
             use_fast_blocks(network)
         if self.training_settings.recompute:
             recompute_activations(network)
         return network
+
+    def _takes_fast_blocks(self, network: nn.Module) -> bool:
+        chosen = self.training_settings.fast
+        return self.device.type == "cuda" and not reason_against_fast_blocks(network) if chosen is None else chosen
 
     def configure_optimizers(self):
         """Put the task in the network's place, the one moment between building and wrapping."""
@@ -165,8 +169,8 @@ class Pretrainer(ResumableTrainer):
         self.task = self.network = self.build_task(backbone).to(self.device)
         check_batch_norm(self.task, self.training_settings, device=self.device, several_ranks=self.is_ddp)
         if super()._do_i_compile():
-            for module in self.network.modules():
-                if isinstance(module, Backbone):  # a teacher's too
+            for module in self.network.modules():  # a teacher's backbone too
+                if isinstance(module, Backbone) and not has_fast_blocks(module):
                     module.compile_parts()
         return optimisation_of(self.task, self.training_settings, total=self.total_steps)
 

@@ -58,9 +58,9 @@ class TrainingSettings:
     """Of networks with batch normalisation, on several ranks: ``averaged`` normalises on each rank by its own samples
     and averages the running statistics after every step; ``synchronised`` normalises by the samples of all ranks, on
     CUDA alone. Such networks take no ``chunk_size``."""
-    fast: bool = False
-    """For CUDA: channels-last maps, and normalisation with activation as one step, in PlainConvUNet and
-    ResidualEncoderUNet. Keys, checkpoints and, to rounding, results stay."""
+    fast: bool | None = None
+    """Channels-last maps, and normalisation with activation as one step, in PlainConvUNet and ResidualEncoderUNet, in
+    place of torch.compile; ``null``: on CUDA, where the network is one of them. Keys and, to rounding, results stay."""
     recompute: bool = False
     """Activation checkpointing: stages of U-Nets and blocks of transformers keep their inputs alone, and compute the
     rest again in the backward pass, for less memory at the time of one more forward. Results stay."""

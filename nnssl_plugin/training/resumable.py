@@ -307,6 +307,10 @@ class ResumableTrainer(PlannedNetworkTrainer):
                 f"The checkpoint's optimiser does not fit the plan: {error}.",
                 "Restore the plan's settings, or start without --c.",
             ) from error
+        for parameter, values in self.optimizer.state.items():  # fused optimisers want one order in memory for all
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter).copy_(value)
 
     def _read_newest(self, path: Path) -> dict[str, Any]:
         """The checkpoint, or the one before where it is damaged."""

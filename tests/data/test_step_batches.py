@@ -312,6 +312,7 @@ def test_resize_averages_where_it_shrinks_and_keeps_constants():
     small = resize(image, (4, 3, 2))
     np.testing.assert_allclose(small, image.reshape(1, 4, 2, 3, 2, 2, 2).mean((2, 4, 6)), rtol=1e-5)
     np.testing.assert_allclose(resize(np.full((2, 5, 7, 3), 1.5, np.float32), (9, 2, 3)), 1.5, rtol=1e-6)
+    np.testing.assert_array_equal(resize(image, image.shape[1:]), image)
 
 
 def test_absent_channels_are_zero_whatever_was_stored_and_the_others_as_before(open_batches, nnunet_environment):

@@ -8,6 +8,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from dynamic_network_architectures.building_blocks.residual import BottleneckD
 from fake_dataset import fake_plan
 from method_checks import TWO_EPOCHS, assert_resumes_exactly
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pretraining_harness import make_trainer, run
 from torch import nn
 from toy_method import ToyPretrainer
@@ -68,13 +69,14 @@ NETWORKS = {
 }
 
 
-def outcome(network, x):
-    """Everything that comes out, and the gradients of image and parameters."""
+def outcome(network, x, scale=1):
+    """Everything that comes out, and the gradients of image and parameters; ``scale`` keeps those of half precision."""
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
     results = network(x)
-    gradients = torch.autograd.grad(sum(r.square().mean() for r in results), [x, *network.parameters()])
-    return [*results, *gradients]
+    loss = scale * sum(r.float().square().mean() if scale > 1 else r.square().mean() for r in results)
+    gradients = torch.autograd.grad(loss, [x, *network.parameters()])
+    return [*results, *(gradient / scale for gradient in gradients)]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -109,7 +111,6 @@ def test_every_block_is_swapped_and_keys_stay(arguments):
     assert list(state) == list(network.state_dict())
     network.load_state_dict(state)  # what was trained with fast blocks loads into stock nnU-Net's network
     swapped.load_state_dict(network.state_dict())
-    assert all(value.is_contiguous() for value in state.values())
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -165,6 +166,27 @@ def test_mixed_precision_stays_within_its_rounding(kind):
     assert errors[0] < 1.2 * errors[1]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("arguments", NETWORKS.values(), ids=NETWORKS)
+def test_networks_on_cuda_give_the_same_forward_and_backward(arguments):
+    network = planned(**{name: value for name, value in arguments.items() if not name.startswith("dropout")})
+    x = torch.randn(2, arguments.get("channels", 1), *[16] * arguments.get("dimensions", 3))
+    exact = outcome(network.double(), x.double())
+    network, x = network.float().cuda(), x.cuda()
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        swapped = outcome(fast(network), x)
+    for found, expected in zip(swapped, exact, strict=True):  # of biases before a norm it is rounding, of zero
+        assert (found.cpu().double() - expected).norm() <= 1e-4 * expected.norm() + 1e-5
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cuda", dtype=dtype):
+            halves = [outcome(each, x, scale=1024) for each in (fast(network), network)]
+        mine, others = (
+            torch.stack([(found.cpu().double() - expected).norm() for found, expected in zip(half, exact, strict=True)])
+            for half in halves
+        )
+        assert mine.norm() <= 2 * others.norm() + 1e-3  # values near 0 that activate or not make single maps differ
+
+
 @pytest.mark.parametrize(
     ("network", "reason"),
     [
@@ -215,10 +237,33 @@ def test_pretraining_with_the_setting_resumes_exactly(here):
     assert_resumes_exactly(ToyPretrainer, pretraining={"fast": True} | TWO_EPOCHS)
 
 
-def test_a_checkpoint_of_either_goes_on_with_the_other(here):
-    run(pretraining={"fast": True} | TWO_EPOCHS)
-    resumed = make_trainer(pretraining={"fast": False} | TWO_EPOCHS, resume="checkpoint_final.pth")
+@pytest.mark.parametrize("first", [False, True])
+def test_a_checkpoint_of_either_goes_on_with_the_other(first, here):
+    run(pretraining={"fast": first} | TWO_EPOCHS)
+    resumed = make_trainer(pretraining={"fast": not first} | TWO_EPOCHS, resume="checkpoint_final.pth")
     assert resumed.step == 4
+    for parameter, state in resumed.optimizer.state.items():
+        assert state["exp_avg"].stride() == parameter.stride()
+
+
+def test_left_open_the_setting_is_off_on_a_cpu_and_on_for_known_networks_on_cuda(here, monkeypatch):
+    trainer = make_trainer(pretraining=TWO_EPOCHS)
+    trainer.initialize()
+    assert trainer.training_settings.fast is None
+    assert not any(isinstance(module, FastConv) for module in trainer.task.modules())
+    monkeypatch.setattr(trainer, "device", torch.device("cuda"))
+    assert trainer._takes_fast_blocks(planned())
+    assert not trainer._takes_fast_blocks(planned(norm_op=nn.BatchNorm3d))
+
+
+def test_fast_blocks_are_not_compiled(here, monkeypatch):
+    monkeypatch.setenv("nnUNet_compile", "t")
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(module))
+    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda trainer: True)
+    for chosen in (True, False):
+        make_trainer(pretraining={"fast": chosen} | TWO_EPOCHS).initialize()
+        assert bool(compiled) != chosen
 
 
 def test_pretraining_refuses_other_networks_before_it_starts(here):

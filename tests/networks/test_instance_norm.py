@@ -145,3 +145,33 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, block):
         signature = {key: kinds[key] for key in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         assert "cubin" in triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 7, 5), (2, 32, 24, 40, 20), (1, 320, 5, 6, 5), (2, 48, 64, 64)])
+def test_kernels_on_cuda_equal_float64(shape, dtype):
+    settings = [
+        (False, False, 0.01, True),
+        (True, False, 1.0, True),
+        (True, True, 0.01, True),
+        (True, False, 0.0, False),
+    ]
+    for affine, residual, slope, channels_last in settings:
+        given = inputs(shape, affine=affine, residual=residual, channels_last=channels_last, dtype=dtype)
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        found = []
+        for device, kind in (("cuda", None), ("cpu", torch.float64)):
+            there = [
+                each
+                if each is None
+                else each.detach().to(device, each.dtype if kind is None else kind).requires_grad_()
+                for each in given
+            ]
+            operation = normalise if device == "cuda" else stock
+            result = operation(*there, slope=slope)
+            wanted = [each for each in there if each is not None]
+            backward = torch.autograd.grad(result, wanted, gradient.to(device, result.dtype))
+            found.append([each.detach().cpu().double() for each in (result, *backward)])
+        for mine, exact in zip(*found, strict=True):
+            assert (mine - exact).norm() <= max(1e-5, torch.finfo(dtype).eps) * exact.norm() + 1e-6

@@ -31,6 +31,8 @@ def test_closed_forms():
     d = 256
     same = units(1, d).expand(32, d)
     assert coding_rate(same, 0.25).item() == pytest.approx(0.5 * math.log(1 + d / 0.25), rel=1e-9)
+    assert coding_rate(same, 0.25).item() == pytest.approx(3.46622, abs=1e-5)
+    assert coding_rate(same - same.mean(0), 0.25).item() == pytest.approx(0, abs=1e-9)
     orthonormal = torch.eye(32, d, dtype=torch.float64)
     assert coding_rate(orthonormal, 0.25).item() == pytest.approx(55.94412, abs=1e-5)
     assert coding_rate(orthonormal, 0.5).item() == pytest.approx(45.33141, abs=1e-5)

@@ -30,12 +30,13 @@ class Med3DInsight(PretextTask):
         backbone: the planned network; encoder and decoder are trained.
         settings: :class:`Settings`.
         embedding_dim: E of the image and text embeddings.
+        steps: optimiser steps of the run, by which ``progress`` tells the number of a step.
     """
 
     needs = Needs(window="slice", placement="free", triplets=True, dimensions=(3,))
     trained_parts = ("encoder", "decoder")
 
-    def __init__(self, backbone: Backbone, settings: Settings, embedding_dim: int):
+    def __init__(self, backbone: Backbone, settings: Settings, embedding_dim: int, steps: int = 1):
         super().__init__(backbone, settings)
         if settings.field_of_view == "resize":
             self.needs = replace(self.needs, window="whole")
@@ -52,6 +53,7 @@ class Med3DInsight(PretextTask):
         )
         # M of the Mahalanobis distance, shared by images and texts; the identity starts at the Euclidean distance
         self.metric = nn.Parameter(torch.eye(embedding_dim))
+        self.steps = steps
 
     @torch.no_grad()
     def views(self, batch: Batch, generator: torch.Generator) -> Views:
@@ -106,8 +108,14 @@ class Med3DInsight(PretextTask):
 
     @torch.no_grad()
     def after_step(self, progress: float, applied: Tensor) -> None:
-        """M = Proj(M), the last line of Algorithm 1 (on CUDA the eigendecomposition waits for the device)."""
-        self.metric.copy_(torch.where(applied, project_psd(self.metric), self.metric))
+        """M = Proj(M), the last line of Algorithm 1, in every ``project_every``-th step and the last one.
+
+        The projection waits for the device. Between two of them the cost is that of M all the same, where its
+        quadratic form is negative 0.
+        """
+        done = round(progress * self.steps) + 1
+        if done % self.settings.project_every == 0 or done == self.steps:
+            self.metric.copy_(torch.where(applied, project_psd(self.metric), self.metric))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Everything trained; M and V_p without weight decay, which would pull them to 0 where no slice falls."""

@@ -40,6 +40,8 @@ class Settings:
     solver: Literal["log", "pot"] = "log"
     """``log``: all transport problems of a step at once, on the device; ``pot``: POT's entropic solver, one after the
     other, for comparison. Both find the same plan and have the same gradient."""
+    project_every: Count = 10
+    """Steps between two projections of the metric, which is projected after the last step, too; 1 is the paper's."""
     field_of_view: Literal["window", "resize"] = "window"
     """``window``: crops at the plan's spacing that contain the slice, as nnU-Net's fine-tuning sees voxels (95.23 Dice
     in table VI(g)); ``resize``: the whole case resized to the patch, the paper's main setting (94.75)."""

@@ -29,4 +29,5 @@ class Med3DInsightPretrainer(Pretrainer):
         return batches
 
     def build_task(self, backbone: Backbone) -> Med3DInsight:
-        return Med3DInsight(backbone, self.method_settings, embedding_size(self.plans_manager.dataset_name))
+        dim = embedding_size(self.plans_manager.dataset_name)
+        return Med3DInsight(backbone, self.method_settings, dim, steps=self.total_steps)

@@ -170,21 +170,33 @@ def _add(
     users: Sequence[tuple[int, RidgeSums]],
 ) -> None:
     """Add the voxels of one window whose labels (*patch) are known to the sums, each with its number of the case."""
-    device = features[0].device
-    for label in np.unique(labels[labels >= 0]).tolist():
-        places = torch.from_numpy(np.argwhere(labels == label)).to(device, torch.float32)
-        for voxels in places.split(max(1, SLAB_VALUES // sum(backbone.channels))):
-            columns = hypercolumns(backbone, features, window, voxels).to(users[0][1].device).double()
-            columns = torch.cat((columns, columns.new_ones(len(columns), 1)), 1)
-            moments, total = columns.mT @ columns, columns.sum(0)
+    places, known = np.argwhere(labels >= 0), labels[labels >= 0]
+    order = np.argsort(known, kind="stable")
+    places, known = places[order].astype(np.float32), known[order]
+    together = max(1, SLAB_VALUES // sum(backbone.channels))
+    for start in range(0, len(known), together):
+        part = known[start : start + together]
+        voxels = torch.from_numpy(places[start : start + together]).to(features[0].device)
+        columns = hypercolumns(backbone, features, window, voxels).to(users[0][1].device).double()
+        columns = torch.cat((columns, columns.new_ones(len(columns), 1)), 1)
+        for label in np.unique(part).tolist():
+            first, last = np.searchsorted(part, (label, label + 1))
+            chosen = columns[first:last]
+            moments, total = chosen.mT @ chosen, chosen.sum(0)
             for number, sums in users:
                 sums.add(moments, total, label=label, group=number % sums.groups)
 
 
 def _classes(stages: Sequence[Tensor], bias: Tensor) -> Tensor:
     """The class (B, R, rows, ...) of the greatest score, from what each stage adds (B, R · K, rows, ...)."""
-    total = torch.stack(list(stages)).sum(0).unflatten(1, bias.shape)
-    return (total + bias.reshape(*bias.shape, *[1] * (total.ndim - 3))).argmax(2).short()
+    total = torch.stack(list(stages)).sum(0).unflatten(1, bias.shape) + bias.reshape(
+        *bias.shape, *[1] * (stages[0].ndim - 2)
+    )
+    best, found = total[:, :, 0], torch.zeros_like(total[:, :, 0], dtype=torch.int16)
+    for label in range(1, bias.shape[1]):  # argmax over an inner axis is slow on a CPU
+        better = total[:, :, label] > best
+        best, found = torch.where(better, total[:, :, label], best), found.masked_fill(better, label)
+    return found
 
 
 def _dice(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

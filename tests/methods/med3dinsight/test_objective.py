@@ -259,6 +259,17 @@ def test_metric_starts_euclidean_and_is_projected_after_an_applied_step_only():
     assert task.metric.requires_grad
 
 
+def test_metric_is_projected_every_few_steps_and_after_the_last_one():
+    task = build(project_every=4)
+    task.steps, projected = 1003, []
+    for step in range(task.steps):
+        with torch.no_grad():
+            task.metric.copy_(-torch.eye(EMBEDDING_DIM))
+        task.after_step(step / task.steps, torch.tensor(True))
+        projected += [step + 1] * (task.metric[0, 0].item() == 0)
+    assert projected == [*range(4, 1003, 4), 1003]
+
+
 def test_metric_and_places_have_no_weight_decay_and_groups_are_complete():
     task = build()
     others, spared = task.parameter_groups()

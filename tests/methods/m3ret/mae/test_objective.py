@@ -14,6 +14,7 @@ from small_patch_vit import small_patch_vit
 from small_primus import with_primus
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.methods.m3ret.mae.heads import PatchDecoder
 from nnssl_plugin.methods.m3ret.mae.objective import M3RetMAE, masked_error
 from nnssl_plugin.methods.m3ret.mae.patches import patchify
 from nnssl_plugin.methods.m3ret.mae.settings import Settings
@@ -69,6 +70,34 @@ def test_the_share_of_masked_patches_is_exact(ratio):
     keep = views_of(make_task(ratio=ratio))["keep"]
     assert keep.shape == (3, 8 - math.floor(8 * ratio))
     assert all(len(set(row.tolist())) == len(row) for row in keep)
+
+
+@pytest.mark.parametrize(("slices", "masked"), [(4, 192), (16, 768), (64, 3072)])
+def test_of_the_papers_inputs_192_768_and_3072_patches_are_masked(slices, masked):
+    task = make_task(small_patch_vit(patch_size=(4, 16, 16)))
+    keep = views_of(task, make_batch(samples=1, size=(slices, 256, 256)))["keep"]
+    assert keep.shape == (1, masked // 3)
+
+
+def test_encoded_tokens_stand_in_their_places_and_the_mask_token_in_all_others():
+    decoder = PatchDecoder(5, 6, 1, 1, 6)
+    decoder.blocks, decoder.predict = torch.nn.Identity(), torch.nn.Identity()
+    decoder.blocks.forward = lambda tokens, grid: tokens
+    tokens, _, keep = draw(torch.Generator().manual_seed(0))
+    tokens = tokens.float()
+    visible = tokens.gather(1, keep[:, :, None].expand(-1, -1, 5))
+    expected = decoder.mask_token.repeat(2, 6, 1)
+    for sample in range(2):
+        for place in keep[sample].tolist():
+            expected[sample, place] = decoder.embed(tokens[sample, place])
+    torch.testing.assert_close(decoder(visible, keep, (6,)), expected)
+
+
+def test_a_restored_image_does_not_depend_on_the_others_of_its_batch():
+    task = make_task().double().eval()
+    views = {name: view.double() if view.is_floating_point() else view for name, view in views_of(task).items()}
+    alone = task.restore({name: view[1:2] for name, view in views.items()})
+    torch.testing.assert_close(alone, task.restore(views)[1:2].contiguous())
 
 
 def test_the_network_sees_nothing_of_a_masked_patch():
