@@ -47,6 +47,8 @@ NETWORK = {
     "n_conv_per_stage_decoder": [1, 1, 1],
 }
 PATCH = [24, 24, 24]
+ENDINGS = {"train": ".nii.gz", "test": "_0000.nii.gz"}
+"""Of the files that adrenal_data.py writes."""
 
 
 class Again:
@@ -74,7 +76,7 @@ def prepare(archive: Path, folder: Path, fractions: list[float]) -> None:
     lines = ["case,diagnosis"]
     for split in ("train", "test"):
         for path in (folder / "adrenal" / split).iterdir():
-            path.rename(scans / path.name.replace("_0000", ""))
+            path.rename(scans / (path.name.removesuffix(ENDINGS[split]) + ".nii.gz"))
         lines += (folder / "adrenal" / f"{split}.csv").read_text().splitlines()[1:]
     table.write_text("\n".join(lines) + "\n")
     number, name = DATASET[7:10], DATASET[11:]
@@ -198,6 +200,7 @@ def summarise(results: Path, fractions: list[float]) -> dict:
             values = [own[seed]["auroc"] for seed in own]
             row = {"look": "as trained", "labelled_cases": labelled, "arm": arm, "mean": statistics.fmean(values)}
             row |= {"seeds": len(together), "difference_to_scratch": None}
+            row["paired"] = [statistics.fmean(each[seed]["auroc"] for seed in together) for each in (own, twin)]
             row |= {"sd_over_seeds": statistics.stdev(values) if len(values) > 1 else None, "per_seed": values}
             if arm != "scratch":
                 rng, cases = np.random.default_rng(0), sorted(twin[together[0]]["truth"])

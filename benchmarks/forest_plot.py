@@ -1,8 +1,8 @@
 """One picture of all beds: each arm's difference to training from scratch, with its interval.
 
-    python benchmarks/forest_plot.py docs/results -o docs/results/forest.png
+    python benchmarks/forest_plot.py docs/results/beds -o docs/results/forest.png
 
-reads the summary.json files of the beds, kept as ``docs/results/NAME.json``.
+reads the summary.json files of the beds, kept as ``docs/results/beds/NAME.json``.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def lines_of(folder: Path) -> list[tuple[str, str, dict]]:
 def draw(lines: list[tuple[str, str, dict]], path: Path) -> None:
     """Right of 0 the pretrained network is better."""
     titles, arms = list(dict.fromkeys(line[0] for line in lines)), list(dict.fromkeys(line[1] for line in lines))
-    step = 0.8 / len(arms)
+    step = min(0.25, 0.8 / len(arms))
     figure, axis = pyplot().subplots(figsize=(9, 1.2 + 0.55 * len(titles)), layout="constrained")
     for title, arm, found in lines:
         number = arms.index(arm)

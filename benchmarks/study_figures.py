@@ -37,7 +37,7 @@ def draw_label_efficiency(study: Study, runs: list[Run], rows: list[dict[str, An
             axis.plot(
                 *zip(*points, strict=True), linestyle="", marker=marker, markersize=5, color=colour, fillstyle="none"
             )
-    counts = [labelled_cases(study, fraction) for fraction in study.fractions]
+    counts = [labelled_cases(study, fraction) for fraction in _finished(study, runs)]
     axis.set_xticks(sorted(set(counts)))
     axis.set_xlabel("labelled training cases")
     axis.set_ylabel(f"mean Dice, {study.cases.evaluation} evaluation cases")
@@ -53,15 +53,16 @@ def draw_learning(study: Study, runs: list[Run], path: Path) -> None:
     plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
+    fractions = _finished(study, runs)
     figure, axes = plt.subplots(
         1,
-        len(study.fractions),
-        figsize=(1 + 3.8 * len(study.fractions), 4),
+        len(fractions),
+        figsize=(1 + 3.8 * len(fractions), 4),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    for axis, fraction in zip(axes[0], study.fractions, strict=True):
+    for axis, fraction in zip(axes[0], fractions, strict=True):
         for number, arm in enumerate(study.arms):
             colour = COLOURS[number % len(COLOURS)]
             curves = [
@@ -89,6 +90,11 @@ def draw_learning(study: Study, runs: list[Run], path: Path) -> None:
     axes[0, 0].set_ylim(bottom=0)
     axes[0, -1].legend(loc="lower right")
     save(figure, path)
+
+
+def _finished(study: Study, runs: list[Run]) -> list[float]:
+    """The fractions that a study which was cut off has runs of; the first where there are none."""
+    return [each for each in study.fractions if any(run.fraction == each for run in runs)] or [study.fractions[0]]
 
 
 def save(figure, path: Path) -> None:

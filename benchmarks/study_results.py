@@ -109,7 +109,7 @@ def choose_recipes(study: Study, runs: list[Run]) -> dict[str, str | None]:
     """Arm → the recipe with the highest Dice on the tuning cases; the only one, or none, where there is no choice."""
     if len(study.recipes) < 2:
         return {arm.name: next(iter(study.recipes), None) for arm in study.arms}
-    return {arm: max(found, key=found.__getitem__) for arm, found in tuned(study, runs).items()}
+    return {arm: max(found, key=found.__getitem__, default=None) for arm, found in tuned(study, runs).items()}
 
 
 def summarise(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
@@ -144,6 +144,8 @@ def summarise(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
                             "interval": _interval(np.stack(list(own.values()))),
                             "seeds": len(together),
                             "difference_to_scratch": difference,
+                            # of the arm and of scratch, over the seeds that both have
+                            "paired": [_mean_of(own, together), _mean_of(twin, together)] if together else None,
                         }
                     )
     return rows
@@ -182,7 +184,7 @@ def steps_to_twin(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
 
     Over the seeds for which every schedule of the arm has finished.
     """
-    if not study.schedules:
+    if not any(run.schedule for run in runs):
         return []
     whole = scores_of(runs, study.baseline, study.largest, ALL_LABELS)
     if not whole:
@@ -232,7 +234,7 @@ def table(study: Study, rows: list[dict[str, Any]]) -> str:
 def summary(study: Study, result: dict[str, Any]) -> dict[str, Any]:
     """What the page of all results says of a study: small enough to be kept beside it."""
     statistics_ = [row for row in result["statistics"] if row["label"] == ALL_LABELS]
-    keys = ("look", "labelled_cases", "arm", "mean", "sd_over_seeds", "seeds", "difference_to_scratch")
+    keys = ("look", "labelled_cases", "arm", "mean", "sd_over_seeds", "seeds", "difference_to_scratch", "paired")
     return {
         "name": study.name,
         "data": study.data.title,
@@ -319,7 +321,7 @@ def _calibration(rows: list[dict[str, Any]]) -> str:
             f"{row['sd_over_seeds']:.4f}"
         )
     return (
-        f"**Calibration.** {'; '.join(said)}. A twin counts as converged where the gain (pseudo Dice) is below a third "
+        f"**Calibration.** {'; '.join(said)}. It counts as converged where the gain (pseudo Dice) is below a third "
         "of that spread."
     )
 
@@ -354,8 +356,9 @@ def _steps(rows: list[dict[str, Any]]) -> str:
         values = [f"{row['dice_after_steps'][step]:.3f}" if step in row["dice_after_steps"] else "–" for step in steps]
         head.append(_row([row["arm"], *values, str(row["reached_after"] or "none of them")]))
     return (
-        f"**Steps to the twin's result.** Trainings with schedules of their own; the goal is {rows[0]['goal']:.3f}, "
-        f"{ENOUGH:.0%} of what the twin has after the whole schedule.\n\n" + "\n".join(head) + "\n\n"
+        "**Steps to the result from scratch.** Trainings with schedules of their own; the goal is "
+        f"{rows[0]['goal']:.3f}, "
+        f"{ENOUGH:.0%} of what training from scratch has after the whole schedule.\n\n" + "\n".join(head) + "\n\n"
     )
 
 
@@ -377,6 +380,11 @@ def scores_of(runs: list[Run], arm: Arm, fraction: float, label: str, *, look: s
         if run.schedule is None and cases:
             found[run.seed] = np.array([cases[case] for case in sorted(cases)])
     return found
+
+
+def _mean_of(scores: dict[int, np.ndarray], seeds: list[int]) -> float:
+    """Mean Dice over the cases and these seeds."""
+    return statistics.fmean(float(np.nanmean(scores[seed])) for seed in seeds)
 
 
 def _of(runs: list[Run], arm: Arm, fraction: float) -> list[Run]:

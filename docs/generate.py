@@ -77,9 +77,9 @@ def generated(
     blocks = {
         "README.md": {
             "methods": methods_table(methods),
-            "results": results_table(root / "docs/results", "docs/results/"),
+            "results": results_table(root / "docs/results/beds", "docs/results/"),
         },
-        "docs/results.md": {"results": results_table(root / "docs/results", "results/")},
+        "docs/results.md": {"results": results_table(root / "docs/results/beds", "results/")},
         "docs/README.md": {"methods": methods_index(methods)},
         "docs/reference/commands.md": {"trainers": trainers_table(methods, tasks)},
         "plans/README.md": {"presets": presets_table(methods, root / "plans")},
@@ -161,24 +161,21 @@ def results_table(folder: Path, link: str) -> str:
     """Every comparison of the beds: each arm beside its twin from scratch, from the summaries kept in ``folder``.
 
     Args:
-        folder: with the summary ``NAME.json`` of each bed beside its page ``NAME.md``.
-        link: from the page to that folder.
+        folder: with the summary ``NAME.json`` of each bed.
+        link: from the page to the folder of the pages ``NAME.md`` of the beds.
     """
     rows = [("bed", "labels", "images", "arm", "pretrained", "scratch", "difference (95 % interval)", "n", "seeds")]
     for path in sorted(folder.glob("*.json")):
         bed = read_json(path)
-        twins = {(row["labelled_cases"], row["look"]): row["mean"] for row in bed["rows"] if row["arm"] == "scratch"}
         for row in bed["rows"]:
-            place = (row["labelled_cases"], row["look"])
-            if row["difference_to_scratch"] is not None and place in twins:
+            if row["difference_to_scratch"] is not None:
                 rows.append(
                     (
                         f"[{bed['name']}]({link}{path.stem}.md), {bed['metric']}",
                         str(row["labelled_cases"]),
                         row["look"],
                         row["arm"],
-                        f"{row['mean']:.3f}",
-                        f"{twins[place]:.3f}",
+                        *(f"{mean:.3f}" for mean in row["paired"]),
                         _with_interval(row["difference_to_scratch"]),
                         str(bed["evaluation_cases"]),
                         str(row["seeds"]),
@@ -190,7 +187,7 @@ def results_table(folder: Path, link: str) -> str:
 def _with_interval(found: Mapping[str, Any]) -> str:
     if found["low"] is None:
         return f"{found['mean']:+.3f}"
-    text = f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+    text = f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})".replace("-", "−")
     apart = found["low"] > 0 or found["high"] < 0
     return f"**{text}**" if apart else text
 

@@ -170,7 +170,7 @@ def phantom(
         organs: what the body holds, later ones on top.
 
     Returns:
-        the image (C, z, y, x) float32 in arbitrary units, about 0 to 2000, and the labels (z, y, x) uint8.
+        the image (C, z, y, x) float32 in arbitrary units, about 0 to 2000, and the organs' labels (z, y, x) uint8.
 
     Raises:
         ValueError: for a smaller shape or more channels.
