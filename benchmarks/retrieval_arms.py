@@ -206,6 +206,8 @@ def plan(each: Set, steps: int) -> None:
         settings = length | {"batch_size": 4, "validation_iterations": 1, "warmup_epochs": 1, "figure_every": 1000}
         edits = [f"pretraining.{key}={value}" for key, value in (settings | changes).items()]
         _run("nnssl_plugin", "plan", "-d", each.number, "-n", name, "--preset", preset, "--set", *edits)
+    if not each.masks:
+        return
     edits = [f"finetuning.{key}={value}" for key, value in (length | {"validation_iterations": 1}).items()]
     _run("nnssl_plugin", "plan", "-d", each.number, "-n", "start", "--set", *edits)
     _run("nnssl_plugin", "adapt", "-d", each.number, "-p", "start", "-n", "supervised", "--from-scratch")
@@ -299,7 +301,9 @@ def evaluate(each: Set, args: argparse.Namespace) -> None:
     raw, work = raw_of(each), args.work
     if not (raw / "metadata.csv").is_file():
         each.write(args.data, raw)
-    if not Path(os.environ["nnUNet_preprocessed"], each.name, "start-supervised.json").is_file():
+    if not Path(
+        os.environ["nnUNet_preprocessed"], each.name, f"{'start-supervised' if each.masks else 's2dc'}.json"
+    ).is_file():
         plan(each, args.steps)
     weights = {name: trained(each, trainer, name, "all") for name, (trainer, _) in PRETRAININGS.items()}
     weights["untrained"] = untrained(each, weights["mae"], work)
