@@ -164,6 +164,7 @@ def draw_arms(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
         axis.plot([], [], MARKERS[number], color=COLOURS[number], label=f"{labelled} labelled")
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks([-place for place in range(len(shown))], shown)
+    axis.set_ylim(0.5 - len(shown), 0.5)
     axis.set_xlabel("Dice of the probe over the random encoder, 95 % interval over seeds, draws and cases")
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="best", fontsize=9)

@@ -41,7 +41,7 @@ def draw_label_efficiency(study: Study, runs: list[Run], rows: list[dict[str, An
     axis.set_xticks(sorted(set(counts)))
     axis.set_xlabel("labelled training cases")
     axis.set_ylabel(f"mean Dice, {study.cases.evaluation} evaluation cases")
-    seeds = f"; small: each of {len(study.seeds)} seeds" if len(study.seeds) > 1 else ""
+    seeds = "; small: each seed" if len(study.seeds) > 1 else ""
     axis.set_title(f"{study.name}\nband: 95 % interval over seeds and cases{seeds}", fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend(loc="best")
