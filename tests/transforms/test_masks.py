@@ -92,6 +92,15 @@ def test_kept_voxels_stay_bit_for_bit(channels, spatial):
     assert (filled[mask] == -3).all()
 
 
+@pytest.mark.parametrize("spatial", [(9, 8), (6, 7, 8)])
+def test_the_image_itself_fills_nothing_no_share_leaves_it_and_a_full_share_leaves_the_filler(spatial):
+    image, filler = torch.randn(2, 2, 3, *spatial).unbind()
+    none, some, all_of_it = (mask_of(2, spatial, block=3, ratio=ratio) for ratio in (0.0, 0.6, 1.0))
+    assert torch.equal(fill_masked(image, some, image), image)
+    assert torch.equal(fill_masked(image, none, filler), image)
+    assert torch.equal(fill_masked(image, all_of_it, filler), filler)
+
+
 def test_a_tensor_fills_by_channel_and_keeps_the_type():
     image = torch.randn(2, 4, 8, 8)
     filler = torch.arange(4, dtype=torch.float64).view(1, 4, 1, 1)
