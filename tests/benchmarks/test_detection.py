@@ -52,6 +52,7 @@ def test_average_precision_by_hand(script):
     assert script.average_precision([box, nothing[0]], [nothing, (other, torch.ones(1))]) == 0.0
 
 
+@pytest.mark.slow
 def test_it_trains_on_an_exported_encoder(script, tmp_path):
     name, arguments = NETWORKS["ResNetUNet"]
     plan = {"configurations": {"2d": {"architecture": {"network_class_name": name, "arch_kwargs": arguments}}}}

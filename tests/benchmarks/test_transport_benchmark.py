@@ -17,6 +17,7 @@ def rows():
     return transport.measure([1, 4, 9], dim=16, rounds=2, **SOLVER)
 
 
+@pytest.mark.slow
 def test_both_sides_find_the_same_plan(rows):
     for row in rows:
         assert row["plan_difference"] < 1e-10

@@ -40,6 +40,7 @@ def test_nnunet_finds_both_trainers_by_name():
         assert recursive_find_trainer_class_by_name(name).__name__ == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "arguments"), [(4, {"present": LACKING}), (1, {}), (4, {"dimensions": 2}), (4, {"residual": True})]
 )
@@ -127,6 +128,7 @@ def test_templates_move_with_the_image_and_validation_has_none(adapted):
     assert np.asarray(validation.load_case(case)[0][:]).shape[0] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [4, 1])
 def test_a_stopped_run_goes_on_bit_for_bit(adapted, channels, monkeypatch):
     folder = adapted(channels)
@@ -182,6 +184,7 @@ class _ByStep:
         }
 
 
+@pytest.mark.slow
 def test_the_loader_goes_to_processes_that_start_anew(adapted):
     """As nnU-Net sends it where processes are not forked: dataset, templates and augmentation."""
     subject = trainer(adapted(present=LACKING))
