@@ -100,6 +100,7 @@ def _probe_images(args):
         labelled=args.labelled,
         seeds=args.seeds,
         device=args.device,
+        tell=print,
     )
     if args.o:
         write_json(args.o, result)

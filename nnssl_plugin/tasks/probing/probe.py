@@ -1,7 +1,8 @@
 """``evaluate probe`` on images: Dice of a linear readout of frozen encoders, beside a random one."""
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from nnssl_plugin.nnunet.subjects import raw_folder_if_there, subjects_of_cases
 from nnssl_plugin.statistics.bootstrap import Interval, hierarchical_bootstrap, paired_bootstrap
 from nnssl_plugin.tasks.probing.voxels import SEED, Draw, LabelledVoxels
 from nnssl_plugin.tasks.probing.weights import load_fitted
+
+logger = logging.getLogger(__name__)
 
 RANDOM = "random encoder"
 CONFIDENCE = 0.95
@@ -56,6 +59,7 @@ def evaluate_voxels(
     labelled: int | None = None,
     seeds: Sequence[int] = (0,),
     device: str = "cpu",
+    tell: Callable[[str], object] = logger.info,
 ) -> dict[str, Any]:
     """Fit a linear readout to each frozen encoder with a fold's training labels, and score its validation cases.
 
@@ -71,6 +75,7 @@ def evaluate_voxels(
         labelled: draw so many of the training cases; None: all of them.
         seeds: one draw for each, nested in those of larger ``labelled``; without ``labelled`` there is one draw.
         device: where encoders run.
+        tell: takes a line for each encoder that is done.
 
     Returns:
         plain values for JSON: the setting, ``draws``, ``cases``, under ``arms`` an :class:`Arm` for each encoder, and
@@ -98,7 +103,7 @@ def evaluate_voxels(
             load_fitted(network, file, plans, configuration)
         backbone = Backbone(network, input_channels(plans, configuration, dataset_json)).eval()
         arms[name] = _measure(voxels, backbone, draws, validation, file, device)
-        print(f"{name}: {arms[name].seconds:.1f} s")
+        tell(f"{name}: {arms[name].seconds:.1f} s")
     over_random = {name: asdict(_difference(arms[name], arms[RANDOM], validation, subjects)) for name in weights}
     return {
         "dataset": folder.name,
