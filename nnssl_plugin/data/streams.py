@@ -100,9 +100,10 @@ def prepare_workers(workers: int) -> None:
     """
     if not workers or METHOD != "forkserver":
         return
-    from multiprocessing import forkserver  # not there on every system
+    from multiprocessing import forkserver, resource_tracker  # not there on every system
 
     forkserver.set_forkserver_preload(SERVER_IMPORTS)
+    resource_tracker.ensure_running()  # otherwise the server starts it, which unblocks both signals
     # a scheduler signals every process: the server ends with this one, by a pipe of theirs, and must not end before it
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_TRAINER)
     try:

@@ -33,6 +33,19 @@ print(*set().union(*found) - {{os.getpid()}}, flush=True)
 os.kill(os.getpid(), 9)
 """
 
+SIGNALLED = """
+import os, signal, time
+from multiprocessing import forkserver
+from nnssl_plugin.data.streams import prepare_workers
+
+prepare_workers(1)
+server = forkserver._forkserver._forkserver_pid
+os.kill(server, signal.SIGTERM)
+os.kill(server, signal.SIGINT)
+time.sleep(0.5)
+print(os.waitpid(server, os.WNOHANG))
+"""
+
 
 @pytest.fixture
 def batches(nnunet_environment):
@@ -96,6 +109,13 @@ def test_one_pool_brings_what_this_process_would_through_signals_and_imports_nei
 
 def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(METHOD != "forkserver", reason="there is no server")
+def test_the_first_server_of_a_process_outlives_signals():
+    run = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True)
+    assert run.stdout.strip() == "(0, 0)", run.stdout + run.stderr
 
 
 @pytest.mark.slow
