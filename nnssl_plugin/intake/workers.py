@@ -32,10 +32,15 @@ def in_processes(
 
 
 def ahead_in_processes(
-    work: Callable[[Item], Result], items: Sequence[Item], processes: int, *, killed: Callable[[Item], Result]
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    processes: int,
+    *,
+    killed: Callable[[Item], Result],
+    ahead: int | None = None,
 ) -> Iterator[Result]:
     """The result for every item, in their order, always by other processes, which work ahead while this one does
-    something else: at most two items for each of them, and what is finished waits in memory.
+    something else; what is finished waits in memory.
 
     Where a process is killed, what it may have worked on is done again, each item in a process of its own.
 
@@ -44,18 +49,19 @@ def ahead_in_processes(
         items: what to work on.
         processes: how many, 1 or more.
         killed: the result for an item that ends its process.
+        ahead: items that are worked on or wait; None: two for each process.
     """
-    items = list(items)
+    items, ahead = list(items), ahead or 2 * processes
     while items:
         done = 0
         try:
             with _pool(work, min(processes, len(items))) as pool:
-                for result in _in_order(pool, items, 2 * processes):
+                for result in _in_order(pool, items, ahead):
                     yield result
                     done += 1
             return
         except BrokenProcessPool:
-            suspects, items = items[done : done + 2 * processes], items[done + 2 * processes :]
+            suspects, items = items[done : done + ahead], items[done + ahead :]
             yield from (_apart(work, item, killed) for item in suspects)
 
 

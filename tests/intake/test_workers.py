@@ -1,10 +1,12 @@
 """Work in other processes: order, and items that end theirs."""
 
 import os
+import time
+from pathlib import Path
 
 import pytest
 
-from nnssl_plugin.intake.workers import in_processes
+from nnssl_plugin.intake.workers import ahead_in_processes, in_processes
 
 CRASH = "__import__('os').kill(__import__('os').getpid(), __import__('signal').SIGSEGV)"
 """Ends the process that evaluates it, as a reader in foreign code may."""
@@ -24,3 +26,16 @@ def test_an_item_that_ends_its_process_ends_nothing_else(items):
 
 def test_of_nothing_there_is_nothing():
     assert list(in_processes(eval, [], 2, killed=str)) == []
+
+
+@pytest.mark.slow
+def test_as_many_items_as_asked_for_are_worked_on_ahead(tmp_path):
+    files = [tmp_path / str(number) for number in range(8)]
+    results = ahead_in_processes(Path.touch, files, 1, killed=str, ahead=5)
+    next(results)
+    until = time.monotonic() + 20
+    while not files[4].exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    assert [file.exists() for file in files] == [True] * 5 + [False] * 3
+    assert list(results) == [None] * 7

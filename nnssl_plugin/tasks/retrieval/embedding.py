@@ -27,6 +27,8 @@ SECONDS = 5.0
 """Between two commits; a killed run repeats what came after the last."""
 FEW = 8
 """Images up to which no process is started: that takes some seconds."""
+SMALL = 4 * 2**20
+"""Bytes of a file up to which images are small: of these a pass takes several, so more of them are read ahead."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,8 @@ def embed_images(
         there = {row["case"] for row in store.table()}
         waiting = [case for case in cases.files if case not in there]
         prepare = partial(_prepare, preprocessing=preprocessing, rows=rows, view=facts["view"])
-        prepared = _ahead(
-            [_Scan(case, cases.files[case], cases.segmentations.get(case)) for case in waiting], prepare, processes
-        )
+        scans = [_Scan(case, cases.files[case], cases.segmentations.get(case)) for case in waiting]
+        prepared = _ahead(scans, prepare, processes, batch_size)
         before, started = store.rows, time.perf_counter()
         warnings = _embed(waiting, prepared, Batches(encoder, batch_size), store, cases, failed)
         done = len(waiting) - len(failed.keys() & set(waiting))
@@ -240,12 +241,14 @@ def _prepare(scan: _Scan, *, preprocessing: Preprocessing, rows: str, view: str)
 
 
 def _ahead(
-    scans: Sequence[_Scan], prepare: Callable[[_Scan], Prepared | UnusableCase], processes: int
+    scans: Sequence[_Scan], prepare: Callable[[_Scan], Prepared | UnusableCase], processes: int, batch_size: int
 ) -> Iterator[Prepared | UnusableCase]:
-    """The prepared cases in their order, read ahead by other processes."""
+    """The prepared cases in their order, read ahead by other processes: of small images those of two passes more."""
     if len(scans) <= FEW or processes < 1:
         return map(prepare, scans)
-    return ahead_in_processes(prepare, scans, processes, killed=_killed)
+    sizes = (file.stat().st_size for scan in scans for file in scan.files if file.is_file())
+    ahead = 2 * processes + (2 * batch_size if max(sizes, default=0) <= SMALL else 0)
+    return ahead_in_processes(prepare, scans, processes, killed=_killed, ahead=ahead)
 
 
 def _killed(scan: _Scan) -> UnusableCase:
