@@ -86,7 +86,7 @@ def import_all(study: Study, folder: Path) -> None:
     }
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    import nnssl_plugin.tasks.probing.voxels  # noqa: F401
+    import nnssl_plugin.features.voxels  # noqa: F401
 
     for trainer in {arm.trainer for arm in study.arms if arm.trainer}:
         recursive_find_trainer_class_by_name(trainer)
@@ -103,9 +103,9 @@ def carry_out(study: Study, part_cases, arm: Arm, seed: int, part: int, device: 
     import numpy as np
     import torch
 
+    from nnssl_plugin.features.voxels import Draw, LabelledVoxels
     from nnssl_plugin.networks.backbone import Backbone
     from nnssl_plugin.nnunet.plans import build_network, dataset_folder, read_dataset_json, read_plan
-    from nnssl_plugin.tasks.probing.voxels import Draw, LabelledVoxels
 
     started = time.perf_counter()
     source = dataset_folder(DATASET)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nnssl_plugin.errors import UserError
+from nnssl_plugin.features.voxels import SEED, Draw, LabelledVoxels
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.label_fractions import nested_subsets
 from nnssl_plugin.nnunet.plans import (
@@ -24,7 +25,6 @@ from nnssl_plugin.nnunet.plans import (
 from nnssl_plugin.nnunet.splits import SPLITS_FILE, check_fold, read_splits
 from nnssl_plugin.nnunet.subjects import raw_folder_if_there, subjects_of_cases
 from nnssl_plugin.statistics.bootstrap import Interval, hierarchical_bootstrap, paired_bootstrap
-from nnssl_plugin.tasks.probing.voxels import SEED, Draw, LabelledVoxels
 from nnssl_plugin.tasks.probing.weights import load_fitted
 
 logger = logging.getLogger(__name__)

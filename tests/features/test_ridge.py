@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from nnssl_plugin.tasks.probing.ridge import LAMBDAS, RidgeSums, balanced_weights
+from nnssl_plugin.features.ridge import LAMBDAS, RidgeSums, balanced_weights
 
 CLASSES = 3
 
@@ -89,6 +89,6 @@ def test_every_class_has_the_same_mass():
 
 
 def test_one_case_takes_the_default_lambda():
-    from nnssl_plugin.tasks.probing.ridge import DEFAULT_LAMBDA
+    from nnssl_plugin.features.ridge import DEFAULT_LAMBDA
 
     assert sums_of(toy(cases=1), groups=1).solve().ridge == pytest.approx(DEFAULT_LAMBDA)

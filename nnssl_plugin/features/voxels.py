@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from nnssl_plugin.data.cases import Cases
+from nnssl_plugin.features.hypercolumns import SLAB_VALUES, Maps, encoded, hypercolumns, slabs
+from nnssl_plugin.features.ridge import GROUPS, Readout, RidgeSums, balanced_weights
 from nnssl_plugin.networks.backbone import Backbone
 from nnssl_plugin.nnunet.labels import structure_labels
 from nnssl_plugin.nnunet.plans import resolve_configuration
-from nnssl_plugin.tasks.probing.hypercolumns import SLAB_VALUES, Maps, encoded, hypercolumns, slabs
-from nnssl_plugin.tasks.probing.ridge import GROUPS, Readout, RidgeSums, balanced_weights
 
 VOXELS = 10_000
 """Most voxels of each class that a training case gives, drawn evenly: more of one case say the same again."""
