@@ -173,7 +173,7 @@ def pretrain(study: Study, arm: Arm, seed: int, part: int, plans: dict, dataset_
     trainer_class = recursive_find_trainer_class_by_name(arm.trainer)
     trainer = trainer_class(plans, study.configuration, part, dataset_json, torch.device(device))
     trainer.disable_checkpointing = True
-    trainer.pictures_are_due = trainer._figures_are_due = lambda: False
+    trainer.pictures_are_due, trainer._draw = lambda: False, lambda views, kind: None
     trainer.initialize()
     task, weights = trainer.task, trainer.task.weights
     task.weights = lambda progress: weights(progress) | arm.terms

@@ -109,7 +109,7 @@ def datasets_of(trainer) -> list[PlannedDataset]:
     """What a ``Pretrainer`` draws from: the sources that its plan names, or its own dataset."""
     settings = trainer.training_settings
     sources = [_open(each, fold=trainer.fold, batch_size=settings.batch_size) for each in settings.sources]
-    return sources or [_own(trainer)]
+    return sources or [own_dataset(trainer)]
 
 
 def splits_of(trainer) -> list[tuple[list[str], list[str]]]:
@@ -127,13 +127,13 @@ def check_sources(trainer) -> None:
     """
     if trainer.task.needs.unifies or not trainer.training_settings.sources:
         return
-    own, whose = _own(trainer), type(trainer).__name__
+    own, whose = own_dataset(trainer), type(trainer).__name__
     for dataset in trainer.datasets:
         _check_image(dataset, own, whose)
         _check_patch(dataset, own)
 
 
-def _own(trainer) -> PlannedDataset:
+def own_dataset(trainer) -> PlannedDataset:
     """The dataset and configuration that the trainer was started for; its full name is its kind."""
     return PlannedDataset(
         folder=Path(trainer.preprocessed_dataset_folder_base),

@@ -35,6 +35,7 @@ from nnssl_plugin.pretraining.initial_weights import start_from, take_weights_en
 from nnssl_plugin.pretraining.optimisation import optimisation_of
 from nnssl_plugin.pretraining.passes import backward, first_chunk, forward
 from nnssl_plugin.pretraining.pretext import PretextTask, Terms
+from nnssl_plugin.pretraining.probing import LabelProbe, probe_of
 from nnssl_plugin.pretraining.provenance import describe_run, describe_weights
 from nnssl_plugin.pretraining.settings import TrainingSettings, changed_settings, read_settings
 from nnssl_plugin.pretraining.skipped_steps import FILE as SKIPPED
@@ -97,6 +98,7 @@ class Pretrainer(ResumableTrainer):
         self.generator = torch.Generator(self.device)
         self.sums = EpochSums(self.device)
         self.validation: ValidationNumbers
+        self.label_probe: LabelProbe | None = None
 
     def build_task(self, backbone: Backbone) -> PretextTask:
         """The method around the planned network; ``self.method_settings`` holds its settings."""
@@ -221,6 +223,7 @@ class Pretrainer(ResumableTrainer):
     def on_train_start(self) -> None:
         prepare_workers(get_allowed_n_proc_DA())
         super().on_train_start()
+        self.label_probe = probe_of(self)
         if self.step == 0 and self.local_rank == 0:
             Path(self.output_folder, SKIPPED).unlink(missing_ok=True)  # of an earlier run
         if self.step == 0 and self.initial_weights is not None:
@@ -305,17 +308,26 @@ class Pretrainer(ResumableTrainer):
         with self.precision():
             diagnostics = self.task.diagnostics(first_chunk(views, self.training_settings.chunk_size))
         first_of_kind = self.validation.add(batch["kind"], terms, diagnostics)
-        if first_of_kind and self._figures_are_due():
+        if first_of_kind and self._due(self.training_settings.figure_every):
             self._draw(views, batch["kind"])
         return {}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         for warning in self.validation.log_to(self.log, self.current_epoch):
             self.print_to_log_file(warning)
+        if self.label_probe is not None and self._due(self.training_settings.probe_every):
+            self._probe(self.label_probe)
 
-    def _figures_are_due(self) -> bool:
+    def _due(self, every: int) -> bool:
+        """Whether this epoch is one of those with a picture or a probe; the last one always is."""
         done = self.current_epoch + 1
-        return self.local_rank == 0 and (done % self.training_settings.figure_every == 0 or done == self.num_epochs)
+        return self.local_rank == 0 and (done % every == 0 or done == self.num_epochs)
+
+    def _probe(self, probe: LabelProbe) -> None:
+        found, seconds = probe.measure(self.task.backbone, str(self.device))
+        for name, value in found.items():
+            self._log_value(name, value)
+        self.print_to_log_file(f"Probe of {len(probe.scored)} cases: {seconds:.1f} s")
 
     def _draw(self, views: dict[str, Tensor], kind: str) -> None:
         dataset = next(each for each in self.datasets if each.kind == kind)

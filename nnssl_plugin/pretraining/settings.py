@@ -70,6 +70,9 @@ class TrainingSettings:
     """Batches, views and dropout of step k depend on (seed, rank, k) alone; also of the initialisation."""
     figure_every: Count = 10
     """Epochs between two pictures of reconstructions and the like."""
+    probe_every: Annotated[int, Range(ge=0)] = 0
+    """Epochs between two probes, on a dataset with labels of structures: the Dice of a linear readout of the encoder as
+    it is, fitted to 5 cases and measured on up to 20 others. 0: none."""
     sources: tuple[DataSource, ...] = ()
     """Datasets to pretrain on; none is the one that the command names, alone. Its plan gives the network all the
     same."""

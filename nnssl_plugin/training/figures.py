@@ -52,6 +52,11 @@ PANELS = (
         lambda k: k.startswith(SEPARATION),
         "measured where a method asks for labels and cases have them",
     ),
+    Panel(
+        "Dice of a linear readout of the encoder",
+        lambda k: k.startswith("probe/"),
+        "set probe_every, on a dataset with labels",
+    ),
     Panel("Skipped steps", lambda k: k == "skipped_steps"),
     Panel("Peak memory (GiB)", lambda k: k == "peak_memory_gib", "this system does not tell"),
 )
@@ -123,7 +128,7 @@ def _draw_lines(axis, panel: Panel, series: dict[str, np.ndarray]) -> None:
         (line,) = axis.plot(
             values,
             "--" if name.startswith("val") else "-",
-            marker="." if len(values) < 40 else "",
+            marker="." if np.isfinite(values).sum() < 40 else "",
             color=colours.get(term),
             label=None if term in colours else term.partition("/")[2] if several else term,
         )
