@@ -85,8 +85,10 @@ def draw_progress(history: dict[str, list], path: str | Path, *, panels: Sequenc
     drawn = [part for panel in panels if panel not in empty for part in _by_measure(panel, series)]
     rows = max(1, math.ceil(len(drawn) / 2))
     figure, axes = plt.subplots(rows, 2, figsize=(15, 4.25 * rows), squeeze=False)
-    figure.subplots_adjust(0.06, 0.2 / rows, 0.98, 1 - 0.12 / rows, hspace=0.35, wspace=0.15)
-    figure.text(0.06, 0.02 / rows, _left_out(empty), fontsize="small")
+    left_out = _left_out(empty)
+    bottom = (0.15 + 0.04 * len(left_out.splitlines())) / rows
+    figure.subplots_adjust(0.06, bottom, 0.98, 1 - 0.12 / rows, hspace=0.35, wspace=0.15)
+    figure.text(0.06, 0.02 / rows, left_out, fontsize="small")
     for axis in axes.flat[len(drawn) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, drawn, strict=False):
