@@ -4,9 +4,9 @@
 
 Heads of four modalities are prepared, planned, preprocessed and pretrained on through the package's own commands, below
 the folder; windows are smaller than the heads. ``results.json`` holds for each modality the correlation (Pearson) of
-its template with the mean of the preprocessed cases, centre on centre: over all voxels, within the head (voxels that
-are head in half of the cases), and there after the mean of 3 x 3 x 3 voxels of both. The control is the mean
-correlation of two cases within the head. ``templates.png`` shows the middle slice of mean and template.
+its template with the mean of the preprocessed cases, each where the template lies on it: over all voxels, within the
+head (voxels that are head in half of the cases), and there after the mean of 3 x 3 x 3 voxels of both. The control is
+the mean correlation of two cases within the head. ``templates.png`` shows the middle slice of mean and template.
 """
 
 import argparse
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", required=True, metavar="DIR", help="folder for everything")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=1, help="of the heads")
     parser.add_argument("--size", type=int, nargs=3, default=(24, 28, 24), help="of a head in voxels")
     parser.add_argument("--patch", type=int, default=16, help="edge of a window in voxels")
     parser.add_argument("--batch", type=int, default=4)
@@ -61,16 +62,13 @@ def measured(checkpoint: Path) -> dict:
     from scipy.ndimage import uniform_filter
 
     from nnssl_plugin.checkpoints.format.spatial_arrays import read_spatial_arrays
-    from nnssl_plugin.transforms.placement import on_case
 
     templates = read_spatial_arrays(checkpoint)["templates"]
     images = _images()
-    grid = templates.grid
-    placed = np.stack([on_case(torch.from_numpy(image), grid).numpy() for image in images])
+    placed = _on_grid(images, templates.grid)
     mean = placed.mean(0)
-    anatomy = [image != image[:, :1, :1, :1] for image in images]  # a corner lies in no head
-    heads = [on_case(torch.from_numpy(each.astype(np.float32)), grid) for each in anatomy]
-    head = torch.stack(heads).mean((0, 1)).numpy() >= 0.5
+    anatomy = [(image != image[:, :1, :1, :1]).astype(np.float32) for image in images]  # a corner lies in no head
+    head = _on_grid(anatomy, templates.grid).mean((0, 1)) >= 0.5
     found = {}
     for number, name in enumerate(templates.names):
         learned = templates.values[number].numpy()
@@ -87,14 +85,12 @@ def measured(checkpoint: Path) -> dict:
 
 def draw(checkpoint: Path, path: Path) -> None:
     """Middle slice, in axial view, of the mean of each modality (above) and of its template (below)."""
-    import torch
     from matplotlib.figure import Figure
 
     from nnssl_plugin.checkpoints.format.spatial_arrays import read_spatial_arrays
-    from nnssl_plugin.transforms.placement import on_case
 
     templates = read_spatial_arrays(checkpoint)["templates"]
-    mean = np.mean([on_case(torch.from_numpy(image), templates.grid).numpy() for image in _images()], axis=0)
+    mean = _on_grid(_images(), templates.grid).mean(0)
     figure = Figure(figsize=(6.4, 3.5), layout="constrained")
     axes = figure.subplots(2, len(templates.names))
     for column, name in enumerate(templates.names):
@@ -106,6 +102,23 @@ def draw(checkpoint: Path, path: Path) -> None:
             axes[row, column].set_yticks([])
             axes[row, column].set_title(f"{name}, {title}", fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _on_grid(images: Sequence[np.ndarray], grid: Sequence[int]) -> np.ndarray:
+    """Cases (C, *shape) where the templates lie on them, (N, C, *grid), 0 beside them.
+
+    Not ``on_case(image, grid)``: where grid and case differ by an odd number, that is a voxel beside.
+    """
+    import torch
+
+    from nnssl_plugin.transforms.placement import centre_offset, cut_placed
+
+    placed = []
+    for image in images:
+        shape = image.shape[1:]
+        before = [-first for first in centre_offset(grid, shape)]
+        placed.append(cut_placed(torch.from_numpy(image), before, grid, shape).numpy())
+    return np.stack(placed)
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
@@ -143,7 +156,7 @@ def _dataset(root: Path, args: argparse.Namespace) -> None:
     done = _preprocessed() / "preprocessed"
     if done.exists():
         return
-    write_heads(root / "scans", args.cases, seed=1, shape=args.size, spacing_mm=[144 / n for n in args.size])
+    write_heads(root / "scans", args.cases, seed=args.seed, shape=args.size, spacing_mm=[144 / n for n in args.size])
     patterns = [f"{name}={name}.nii.gz" for name in NAMES]
     words = ["--modalities", *patterns, "--cases-by", "folder", "--keep", "-np", "1"]
     _plugin("prepare", "-i", str(root / "scans"), "-d", ID, "-n", "Means", *words)
