@@ -6,11 +6,16 @@
 (ultrasound of the breast, three classes) and ``hippocampus`` (MR crops with labels). For each, one small U-Net:
 
 - ``mae``, ``simdino``, ``s2dc``: pretrained on the images that retrieval is measured on, without their labels;
-- ``supervised``: trained to segment them (tumours, parts of the hippocampus; there are no masks of the ultrasound);
+- ``supervised``: trained to segment them (tumours, parts of the hippocampus), of the ultrasound to tell the classes;
 - ``untrained``: as it was at the start;
 - ``pair``: the image encoder of the pair that ``nnssl_plugin clip`` trained from scratch on slices and texts, the mean
   over axial slices. The texts tell plane and place, those of the ultrasound name the class that is looked for;
-- ``intensities``: the preprocessed image at 8 voxels along each axis, and its deciles.
+- ``intensities``: the preprocessed image at 8 voxels along each axis, and its deciles;
+- ``size``: the number of voxels along each axis, and nothing else.
+
+Where labels or texts tell what is looked for (ultrasound, hippocampus), ``supervised`` and the ultrasound's pair learn
+from every second image, and only the others are queries and gallery, for every arm. Rules named ``shuffled`` look for
+the same labels, dealt out at random among these.
 
 Everything below ``WORK_FOLDER`` is made only where it is missing, so that an interrupted run goes on.
 """
@@ -35,7 +40,9 @@ INTENSITY_SIDE = 8
 """Voxels along each axis of the image whose intensities are the plain vector."""
 SLICES = 12
 """Axial slices of an image that the pair sees."""
-SEGMENTATION = "PretrainedSegmentationTrainer"
+SEGMENTATION, CLASSIFICATION = "PretrainedSegmentationTrainer", "PretrainedClassificationTrainer"
+HELD_OUT, SHUFFLED = "held_out", [f"shuffled_{number}" for number in range(1, 6)]
+"""Columns: what is looked for, only of the images that no label was learned of; the same, dealt out at random."""
 PRETRAININGS = {
     "mae": ("MAEPretrainer", {}),
     "simdino": (
@@ -68,9 +75,10 @@ class Set:
     spacing: list[float]
     rules: tuple[str, ...]
     """What is right for a query, as ``--by`` takes it."""
-    masks: bool = True
-    target: str = ""
-    """Column of the probe."""
+    halved: bool = False
+    """Whether every second image is held out from all that learns from labels."""
+    classes: bool = False
+    """Whether the labels are classes; else they are masks."""
 
     @property
     def number(self) -> str:
@@ -79,6 +87,12 @@ class Set:
     @property
     def configuration(self) -> str:
         return "2d" if len(self.patch) == 2 else "3d_fullres"
+
+    def split(self, cases: list[str]) -> dict[str, list[str]]:
+        """What the supervised arm learns from, and what it is watched on."""
+        seen = cases[::2] if self.halved else cases[:-1]
+        unseen = [case for case in cases if case not in seen]
+        return {"train": seen, "val": unseen if self.classes else unseen[-1:]}
 
 
 def main() -> None:
@@ -118,7 +132,7 @@ def write_sts(data: Path, raw: Path) -> None:
 
 def write_hippocampus(data: Path, raw: Path) -> None:
     """One case per crop, with the volume of the hippocampus by its labels."""
-    lines = ["case,volume_ml"]
+    volumes = {}
     for image in sorted((data / "hippocampus" / "images").glob("*.nii.gz")):
         case = image.name.removesuffix(".nii.gz")
         label = data / "hippocampus" / "labels" / image.name
@@ -126,13 +140,13 @@ def write_hippocampus(data: Path, raw: Path) -> None:
         _copy(label, raw / "labelsTr" / f"{case}.nii.gz")
         read = nibabel.load(label)
         voxels = np.count_nonzero(np.asarray(read.dataobj))
-        lines.append(f"{case},{voxels * np.prod(read.header.get_zooms()[:3]) / 1000:.4f}")
-    _describe(raw, lines, {"background": 0, "anterior": 1, "posterior": 2})
+        volumes[case] = f"{voxels * np.prod(read.header.get_zooms()[:3]) / 1000:.4f}"
+    _describe(raw, _halved("volume_ml", volumes), {"background": 0, "anterior": 1, "posterior": 2})
 
 
 def write_busi(data: Path, raw: Path) -> None:
-    """One case per picture, a volume of one slice; the whole picture is foreground."""
-    folder, lines, texts = data / "busi_us_text", ["case,class"], [("case", "plane", "slice", "text")]
+    """One case per picture, a volume of one slice; the whole picture is foreground. Every second one has a text."""
+    folder, classes, texts = data / "busi_us_text", {}, [("case", "plane", "slice", "text")]
     with open(folder / "captions.csv", encoding="utf-8-sig", newline="") as stream:
         text_of = {row["image_path"]: row["text_caption"] for row in csv.DictReader(stream)}
     for number, file in enumerate(sorted(folder.glob("*/*.png"))):
@@ -144,18 +158,41 @@ def write_busi(data: Path, raw: Path) -> None:
         ):
             place.parent.mkdir(parents=True, exist_ok=True)
             nibabel.save(nibabel.Nifti1Image(content, np.eye(4)), place)
-        lines.append(f"{case},{file.parent.name}")
-        texts.append((case, "axial", 0, text_of[f"{file.parent.name}/{file.name}"]))
+        classes[case] = file.parent.name
+        if number % 2 == 0:
+            texts.append((case, "axial", 0, text_of[f"{file.parent.name}/{file.name}"]))
     with open(raw / "texts.csv", "w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows(texts)
-    _describe(raw, lines, {"background": 0, "foreground": 1})
+    _describe(raw, _halved("class", classes), {"background": 0, "foreground": 1})
+    labels = str(raw / "metadata.csv")
+    _run("nnssl_plugin", "prepare", "-d", raw.name[7:10], "--class-labels", labels, "--target", "class")
 
 
 SETS = (
     Set("Dataset601_STS", write_sts, [32, 32, 32], [4.0, 4.0, 4.0], ("modality", "subject")),
-    Set("Dataset602_BUSI", write_busi, [128, 128], [1.0, 1.0], ("class",), masks=False, target="class"),
-    Set("Dataset603_Hippocampus", write_hippocampus, [32, 40, 32], [1.0, 1.0, 1.0], ("volume_ml:within=1.05",)),
+    Set(
+        "Dataset602_BUSI", write_busi, [128, 128], [1.0, 1.0], ("class", HELD_OUT, *SHUFFLED), halved=True, classes=True
+    ),
+    Set(
+        "Dataset603_Hippocampus",
+        write_hippocampus,
+        [32, 40, 32],
+        [1.0, 1.0, 1.0],
+        tuple(f"{column}:within=1.05" for column in ("volume_ml", HELD_OUT, *SHUFFLED)),
+        halved=True,
+    ),
 )
+
+
+def _halved(name: str, labels: dict[str, str]) -> list[str]:
+    """A table of cases and labels: all, those of every second case, and these dealt out at random, five times."""
+    held_out = list(labels.values())[1::2]
+    dealt = [held_out, *(np.random.default_rng(seed).permutation(held_out) for seed in range(len(SHUFFLED)))]
+    lines = [",".join(("case", name, HELD_OUT, *SHUFFLED))]
+    for number, (case, label) in enumerate(labels.items()):
+        cells = [each[number // 2] for each in dealt] if number % 2 else [""] * len(dealt)
+        lines.append(",".join((case, label, *cells)))
+    return lines
 
 
 def _describe(raw: Path, lines: list[str], labels: dict[str, int]) -> None:
@@ -198,7 +235,7 @@ def plan(each: Set, steps: int) -> None:
     content["configurations"] = {each.configuration: planned}
     write_json(folder / "nnUNetPlans.json", content)
     cases = [name.removesuffix(".nii.gz") for name in sorted(os.listdir(raw_of(each) / "labelsTr"))]
-    write_json(folder / "splits_final.json", [{"train": cases[:-1], "val": cases[-1:]}])
+    write_json(folder / "splits_final.json", [each.split(cases)])
     _run("nnUNetv2_preprocess", "-d", each.number, "-c", each.configuration, "-np", "1")
     length = {"epochs": max(1, steps // PER_EPOCH), "iterations_per_epoch": min(steps, PER_EPOCH)}
     for name, (_, changes) in PRETRAININGS.items():
@@ -206,11 +243,11 @@ def plan(each: Set, steps: int) -> None:
         settings = length | {"batch_size": 4, "validation_iterations": 1, "warmup_epochs": 1, "figure_every": 1000}
         edits = [f"pretraining.{key}={value}" for key, value in (settings | changes).items()]
         _run("nnssl_plugin", "plan", "-d", each.number, "-n", name, "--preset", preset, "--set", *edits)
-    if not each.masks:
-        return
     edits = [f"finetuning.{key}={value}" for key, value in (length | {"validation_iterations": 1}).items()]
+    edits += ["classification.inputs=windows", 'classification.targets=["class"]'] if each.classes else []
     _run("nnssl_plugin", "plan", "-d", each.number, "-n", "start", "--set", *edits)
-    _run("nnssl_plugin", "adapt", "-d", each.number, "-p", "start", "-n", "supervised", "--from-scratch")
+    words = ["-d", each.number, "-c", each.configuration, "-p", "start", "-n", "supervised", "--from-scratch"]
+    _run("nnssl_plugin", "adapt", *words)
 
 
 def raw_of(each: Set) -> Path:
@@ -252,6 +289,11 @@ def intensities(image: str, backbone) -> np.ndarray:
     data = backbone.preprocess(image)
     small = resize(data, [INTENSITY_SIDE if size > 1 else 1 for size in data.shape[1:]])
     return np.concatenate((small.ravel(), np.quantile(data, np.linspace(0.1, 0.9, 9))))
+
+
+def size_of(image: str, backbone) -> np.ndarray:
+    """Of each axis, which numbers of voxels the preprocessed image exceeds: near sizes are near by their cosine."""
+    return np.concatenate([np.arange(512) < size for size in backbone.preprocess(image).shape[1:]]).astype(np.float32)
 
 
 def pair_of(each: Set, epochs: int):
@@ -301,27 +343,25 @@ def evaluate(each: Set, args: argparse.Namespace) -> None:
     raw, work = raw_of(each), args.work
     if not (raw / "metadata.csv").is_file():
         each.write(args.data, raw)
-    if not Path(
-        os.environ["nnUNet_preprocessed"], each.name, f"{'start-supervised' if each.masks else 's2dc'}.json"
-    ).is_file():
+    if not Path(os.environ["nnUNet_preprocessed"], each.name, "start-supervised.json").is_file():
         plan(each, args.steps)
     weights = {name: trained(each, trainer, name, "all") for name, (trainer, _) in PRETRAININGS.items()}
     weights["untrained"] = untrained(each, weights["mae"], work)
-    if each.masks:
-        weights["supervised"] = trained(each, SEGMENTATION, "start-supervised", "0")
-    indexes = {name: work / f"{each.name}_{name}" for name in (*weights, "pair", "intensities")}
+    weights["supervised"] = trained(each, CLASSIFICATION if each.classes else SEGMENTATION, "start-supervised", "0")
+    indexes = {name: work / f"{each.name}_{name}" for name in (*weights, "pair", "intensities", "size")}
     for name, checkpoint in weights.items():
         _run("nnssl_plugin", "embed", "-m", str(checkpoint), "-i", str(raw / "imagesTr"), "-o", str(indexes[name]),
              "--metadata", str(raw / "metadata.csv"), "-np", "1")  # fmt: skip
     backbone = load_backbone(weights["mae"])
     index_of(lambda image: intensities(image, backbone), indexes["mae"], indexes["intensities"], ["mean", "maximum"])
+    index_of(lambda image: size_of(image, backbone), indexes["mae"], indexes["size"], ["maximum"])
     if not (indexes["pair"] / "statistics.npy").is_file():
         index_of(pair_of(each, args.pair_epochs), indexes["mae"], indexes["pair"], ["mean"])
     named = [f"{name}={folder}" for name, folder in indexes.items()]
     rules = [word for rule in each.rules for word in ("--by", rule)]
     _run("nnssl_plugin", "evaluate", "retrieval", "--index", *named, *rules, "-o", str(work / f"{each.name}_retrieval"))
-    if each.target:
-        _run("nnssl_plugin", "evaluate", "probe", "--index", *named, "--target", each.target)
+    for target in (HELD_OUT, *SHUFFLED) if each.classes else ():
+        _run("nnssl_plugin", "evaluate", "probe", "--index", *named, "--target", target)
 
 
 def _run(*words: str) -> None:

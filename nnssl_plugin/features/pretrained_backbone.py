@@ -153,8 +153,8 @@ def load_backbone(
     """The network of a checkpoint as a frozen or trainable encoder, with the preprocessing of its plan.
 
     Args:
-        checkpoint: of a pretraining or a segmentation training of this package or of nnU-Net, a folder that ``export``
-            wrote, or weights that ``adapt`` wrote. The file says its plan itself; nothing in it is run.
+        checkpoint: of a pretraining, segmentation or classification of this package or a training of nnU-Net, a folder
+            that ``export`` wrote, or weights that ``adapt`` wrote. The file says its plan itself; nothing in it is run.
         trainable: False: no gradients, in test mode. True: the encoder takes gradients, in training mode; the decoder
             stays frozen.
         device: where the weights go.

@@ -14,8 +14,10 @@ from small_checkpoint import READER, checkpoint_of
 
 import nnssl_plugin as nnssl
 from nnssl_plugin.checkpoints.format.files import save_checkpoint
+from nnssl_plugin.checkpoints.sources.source import read_source
 from nnssl_plugin.errors import UserError
 from nnssl_plugin.nnunet.plans import build_network
+from nnssl_plugin.tasks.classification.classifier import Classifier
 
 
 @pytest.fixture
@@ -101,6 +103,24 @@ def test_weights_that_adapt_wrote_find_their_plan(checkpoint):
     x = torch.randn(1, 1, 16, 16, 16)
     assert torch.equal(backbone(x)[-1], nnssl.load_backbone(checkpoint)(x)[-1])
     assert adapted.plan.parent == folder
+
+
+def test_a_classifier_gives_its_encoder(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    network = build_network(content["init_args"]["plans"], "3d_fullres", content["init_args"]["dataset_json"])
+    network.load_state_dict(content["network_weights"])
+    classifier = Classifier(network, input_channels=1, heads={"grade": 3, "sign": 2})
+    weights = classifier.state_dict()
+    assert not any(key.startswith("encoder.") for key in weights)
+    path = tmp_path / "classifier.pth"
+    save_checkpoint(content | {"network_weights": weights, "trainer_name": "PretrainedClassificationTrainer"}, path)
+    x = torch.randn(1, 1, 16, 16, 16)
+    assert all(
+        torch.equal(a, b) for a, b in zip(nnssl.load_backbone(path)(x), nnssl.load_backbone(checkpoint)(x), strict=True)
+    )
+    assert set(read_source(path).weights) == set(network.state_dict())
+    assert all(prefix.startswith("encoder") for prefix in read_source(path).trained)
+    assert read_source(checkpoint).trained is None
 
 
 @pytest.mark.parametrize(

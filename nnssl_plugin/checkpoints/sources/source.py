@@ -249,16 +249,20 @@ def _from_nnssl(content: dict[str, Any], path: Path) -> Source:
 
 
 def _from_nnunet(content: dict[str, Any], path: Path) -> Source:
+    """What nnU-Net or a classification trainer of this package wrote; a classifier trains the encoder alone."""
     plans, configuration, dataset_json = nnunet_plan_of(content, path)
-    weights, taken = without_wrapping(content["network_weights"], path)
+    weights, unwrapped = without_wrapping(content["network_weights"], path)
+    weights, chosen = the_network(weights)
     network = nnunet_network(plans, configuration, path, content.get("trainer_name"))
+    keys = keys_of_network(network)
+    encoder = tuple(key for key in (keys.encoder, keys.stem, keys.positions) if key) or None
     described = nnunet_provenance(plans, configuration, dataset_json, trainer=content.get("trainer_name"), path=path)
     return _with_keys(
         Source(
             weights,
             network,
-            described | {"network": network, "taken": taken},
-            None,
+            described | {"network": network, "taken": unwrapped + chosen},
+            encoder if chosen else None,
             NNUNET,
             path,
             plans=plans,
