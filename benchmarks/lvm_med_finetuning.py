@@ -92,8 +92,8 @@ def job_of(
             "cases": cases,
             "shifted": [],
         }
-        for place, seed in enumerate(seeds)
         for number in LABELLED
+        for place, seed in enumerate(seeds)
         for arm in ARMS
     ]
     results.mkdir(exist_ok=True)
