@@ -5,8 +5,10 @@
 Every image is linked ``--repeat`` times, so that a small folder makes a long run. The bare pass has all windows in
 memory and computes the encoder's maps alone, in batches of the same size; both take turns. The processes that read take
 some seconds to start, which a short run does not see pay off: ``steady`` leaves the time to the first commit out.
-``processor`` is by the processor's time of this process alone, which other work on the machine does not change: what
-embedding costs it beside the bare pass, where the processes that read keep up.
+``processor`` is by the processor's time of this process alone: what embedding costs it beside the bare pass, where the
+processes that read keep up. All of these compare minutes with other minutes, in which a machine may be faster or
+slower. ``in_turns`` does not: in one more run every batch goes through the encoder alone first, and then through
+``embed``, which is charged with all that is left of the time.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import torch
 from nnssl_plugin.data.images import find_images
 from nnssl_plugin.tasks.retrieval import embedding
 from nnssl_plugin.tasks.retrieval.embedding import embed_images
-from nnssl_plugin.tasks.retrieval.encoder import load_encoder
+from nnssl_plugin.tasks.retrieval.encoder import Encoder, load_encoder
 from nnssl_plugin.tasks.retrieval.inputs import cut, prepare_case
 
 
@@ -43,7 +45,7 @@ def main() -> None:
     files, _ = find_images(args.images, encoder.backbone.preprocessing.file_ending)
     windows, reading = all_windows(encoder, files)
     found = {"bare": [], "embed": [], "steady": [], "processor_bare": [], "processor_embed": []}
-    memory = []
+    memory, turns = [], []
     for _ in range(args.rounds):
         used = time.process_time()
         passes, seconds = bare(encoder, windows, args)
@@ -55,6 +57,8 @@ def main() -> None:
         found["steady"].append(steady(commits, 0))
         found["processor_embed"].append(steady(commits, 1))
         memory = [used for *_, used in commits]
+        with tempfile.TemporaryDirectory() as folder:
+            turns.append(in_turns(args, files, Path(folder)))
     print(
         json.dumps(
             {
@@ -72,7 +76,8 @@ def main() -> None:
                         ("steady", "steady", "bare"),
                         ("processor", "processor_embed", "processor_bare"),
                     )
-                },
+                }
+                | {"in_turns": turns},
                 "resident_mib_at_commits": memory,
                 "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             },
@@ -138,6 +143,33 @@ def embedded(args, files, folder: Path) -> tuple[float, list[tuple[float, float,
     finally:
         embedding.StoreWriter.append = append
     return done.images_per_second, commits
+
+
+def in_turns(args, files, folder: Path) -> float:
+    """Seconds of the encoder alone over those of the rest, between the first commit and the last."""
+    alone, at_commits = [0.0], []
+    read, append = Encoder.read, embedding.StoreWriter.append
+
+    def after_the_encoder(encoder, data, inside):
+        started = time.perf_counter()
+        with torch.no_grad(), torch.autocast(args.device, enabled=args.device == "cuda"):
+            encoder.backbone.features(data.to(args.device))
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        alone[0] += time.perf_counter() - started
+        return read(encoder, data, inside)
+
+    def measured(store, vectors, rows):
+        at_commits.append((time.perf_counter(), alone[0]))
+        append(store, vectors, rows)
+
+    Encoder.read, embedding.StoreWriter.append = after_the_encoder, measured
+    try:
+        embedded(args, files, folder)
+    finally:
+        Encoder.read, embedding.StoreWriter.append = read, append
+    (first, before), (last, after) = at_commits[0], at_commits[-1]
+    return (after - before) / (last - first - (after - before))
 
 
 def steady(commits, clock: int) -> float:

@@ -90,7 +90,7 @@ def _pool(work: Callable, processes: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # a process takes a second to end
 
 
 def _start(work: Callable) -> None:

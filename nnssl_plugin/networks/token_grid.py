@@ -72,7 +72,7 @@ class TokenGrid:
         """Sums (B, C, N) of a volume (B, C, *size) over the cells, of voxels on a face the part that lies inside."""
         with torch.autocast(volume.device.type, enabled=False):
             volume = volume.float()
-            for axis, size in enumerate(volume.shape[2:]):
+            for axis, size in reversed(list(enumerate(volume.shape[2:]))):  # the last one lies in a row in memory
                 overlaps = self._overlaps(axis, size, volume.device)
                 volume = (volume.movedim(axis + 2, -1) @ overlaps.mT).movedim(-1, axis + 2)
         return volume.flatten(2)
