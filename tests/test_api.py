@@ -84,6 +84,7 @@ def test_prepare_takes_a_table_of_classes(raw, scans, tmp_path):
         nnssl.prepare(scans, 503, "Same", targets=["grade"])
 
 
+@pytest.mark.slow
 def test_caption_writes_what_the_verb_writes(raw, scans):
     folders = [nnssl.prepare(scans, number, "Same", processes=1).folder for number in (501, 502)]
     written = nnssl.caption(501, body_part="left knee", seed=3, slices=3, options={"size": False})
@@ -127,6 +128,7 @@ def test_inspect_says_what_the_verb_writes_as_json(weights, tmp_path):
     assert nnssl.inspect(weights) == read_json(tmp_path / "report.json")
 
 
+@pytest.mark.slow
 def test_evaluate_segmentation_scores_as_the_verb_does(tmp_path):
     pytest.importorskip("monai")
     rng = np.random.default_rng(0)

@@ -102,6 +102,7 @@ class ForgetfulPretrainer(ToyPretrainer):
         return Forgetful(backbone, self.method_settings)
 
 
+@pytest.mark.slow
 def test_what_a_resume_loses_is_noticed():
     assert_resumes_exactly(ToyPretrainer)
     with pytest.raises(AssertionError, match="state"):

@@ -25,6 +25,7 @@ def test_both_sides_find_the_same_plan(rows):
         assert row["mass_error"] < 1e-12
 
 
+@pytest.mark.slow
 def test_the_exact_cost_is_a_lower_bound(rows):
     # up to what the marginals are overrun by when the iterations end
     assert all(row["cost_over_exact"] >= 1 - 1e-6 - max(0, row["marginal_excess"]) for row in rows)
@@ -38,6 +39,7 @@ def test_the_objective_is_that_of_a_naive_loop():
     assert transport.entropic_objective(np.zeros((2, 2)), np.ones((2, 2)), 0.05) == 0
 
 
+@pytest.mark.slow
 def test_the_table_has_every_column_of_every_size(rows):
     lines = transport.table(rows).splitlines()
     assert len(lines) == 2 + 3
@@ -46,6 +48,7 @@ def test_the_table_has_every_column_of_every_size(rows):
     assert all(row[name] > 0 for row in rows for name in row if name.startswith("ms_"))
 
 
+@pytest.mark.slow
 def test_the_loss_takes_fewer_operators_than_autograd_through_the_iterations(rows):
     assert all(0 < 5 * row["operators"] < row["operators_unrolled"] for row in rows)
 

@@ -47,6 +47,7 @@ def lines(folder):
     return (folder / "triplets.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_server_that_misbehaves_loses_nothing_and_is_asked_nothing_twice(make_dataset, monkeypatch):
     monkeypatch.setattr(openai_server, "FIRST_WAIT", 0.01)
     with running() as server:
@@ -73,6 +74,7 @@ def test_a_server_that_misbehaves_loses_nothing_and_is_asked_nothing_twice(make_
     assert not (folder / JOURNAL_FILE).exists()
 
 
+@pytest.mark.slow
 def test_a_slice_without_a_text_stops_no_other_and_is_asked_for_again(make_dataset, monkeypatch, capsys):
     folder = make_dataset(cases=2)
     flags = ["caption", "-d", "9", "--captioner", "openai", "--captioner-model", "m", "--slices", "4", "--endpoint"]
@@ -87,6 +89,7 @@ def test_a_slice_without_a_text_stops_no_other_and_is_asked_for_again(make_datas
     assert server.asked.total() == 9 and len(read_triplets(folder)) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["no model", "refused picture"])
 def test_a_server_that_answers_nothing_is_soon_left_alone(make_dataset, wrong):
     folder = make_dataset(cases=8)
@@ -138,6 +141,7 @@ def test_an_interruption_ends_at_once_and_keeps_what_was_answered(make_dataset, 
     assert set(server.answered.values()) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_as_many_are_asked_at_once_as_was_said(make_dataset, concurrency):
     """What that is worth in time is measured by benchmarks/caption_throughput.py."""

@@ -124,6 +124,7 @@ def test_many_triplets_stand_on_several_pages_that_are_written_anew(folder, monk
     assert len(review.write_review(folder).pages) == 1 and not pages[1].exists()
 
 
+@pytest.mark.slow
 def test_struck_triplets_are_out_of_use_everywhere_and_others_take_their_place(folder, tmp_path, capsys):
     bad = read_triplets(folder)[0]
     decisions = tmp_path / "list.csv"

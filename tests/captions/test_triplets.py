@@ -64,6 +64,7 @@ def test_every_plane_and_every_slice_with_body_is_drawn_and_no_other():
     assert drawn == expected
 
 
+@pytest.mark.slow
 def test_planes_are_drawn_uniformly_and_slices_too():
     body = np.ones((4, 4, 4), dtype=bool)
     draws = [first_slice(f"c{n}", body, np.eye(4), seed=1)[:2] for n in range(1200)]

@@ -18,6 +18,7 @@ def folder(nnunet_environment, tmp_path):
     return prepare_dataset(tmp_path / "in", 77, "Cli", processes=1).folder
 
 
+@pytest.mark.slow
 def test_texts_and_embeddings_are_written_then_kept(folder, capsys):
     arguments = ["--captioner", "template", "--set", "size=false", "--body-part", "left knee", "--seed", "3"]
     assert main(["caption", "-d", "77", "--slices", "3", *arguments]) == 0

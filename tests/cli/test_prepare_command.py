@@ -39,6 +39,7 @@ def test_exit_code_is_one_and_the_table_is_named_where_something_was_rejected(nn
     assert command(scans) == 1  # still rejected
 
 
+@pytest.mark.slow
 def test_what_is_set_aside_is_counted_kept_or_left_out(nnunet_environment, scans, capsys):
     array = np.random.default_rng(1).uniform(size=(8, 9, 10)).astype(np.float32)
     for number in range(3):

@@ -28,6 +28,7 @@ def below(folder):
     return {path: path.lstat().st_size for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_hostile_scans_are_refused_and_named(raw, source, save, secret):
     good = save("good.nii.gz", seed=1)
     hostile = write_hostile_scans(source, 140, secret=secret)

@@ -235,6 +235,7 @@ def test_second_folder_joins_the_dataset_and_keeps_the_first_tables(raw, tmp_pat
     assert len(table(summary.folder, "rejected.csv")) == 1
 
 
+@pytest.mark.slow
 def test_two_spawned_workers_give_the_same_tables_as_one(raw, mixed):
     one = prepare_dataset(mixed, 501, "One", processes=1).folder
     two = prepare_dataset(mixed, 502, "Two", processes=2).folder

@@ -224,6 +224,7 @@ def here(monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", [False, True])
 def test_pretraining_with_the_setting_goes_the_same_way(residual, here):
     stock, swapped = (run(pretraining={"fast": chosen} | TWO_EPOCHS, residual=residual) for chosen in (False, True))
@@ -233,6 +234,7 @@ def test_pretraining_with_the_setting_goes_the_same_way(residual, here):
         assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_pretraining_with_the_setting_resumes_exactly(here):
     assert_resumes_exactly(ToyPretrainer, pretraining={"fast": True} | TWO_EPOCHS)
 

@@ -102,6 +102,7 @@ def test_it_keeps_the_input_and_two_numbers_per_map():
     assert sorted(kept) == [6, 6, x.numel()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", [False, True])
 def test_compiled_without_a_break(residual):
     given = inputs((2, 3, 4, 5, 6), affine=True, residual=residual)

@@ -76,6 +76,7 @@ def test_results_and_gradients_are_equal_bit_for_bit(kind, batch):
     assert list(recomputing.state_dict()) == keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "primus", "patch-vit"])
 def test_fewer_numbers_are_kept_until_the_backward_pass(kind):
     kept = []
@@ -127,6 +128,7 @@ def test_other_networks_are_refused_in_words():
     assert "recompute" in error.value.remedy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_pretraining_goes_the_same_way_bit_for_bit(monkeypatch, chunk_size):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
@@ -135,6 +137,7 @@ def test_pretraining_goes_the_same_way_bit_for_bit(monkeypatch, chunk_size):
     assert_same(*states)
 
 
+@pytest.mark.slow
 def test_pretraining_resumes_exactly(monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     assert_resumes_exactly(ToyPretrainer, pretraining={"recompute": True} | TWO_EPOCHS)

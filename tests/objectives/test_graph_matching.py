@@ -248,6 +248,7 @@ def test_precisions_agree_and_autocast_does_not_reach_it():
     assert torch.equal(match_graphs(**whole), match_graphs(**as_float))
 
 
+@pytest.mark.slow
 def test_reads_nothing_on_the_host_of_a_gpu(monkeypatch):
     monkeypatch.setattr("nnssl_plugin.objectives.assignment._has_triton", lambda: False)
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
@@ -425,6 +426,7 @@ def test_noise_has_a_row_for_every_source_node():
     assert torch.equal(found, torch.cat(halves).argmax(2))
 
 
+@pytest.mark.slow
 def test_learns_to_match_on_a_toy_encoder():
     generator = torch.Generator().manual_seed(0)
     encoder = torch.nn.Linear(20, 8)

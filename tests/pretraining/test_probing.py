@@ -51,6 +51,7 @@ def test_a_run_with_probes_has_the_weights_of_one_without():
         assert name not in without.log.history()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_the_last_probe_is_that_of_the_final_weights(dimensions):
     trainer = labelled(pretraining={"probe_every": 100}, dimensions=dimensions)
@@ -67,6 +68,7 @@ def test_the_last_probe_is_that_of_the_final_weights(dimensions):
     assert np.isnan(history[DICE][:-1]).all()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_numbers():
     whole = labelled()
     whole.run_training()

@@ -43,6 +43,7 @@ def test_inspect_shows_it_and_says_how_to_replay(capsys):
     assert "step 6 (epoch 1)" in said and "contrast nan" in said and "--c" in said and "windows_of" in said
 
 
+@pytest.mark.slow
 def test_a_stop_between_the_step_and_the_end_of_the_epoch_loses_nothing():
     expected = read_json(Path(run(pretraining=BROKEN).output_folder, FILE))
     trainer = make_trainer(pretraining=BROKEN)

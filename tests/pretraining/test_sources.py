@@ -102,6 +102,7 @@ def test_numbers_are_told_for_each_kind_and_the_total_for_all():
     assert "train/contrast" not in history
 
 
+@pytest.mark.slow
 def test_it_draws_each_kind():
     trainer = run(trainer_class=MixedPretrainer, pretraining=BLOCK | {"epochs": 2})
     folder = Path(trainer.output_folder)

@@ -144,6 +144,7 @@ def test_the_report_stands_alone(report, request):
     assert not re.search(r"url\(|@import|https?://", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report", ["labelled", "unlabelled"])
 def test_every_picture_is_a_png_with_a_text_and_a_file_of_its_own(report, request):
     folder, text = request.getfixturevalue(report)

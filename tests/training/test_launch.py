@@ -56,6 +56,7 @@ def test_a_users_error_inside_another_error_is_said_in_words(monkeypatch, capsys
 RANK = "import os, sys, time; rank = int(os.environ['RANK']); "
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "code"),
     [
@@ -73,6 +74,7 @@ def test_the_ranks_exit_code_is_the_launchers(monkeypatch, program, code):
     assert time.monotonic() - started < 50
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_be_asked_are_killed(monkeypatch):
     monkeypatch.setattr(launch, "GRACE", 0.5)
     stubborn = "import signal; signal.signal(15, signal.SIG_IGN); time.sleep(60 if rank else 0.5); sys.exit(3)"

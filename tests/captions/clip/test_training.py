@@ -236,6 +236,7 @@ def test_the_pair_learns_what_the_texts_say(raw, weights):
     assert record["history"][tuned.best_epoch]["held_out_loss"] == min(e["held_out_loss"] for e in record["history"])
 
 
+@pytest.mark.slow
 def test_saved_pair_is_the_one_that_was_measured_and_open_clip_reads_it(raw, weights, tmp_path, with_figures):
     tuned = fine_tune_pair(raw, weights=weights, **QUICK)
     moved = shutil.copytree(tuned.folder, tmp_path / "elsewhere" / "clip_pair")
@@ -292,6 +293,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(made, tmp_path, weights, m
     assert not [path for path in broken.iterdir() if STATE_FILE in path.name]
 
 
+@pytest.mark.slow
 def test_state_of_other_texts_or_a_damaged_one_is_not_used(raw, weights, monkeypatch, caplog):
     monkeypatch.setattr(clip_fine_tuning, "save_pair", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     settings = {**QUICK, "epochs": 1}
@@ -324,6 +326,7 @@ def test_other_texts_slices_and_cases_have_another_fingerprint(raw, weights):
     assert prepare_pairs(raw, pair).fingerprint() in prints
 
 
+@pytest.mark.slow
 def test_finished_training_is_not_repeated(raw, weights):
     settings = {**QUICK, "epochs": 1}
     first = fine_tune_pair(raw, weights=weights, **settings)

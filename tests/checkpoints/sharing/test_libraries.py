@@ -44,6 +44,7 @@ def small_resnet():
     return ResNet(Bottleneck, arguments["blocks"], width_per_group=arguments["width_per_group"]).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_torchvisions_resnet_and_detector_take_the_encoder(channels, nnunet_environment, monkeypatch, tmp_path):
     checkpoint, network = pretrained("ResNetUNet", channels, monkeypatch)

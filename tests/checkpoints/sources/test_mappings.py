@@ -141,6 +141,7 @@ def test_an_encoder_of_resenc_l_alone(prefix, tmp_path):
     assert len(source.weights) == len(encoder) and source.input_channels == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "encoder."], ids=["MAE", "SimCLR and VoCo"])
 def test_openmind_primus_m(prefix, tmp_path):
     weights = prefixed(prefix, eva_mae()) | {"projector.layer1.0.weight": torch.zeros(2)}

@@ -136,6 +136,7 @@ def test_the_adapted_vit_answers_as_the_pretrained_encoder(folder, tmp_path):
     torch.testing.assert_close(ours.flatten(2).transpose(1, 2), tokens, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sizes_of_the_published_networks():
     """The CNN has 956 tensors and 102 M parameters; of the ViT's 674 M the encoder of 40 blocks takes 551 M."""
     res_enc_l = {"network_class_name": f"{UNET}.ResidualEncoderUNet", **_arguments(RES_ENC_L)}
@@ -171,6 +172,7 @@ def test_native_spacing_is_said_and_cannot_be_taken_over(folder, small, tmp_path
     assert "the pretraining saw every case at its own spacing" in said and "voxel spacing:" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PrimusV2, PrimusV3])
 def test_primus_with_a_convolutional_stem_is_known_by_name(kind, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRIMUS_SCALES, "S", (WIDTH, DEPTH, HEADS))

@@ -114,6 +114,7 @@ def with_patch(size):
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file, patch, named",
     [(nnfoundation_cnn, 64, "8 channels at stride [8, 8, 8]"), (nnfoundation_vit, 16, "24 channels")],

@@ -155,6 +155,7 @@ def textures(samples, seed):
     return {"image": image[:, None], "available": torch.ones(samples, 1, dtype=torch.bool)}
 
 
+@pytest.mark.slow
 def test_a_small_encoder_learns_to_match_images_that_it_has_not_seen():
     task = make_task(batch_norm=True)
     optimiser = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=3e-3)

@@ -90,6 +90,7 @@ def three_kinds():
         write_json(Path(os.environ["nnUNet_preprocessed"], name, "nnUNetPlans.json"), plan)
 
 
+@pytest.mark.slow
 @BOTH
 def test_volumes_videos_and_images_pretrain_one_network_and_resume_exactly(trainer_class, three_kinds):
     block = {

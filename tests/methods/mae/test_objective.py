@@ -166,6 +166,7 @@ def test_constant_windows(kind, value):
     assert numbers["visible_mean_error"] == 0 and numbers["explained"].isnan()
 
 
+@pytest.mark.slow
 def test_a_constant_image_is_restored_to_its_value():
     task = make()
     views = views_of(task, make_batch(SIZES["unet"]))

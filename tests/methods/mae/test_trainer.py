@@ -52,6 +52,7 @@ def test_trains_the_encoder_and_the_decoder_but_not_the_segmentation_layers(resi
     assert_finite(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_network", [with_primus, with_swin])
 def test_trains_transformers(with_network):
     planned = make_trainer(**arguments())

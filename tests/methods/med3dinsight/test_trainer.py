@@ -51,6 +51,7 @@ def test_both_fields_of_view_of_table_vi_g(field_of_view, window):
     assert np.isfinite(trainer.log.history()["train_losses"]).all()
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_one_go():
     reference = state_of(run(**arguments()))
     trainer = make_trainer(**arguments())
@@ -98,6 +99,7 @@ def test_the_log_says_what_is_matched_and_names_the_cases_of_a_skipped_step(monk
     assert {"diagnostics/retrieval_image_empty", "diagnostics/retrieval_text_other_case"} <= set(history)
 
 
+@pytest.mark.slow
 def test_draws_reconstructions():
     trainer = run(**arguments())
     figure = Path(trainer.output_folder, "figures", "reconstruction_epoch_0001.png")

@@ -232,6 +232,7 @@ def test_negatives_and_weights_enter_the_sum():
     torch.testing.assert_close(weighted["total"], 0.5 * plain["global"] + 2 * plain["p2p"] + 3 * plain["p2s"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "grid, options",
     [

@@ -58,6 +58,7 @@ def test_trains_the_encoder_alone(residual, channels, dimensions):
     assert np.isfinite(trainer.log.history()["diagnostics/matching_accuracy"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_network", [with_primus, with_swin])
 def test_trains_transformers(with_network):
     planned = make_trainer(**arguments())

@@ -115,6 +115,7 @@ def test_pictures_stand_as_their_letters_say(tmp_path, codes, reader, transpose)
             assert (steps > 0).all() if towards else (steps < 0).all()
 
 
+@pytest.mark.slow
 def test_pictures_are_written_with_the_rows_and_made_up_for(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     array = np.random.default_rng(0).normal(size=(12, 14, 10)).astype(np.float32)

@@ -45,6 +45,7 @@ def labels(handles):
     return [handle.get_label() for handle in handles]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [BINARY, FINDINGS, MANY], ids=lambda t: t.kind)
 def test_four_pictures_are_written(target, tmp_path):
     predictions = drawn(target)

@@ -40,6 +40,7 @@ def flattened(plan):
     return plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_probed(nnunet_environment, family):
     _, _, configuration = write_labelled(**FAMILIES[family])

@@ -48,6 +48,7 @@ def of_query(folder, case):
         return {row["by"]: row for row in csv.DictReader(file) if row["case"] == case}
 
 
+@pytest.mark.slow
 def test_a_gallery_by_hand(circle, tmp_path):
     by = ["kind", "tags:any", "tags:exact", "size:within=1.5", "subject"]
     evaluate_retrieval({"i": circle}, tmp_path / "o", by, queries=["case=q"])

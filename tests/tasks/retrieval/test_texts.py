@@ -94,6 +94,7 @@ def write(raw, text, weights):
     write_embeddings(raw, Embeddings(rows, rows, rows, text, text, weights, rows))
 
 
+@pytest.mark.slow
 def test_text_to_volume_by_the_commands(aligned, dataset, tmp_path, capsys):
     scans, index, out = write_scans(tmp_path / "scans", 4), str(tmp_path / "index"), tmp_path / "found"
     assert main(["embed", "-m", str(aligned), "-i", str(scans), "-o", index, "--aligned"]) == 0

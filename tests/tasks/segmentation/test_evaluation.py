@@ -365,6 +365,7 @@ def test_runs_without_a_common_case_are_not_compared(folders):
         evaluate(folders, "a", "b")
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_the_files(folders, capsys):
     (folders / "b" / "case_5.nii.gz").unlink()
     arguments = [

@@ -120,6 +120,7 @@ def write(folder, kind):
     return kind(str(folder), ["b", "a"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nnUNetDatasetBlosc2, nnUNetDatasetNumpy])
 def test_both_kinds_of_files_and_processes_that_start_anew(tmp_path, kind):
     plain = write(tmp_path, kind)

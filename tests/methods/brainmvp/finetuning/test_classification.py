@@ -70,6 +70,7 @@ def state(subject):
     return {"network": subject.network.state_dict(), "optimizer": subject.optimizer.state_dict()}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit_and_is_validated_as_ever(folder):
     reference = trainer(folder)
     reference.run_training()

@@ -31,6 +31,7 @@ def loss_of(output, target):
     return sum(functional.mse_loss(o[:, :1], target[..., : o.shape[-1]]) / 2**n for n, o in enumerate(outputs[:1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["plain", "residual", "segresnet", "swin", "primus", "patch_vit"])
 def test_the_value_and_the_gradients_are_those_of_the_equations(family):
     network, size = network_of(family)
@@ -86,6 +87,7 @@ def test_the_halves_of_any_output():
     assert half((x,), 0)[0].tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_compiled_network_gives_its_features_too():
     network, size = network_of("plain")
     image, target = torch.randn(2, 2, *size), torch.randn(1, 1, *size)

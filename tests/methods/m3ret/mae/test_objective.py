@@ -156,6 +156,7 @@ def test_a_network_of_convolutions_is_sent_to_the_plain_trainer():
     assert "-tr MAEPretrainer" in error.value.remedy and "patch-vit-s m3ret-mae" in error.value.remedy
 
 
+@pytest.mark.slow
 def test_training_explains_what_a_constant_does_not():
     task = make_task(ratio=0.5)
     ramp = torch.linspace(-1, 1, 8).expand(4, 1, *SIZE) * torch.tensor([1.0, -1, 0.5, -0.5]).reshape(4, 1, 1, 1, 1)
