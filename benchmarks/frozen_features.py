@@ -53,21 +53,22 @@ def run_file(folder: Path, arm: Arm, seed: int, part: int) -> Path:
 
 
 def work(study: Study, data: Path, folder: Path, device: str, waiting, until: float) -> None:
-    """Carry out runs until none is left or the time is over; what fails is told and left."""
+    """Carry out runs until none is left or the time is over; what fails is told and left (exit code 1)."""
     import_all(study, folder)
     import torch
 
     torch.set_num_threads(1)
-    parts = parts_of(study, data)
+    parts, failed = parts_of(study, data), 0
     while time.time() < until:
         _, run = waiting.get()
         if run is None:
-            return
+            break
         arm, seed, part = run
         try:
             result = carry_out(study, parts[part], arm, seed, part, device)
         except Exception:
             traceback.print_exc()
+            failed = 1
             continue
         write_json(run_file(folder, arm, seed, part), result)
         spent = f"{result['seconds_training']:.0f} + {result['seconds_probing']:.0f} s"
@@ -75,6 +76,7 @@ def work(study: Study, data: Path, folder: Path, device: str, waiting, until: fl
             number: round(sum(sum(c) for c in d) / max(1, sum(map(len, d))), 3) for number, d in result["dice"].items()
         }
         print(f"{arm.name} seed {seed} part {part}: {spent}, Dice {five}", flush=True)
+    sys.exit(failed)
 
 
 def import_all(study: Study, folder: Path) -> None:
@@ -194,8 +196,8 @@ def pretrain(study: Study, arm: Arm, seed: int, part: int, plans: dict, dataset_
     return network, log, snapshots
 
 
-def carry_out_study(study_file: Path, folder: Path, *, data: Path, jobs: int, device: str, seconds: float) -> None:
-    """Prepare, run what is left, and write the results."""
+def carry_out_study(study_file: Path, folder: Path, *, data: Path, jobs: int, device: str, seconds: float) -> int:
+    """Prepare, run what is left, and write the results; 1 where a run failed."""
     from frozen_results import write_results
 
     started = time.time()
@@ -224,6 +226,7 @@ def carry_out_study(study_file: Path, folder: Path, *, data: Path, jobs: int, de
     done = [read_json(path) for path in sorted((folder / "runs").glob("*.json"))]
     print(f"{len(done)} of {len(runs)} runs are done.")
     write_results(study, done, folder, study_file=study_file, device=device, jobs=jobs)
+    return int(any(worker.exitcode for worker in workers))
 
 
 def _captioned(study: Study, data: Path, folder: Path, left: list, device: str) -> list:
@@ -280,7 +283,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))  # the workers end with this process
-    carry_out_study(
+    return carry_out_study(
         args.study,
         args.o.resolve(),
         data=args.data.resolve(),
@@ -288,7 +291,6 @@ def main() -> int:
         device=args.device,
         seconds=args.seconds,
     )
-    return 0
 
 
 if __name__ == "__main__":

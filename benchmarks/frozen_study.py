@@ -10,9 +10,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
-from study_file import ENDING, Data, files_by_case
-from study_file import _build as build
-from study_file import _evenly as evenly
+from study_file import ENDING, Data, build, evenly, files_by_case
 from study_steps import PLAN, edit_command, environment
 
 from nnssl_plugin.data.triplets import (

@@ -157,18 +157,18 @@ def read_study(path: str | Path) -> Study:
         UserError: for a missing or unknown key, or values that do not hold together.
     """
     content = read_json(path)
-    study = _build(Study, content, where=f"{path}")
+    study = build(Study, content, where=f"{path}")
     study = dataclasses.replace(
         study,
-        data=_build(Data, study.data, where=f"{path}, data"),
-        cases=_build(Counts, study.cases, where=f"{path}, cases"),
+        data=build(Data, study.data, where=f"{path}, data"),
+        cases=build(Counts, study.cases, where=f"{path}, cases"),
         pretrainings={
-            name: _build(Pretraining, block, where=f"{path}, pretrainings, {name}")
+            name: build(Pretraining, block, where=f"{path}, pretrainings, {name}")
             for name, block in study.pretrainings.items()
         },
-        arms=tuple(_build(Arm, arm, where=f"{path}, arms") for arm in study.arms),
-        separation=study.separation and _build(Separation, study.separation, where=f"{path}, separation"),
-        shift=study.shift and _build(Shift, study.shift, where=f"{path}, shift"),
+        arms=tuple(build(Arm, arm, where=f"{path}, arms") for arm in study.arms),
+        separation=study.separation and build(Separation, study.separation, where=f"{path}, separation"),
+        shift=study.shift and build(Shift, study.shift, where=f"{path}, shift"),
         fractions=tuple(sorted(study.fractions)),
         seeds=tuple(study.seeds),
     )
@@ -197,11 +197,11 @@ def choose_cases(study: Study, data: Path) -> Selection:
             f"{counts.unlabelled} unlabelled and {counts.evaluation + counts.tuning} others for evaluation and tuning.",
             "Name the folder of data with --data.",
         )
-    evaluation = _evenly(names, counts.evaluation)
+    evaluation = evenly(names, counts.evaluation)
     others = [name for name in names if name not in set(evaluation)]
-    tuning = _evenly(others, counts.tuning)
-    unlabelled = _evenly([name for name in others if name not in set(tuning)], counts.unlabelled)
-    return Selection(unlabelled, _evenly(unlabelled, counts.pool), evaluation, tuning)
+    tuning = evenly(others, counts.tuning)
+    unlabelled = evenly([name for name in others if name not in set(tuning)], counts.unlabelled)
+    return Selection(unlabelled, evenly(unlabelled, counts.pool), evaluation, tuning)
 
 
 def files_by_case(data: Path, place: str) -> dict[str, Path]:
@@ -240,11 +240,11 @@ def tuning_cases(study: Study, selection: Selection) -> tuple[tuple[str, ...], t
     return tuple(trained), tuple(case for case in selection.tuning if case not in trained)
 
 
-def _evenly(names, count: int) -> tuple[str, ...]:
+def evenly(names, count: int) -> tuple[str, ...]:
     return tuple(names[index * len(names) // count] for index in range(count))
 
 
-def _build(kind: type, content: Any, *, where: str) -> Any:
+def build(kind: type, content: Any, *, where: str) -> Any:
     """An instance of a dataclass from JSON, lists as tuples where the field is one."""
     if not isinstance(content, Mapping):
         raise UserError(f"{where} is {content!r}, not a block of values.", "See benchmarks/studies for examples.")

@@ -39,3 +39,10 @@ def test_as_many_items_as_asked_for_are_worked_on_ahead(tmp_path):
     time.sleep(0.2)
     assert [file.exists() for file in files] == [True] * 5 + [False] * 3
     assert list(results) == [None] * 7
+
+
+@pytest.mark.slow
+def test_an_item_far_ahead_that_ends_its_process_costs_no_other():
+    items = ["1", "2", "3", "4", CRASH, "6", "7", "8", "9"]
+    expected = ["killed" if item == CRASH else int(item) for item in items]
+    assert list(ahead_in_processes(eval, items, 1, killed=lambda _: "killed", ahead=5)) == expected

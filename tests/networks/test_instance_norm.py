@@ -1,14 +1,12 @@
 """Normalisation, residual and LeakyReLU in one, beside PyTorch's own operators, forward and backward; its kernels."""
 
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import run_interpreted
 
 from nnssl_plugin.networks.instance_norm import normalise
 
@@ -114,14 +112,7 @@ def test_compiled_without_a_break(residual):
 
 @pytest.mark.slow
 def test_kernels_equal_the_operators_under_the_interpreter():
-    """In a process of its own: Triton looks at the variable when it is first imported."""
-    pytest.importorskip("triton", reason="Triton is not installed; PyTorch brings it for CUDA on Linux")
-    script = Path(__file__).with_name("interpreted_kernels.py")
-    run = subprocess.run(
-        [sys.executable, str(script)], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split() == ["26", "cases"]
+    assert run_interpreted(Path(__file__).with_name("interpreted_kernels.py")) == ["26", "cases"]
 
 
 @pytest.mark.slow

@@ -1,13 +1,11 @@
 """Linear assignment against SciPy and every permutation."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import run_interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnssl_plugin.objectives.assignment import linear_assignment, shortest_augmenting_paths
@@ -80,14 +78,7 @@ def test_reads_nothing_on_the_host_of_a_gpu(monkeypatch):
 
 @pytest.mark.slow
 def test_kernels_equal_the_operators_under_the_interpreter():
-    """In a process of its own: Triton looks at the variable when it is first imported."""
-    pytest.importorskip("triton", reason="Triton is not installed; PyTorch brings it for CUDA on Linux")
-    script = Path(__file__).with_name("interpreted_kernels.py")
-    run = subprocess.run(
-        [sys.executable, str(script)], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split() == ["16", "cases"]
+    assert run_interpreted(Path(__file__).with_name("interpreted_kernels.py")) == ["16", "cases"]
 
 
 @pytest.mark.slow

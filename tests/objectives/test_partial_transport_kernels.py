@@ -1,27 +1,18 @@
 """The kernel of the transport solver beside the loop: under Triton's interpreter, compiled, and on CUDA."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import run_interpreted
 
 from nnssl_plugin.objectives.partial_transport import log_partial_transport_plan
 
 
 @pytest.mark.slow
 def test_kernel_equals_the_loop_under_the_interpreter():
-    """In a process of its own: Triton looks at the variable when it is first imported."""
-    pytest.importorskip("triton", reason="Triton is not installed; PyTorch brings it for CUDA on Linux")
-    script = Path(__file__).with_name("interpreted_transport.py")
-    run = subprocess.run(
-        [sys.executable, str(script)], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split() == ["55", "cases"]
+    assert run_interpreted(Path(__file__).with_name("interpreted_transport.py")) == ["55", "cases"]
 
 
 @pytest.mark.slow
