@@ -123,6 +123,25 @@ class Study:
     separation: Separation | None = None
     """With it, token separation by label is measured before and after each pretraining."""
     configuration: str = "3d_fullres"
+    pretraining_seeds: int = 1
+    """Trainings of each pretraining, with the seeds 0, 1, …; fine-tunings with another seed start from another one."""
+
+    @property
+    def trained(self) -> dict[str, Pretraining]:
+        """Name → every training of the pretrainings; several of one pretraining differ in their seed."""
+        if self.pretraining_seeds == 1:
+            return self.pretrainings
+        return {
+            f"{name}-{seed}": dataclasses.replace(each, edits=each.edits | {"seed": seed})
+            for name, each in self.pretrainings.items()
+            for seed in range(self.pretraining_seeds)
+        }
+
+    def start(self, arm: Arm, seed: int) -> str:
+        """Name of what a fine-tuning starts from: one of :attr:`trained`, or random weights."""
+        if arm.pretraining is None:
+            return SCRATCH
+        return arm.pretraining if self.pretraining_seeds == 1 else f"{arm.pretraining}-{seed % self.pretraining_seeds}"
 
     @property
     def baseline(self) -> Arm:
@@ -287,6 +306,7 @@ def _requirements(study: Study) -> list[tuple[bool, str]]:
             "fractions must lie in (0, 1]",
         ),
         (len(study.seeds) > 0 and len(set(study.seeds)) == len(study.seeds), "seeds must be given, each once"),
+        (study.pretraining_seeds >= 1, "pretraining_seeds must be at least 1"),
         (
             all(key.startswith("configurations.") for key in study.plan),
             "keys of plan must begin with 'configurations.'",

@@ -157,7 +157,7 @@ def planning_steps(study: Study, folder: Path) -> list[Step]:
     if study.captions is not None:
         flags = [word for flag, value in study.captions.items() for word in (f"--{flag}", str(value))]
         commands["caption"] = ("nnssl_plugin", "caption", "-d", unlabelled, *flags)
-    for name, pretraining in study.pretrainings.items():
+    for name, pretraining in study.trained.items():
         preset = ("--preset", pretraining.preset) if pretraining.preset else ()
         commands[f"settings-{name}"] = edit_command(unlabelled, PLAN, pretraining_plan(name), pretraining.edits, preset)
     return [Step(title, "planning", command) for title, command in commands.items()]
@@ -172,7 +172,7 @@ def pretraining_steps(study: Study, folder: Path, *, device: str) -> list[Step]:
             _train(UNLABELLED_ID, study.configuration, "all", pretraining.trainer, pretraining_plan(name), device),
             results=pretraining_folder(study, folder, name),
         )
-        for name, pretraining in study.pretrainings.items()
+        for name, pretraining in study.trained.items()
     ]
 
 
@@ -206,7 +206,7 @@ def separation_steps(study: Study, folder: Path, *, device: str) -> list[Step]:
                 str(separation_file(folder, name)),
             ),
         )
-        for name in study.pretrainings
+        for name in study.trained
     ]
 
 
@@ -214,7 +214,7 @@ def adaptation_steps(study: Study, folder: Path) -> list[Step]:
     """For each pretraining, and for random weights, the plan for fine-tuning."""
     sources = {
         name: ("-w", str(pretraining_folder(study, folder, name) / "checkpoint_final.pth"))
-        for name in study.pretrainings
+        for name in study.trained
     }
     command = ("nnssl_plugin", "adapt", "-d", str(LABELLED_ID), "-c", study.configuration, "-p", PLAN, "-n")
     return [
@@ -323,7 +323,7 @@ def _run(
         "recipe": recipe,
         "seed": seed,
         "fold": fold,
-        "plan": f"{PLAN}-{arm.pretraining or SCRATCH}",
+        "plan": f"{PLAN}-{study.start(arm, seed)}",
         "settings": settings | ({"epochs": epochs} if epochs else {}),
         "schedule": epochs,
         "cases": list(cases),
@@ -333,7 +333,7 @@ def _run(
 
 def pretraining_folder(study: Study, folder: Path, name: str) -> Path:
     """Where nnU-Net writes a pretraining."""
-    run = f"{study.pretrainings[name].trainer}__{pretraining_plan(name)}__{study.configuration}"
+    run = f"{study.trained[name].trainer}__{pretraining_plan(name)}__{study.configuration}"
     return folder / "nnUNet_results" / UNLABELLED / run / "fold_all"
 
 
