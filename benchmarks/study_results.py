@@ -90,7 +90,7 @@ def read_separation(study: Study, folder: Path) -> dict[str, Any]:
     """Pretraining → token separation before and after it; empty where the study does not ask for it."""
     if study.separation is None:
         return {}
-    return {name: read_json(separation_file(folder, name)) for name in study.pretrainings}
+    return {name: read_json(separation_file(folder, name)) for name in study.trained}
 
 
 def tuned(study: Study, runs: list[Run]) -> dict[str, dict[str, float]]:
@@ -278,7 +278,7 @@ def page(study: Study, result: dict[str, Any], lines: str, *, study_file: Path) 
 **Data.** {data.title}; {data.licence}; labels: {data.label_kind} ({", ".join(data.label_names)}). {counts.unlabelled} scans for pretraining, of which up to {counts.pool} come with labels; {counts.evaluation} other cases for evaluation and {counts.tuning} for tuning, which neither pretraining nor fine-tuning sees.{_shift(study)}
 
 {lines}
-Mean Dice over the evaluation cases and up to {len(study.seeds)} seeds ± standard deviation over the seeds. A seed draws the labelled cases, the initialisation and the augmentation, alike in every arm. Differences are paired by seed and case; the interval draws seeds and cases (hierarchical bootstrap), each arm having one pretraining. The final weights are evaluated, no checkpoint is selected.
+Mean Dice over the evaluation cases and up to {len(study.seeds)} seeds ± standard deviation over the seeds. A seed draws the labelled cases, the initialisation and the augmentation, alike in every arm. Differences are paired by seed and case; the interval draws seeds and cases (hierarchical bootstrap){_pretrainings(study)}. The final weights are evaluated, no checkpoint is selected.
 
 ![Dice against the number of labelled cases](label_efficiency.png)
 
@@ -360,6 +360,13 @@ def _steps(rows: list[dict[str, Any]]) -> str:
         f"{rows[0]['goal']:.3f}, "
         f"{ENOUGH:.0%} of what training from scratch has after the whole schedule.\n\n" + "\n".join(head) + "\n\n"
     )
+
+
+def _pretrainings(study: Study) -> str:
+    """What the interval holds of the spread between pretrainings."""
+    if study.pretraining_seeds == 1:
+        return ", each arm having one pretraining"
+    return f"; each pretraining was done with {study.pretraining_seeds} seeds, one for each seed of the fine-tuning"
 
 
 def _separation(name: str, found: dict[str, Any]) -> str:

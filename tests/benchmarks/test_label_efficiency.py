@@ -191,6 +191,16 @@ def test_arms_of_a_fold_differ_in_their_weights_alone(tmp_path):
     assert "-w" in adapt["adapt-med3d"] and "--from-scratch" in adapt["adapt-scratch"]
 
 
+def test_each_seed_may_have_a_pretraining_of_its_own(tmp_path):
+    study = read(tmp_path, pretraining_seeds=2, seeds=[0, 1, 2])
+    trainings = study_steps.pretraining_steps(study, tmp_path, device="cpu")
+    assert [step.title for step in trainings] == ["pretrain-med3d-0", "pretrain-med3d-1"]
+    assert [each.edits["seed"] for each in study.trained.values()] == [0, 1]
+    plans = {run["seed"]: run["plan"] for run in runs_planned(study) if run["arm"] == "pretrained"}
+    assert plans == {seed: f"nnUNetPlans-study-med3d-{seed % 2}" for seed in (0, 1, 2)}
+    assert read(tmp_path).trained == read(tmp_path).pretrainings
+
+
 def test_an_arm_may_have_settings_of_its_own_beside_those_of_its_recipe(tmp_path):
     arms = [
         {"name": "frozen", "pretraining": "med3d", "finetuning": {"frozen_encoder_epochs": 1, "epochs": 3}},
