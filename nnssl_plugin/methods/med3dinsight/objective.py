@@ -110,12 +110,12 @@ class Med3DInsight(PretextTask):
     def after_step(self, progress: float, applied: Tensor) -> None:
         """M = Proj(M), the last line of Algorithm 1, in every ``project_every``-th step and the last one.
 
-        The projection waits for the device. Between two of them the cost is that of M all the same, where its
-        quadratic form is negative 0.
+        A step that was skipped owes the projection of those before it all the same. The projection waits for the
+        device. Between two of them the cost is that of M, where its quadratic form is negative 0.
         """
         done = round(progress * self.steps) + 1
         if done % self.settings.project_every == 0 or done == self.steps:
-            self.metric.copy_(torch.where(applied, project_psd(self.metric), self.metric))
+            self.metric.copy_(project_psd(self.metric))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Everything trained; M and V_p without weight decay, which would pull them to 0 where no slice falls."""
