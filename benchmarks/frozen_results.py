@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from frozen_study import Study
-from scipy.stats import spearmanr
 from study_figures import COLOURS, MARKERS
+from study_prediction import rank_correlation
 
 from nnssl_plugin.io.files import atomic_path, write_json
 from nnssl_plugin.statistics.bootstrap import hierarchical_bootstrap
@@ -111,11 +111,13 @@ def predictions(study: Study, runs: Runs) -> list[dict[str, Any]]:
         names = sorted({name for run in of_method for name in run["log"]} - {"epoch_start_timestamps"})
         along = [_along(run, number, study) for run in of_method if run["snapshots"]]
         rows.append(
-            _correlation(method, "steps", steps, ends, [_rank(points["steps"], points["dice"]) for points in along])
+            _correlation(
+                method, "steps", steps, ends, [rank_correlation(points["steps"], points["dice"]) for points in along]
+            )
         )
         for name in names:
             last = [run["log"].get(name, [math.nan])[-1] for run in of_method]
-            inside = [_rank(points["log"].get(name, []), points["dice"]) for points in along]
+            inside = [rank_correlation(points["log"].get(name, []), points["dice"]) for points in along]
             rows.append(_correlation(method, name, last, ends, inside))
     return [row for row in rows if row["across"] is not None or row["along"] is not None]
 
@@ -239,19 +241,11 @@ def _correlation(method: str, name: str, values: list, dice: list, inside: list)
     return {
         "method": method,
         "name": name,
-        "across": _rank(values, dice),
+        "across": rank_correlation(values, dice),
         "runs": len(dice),
         "along": float(np.mean(known)) if known else None,
         "along_runs": len(known),
     }
-
-
-def _rank(values: Sequence[float], dice: Sequence[float]) -> float | None:
-    """Spearman's ρ; None with fewer than four finite pairs, or where nothing varies."""
-    pairs = np.array([pair for pair in zip(values, dice, strict=False) if np.isfinite(pair).all()], dtype=float)
-    if len(pairs) < 4 or (np.ptp(pairs, axis=0) == 0).any():
-        return None
-    return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
 
 
 def _mean(values) -> float:

@@ -16,16 +16,17 @@ from pathlib import Path
 
 from study_figures import draw_label_efficiency, draw_learning
 from study_file import Study, choose_cases, read_study
+from study_page import page, table
+from study_prediction import predictions
 from study_results import (
     calibration,
     choose_recipes,
     collect,
-    page,
+    read_probe,
     read_separation,
     steps_to_twin,
     summarise,
     summary,
-    table,
     tuned,
     versions,
 )
@@ -37,6 +38,7 @@ from study_steps import (
     lay_out,
     planning_steps,
     pretraining_steps,
+    probe_steps,
     separation_steps,
     training_step,
     tuning_runs,
@@ -71,13 +73,14 @@ def carry_out(study_file: Path, folder: Path, *, data: Path, jobs: int, device: 
     lay_out(study, selection, data=data, folder=folder)
     one_thread = on_one_thread(jobs, device)
     planning, pretraining = planning_steps(study, folder), pretraining_steps(study, folder, device=device)
-    separation, adaptation = separation_steps(study, folder, device=device), adaptation_steps(study, folder)
+    adaptation = adaptation_steps(study, folder)
+    features = [*separation_steps(study, folder, device=device), *probe_steps(study, folder, device=device)]
     trials = tuning_runs(study, selection)
-    total = len([*planning, *pretraining, *separation, *adaptation, *trials, *study.seeds])
+    total = len([*planning, *pretraining, *features, *adaptation, *trials, *study.seeds])
     runner = Runner(folder, device=device, total=total)
     runner.run(planning)
     runner.run(pretraining, jobs=jobs)
-    runner.run([*adaptation, *separation], jobs=jobs)
+    runner.run([*adaptation, *features], jobs=jobs)
 
     def train(stage: str, runs: dict) -> None:
         steps = [
@@ -112,6 +115,8 @@ def write_results(study: Study, folder: Path, *, state: dict, jobs: int, device:
         "statistics": summarise(study, runs),
         "steps_to_twin": steps_to_twin(study, runs),
         "separation": read_separation(study, folder),
+        "probe": read_probe(folder),
+        "prediction": predictions(study, folder, runs),
         "runs": [run.as_json() for run in runs],
     }
     write_json(folder / "result.json", result)

@@ -85,6 +85,15 @@ class Separation:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """How the frozen encoder of each pretraining is read: ``nnssl_plugin evaluate probe`` on the tuning cases."""
+
+    labelled: int
+    """Of the tuning cases that are trained on, drawn anew for each seed; the others of the tuning are scored."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+@dataclass(frozen=True)
 class Shift:
     """Another look of the evaluation cases: what a scanner with other settings would have made of them."""
 
@@ -122,6 +131,8 @@ class Study:
     """Flags of ``nnssl_plugin caption``, for methods that need triplets."""
     separation: Separation | None = None
     """With it, token separation by label is measured before and after each pretraining."""
+    probe: Probe | None = None
+    """With it, a linear readout of each pretraining's frozen encoder is measured on the tuning cases."""
     configuration: str = "3d_fullres"
     pretraining_seeds: int = 1
     """Trainings of each pretraining, with the seeds 0, 1, …; fine-tunings with another seed start from another one."""
@@ -188,6 +199,7 @@ def read_study(path: str | Path) -> Study:
         arms=tuple(build(Arm, arm, where=f"{path}, arms") for arm in study.arms),
         separation=study.separation and build(Separation, study.separation, where=f"{path}, separation"),
         shift=study.shift and build(Shift, study.shift, where=f"{path}, shift"),
+        probe=study.probe and build(Probe, study.probe, where=f"{path}, probe"),
         fractions=tuple(sorted(study.fractions)),
         seeds=tuple(study.seeds),
     )
@@ -306,6 +318,7 @@ def _requirements(study: Study) -> list[tuple[bool, str]]:
             "fractions must lie in (0, 1]",
         ),
         (len(study.seeds) > 0 and len(set(study.seeds)) == len(study.seeds), "seeds must be given, each once"),
+        (study.probe is None or study.cases.tuning > 0, "probe needs cases for tuning"),
         (study.pretraining_seeds >= 1, "pretraining_seeds must be at least 1"),
         (
             all(key.startswith("configurations.") for key in study.plan),

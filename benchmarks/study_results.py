@@ -1,4 +1,4 @@
-"""What came out of a study: Dice per run, case and label; statistics; the table and the page."""
+"""What came out of a study: Dice per run, case and label, and statistics."""
 
 import os
 import platform
@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 from study_file import SHIFTED, Arm, Study
-from study_steps import RUNS, separation_file
+from study_steps import RUNS, probe_file, separation_file
 
 from nnssl_plugin.io.files import read_json
 from nnssl_plugin.nnunet.label_fractions import nested_subsets
 from nnssl_plugin.statistics.bootstrap import hierarchical_bootstrap
-from nnssl_plugin.tasks.probing.tokens import table as separation_table
 
 ALL_LABELS = "mean"
 """Name of the mean over the labels of a case."""
@@ -24,6 +23,8 @@ PACKAGES = ("nnssl_plugin", "nnunetv2", "torch", "numpy")
 
 LOOKS = {"dice": "as trained", "dice_shifted": "another look"}
 """Where a run keeps the Dice of the evaluation cases, and how they look there."""
+FIELD = "MAE"
+"""Name of the arm of the field's known quantity, with which the other pretrainings are compared too."""
 ENOUGH = 0.95
 """Share of the twin's Dice that counts as having reached it."""
 
@@ -93,6 +94,11 @@ def read_separation(study: Study, folder: Path) -> dict[str, Any]:
     return {name: read_json(separation_file(folder, name)) for name in study.trained}
 
 
+def read_probe(folder: Path) -> dict[str, Any]:
+    """What ``evaluate probe`` found of the frozen encoders; empty where the study does not ask for it."""
+    return read_json(probe_file(folder)) if probe_file(folder).exists() else {}
+
+
 def tuned(study: Study, runs: list[Run]) -> dict[str, dict[str, float]]:
     """Arm → recipe → mean Dice of the tuning cases that were not trained on."""
     return {
@@ -128,9 +134,8 @@ def summarise(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
                     twin = scores_of(runs, study.baseline, fraction, label, look=look)
                     together = [seed for seed in own if seed in twin]
                     per_seed = {seed: float(np.nanmean(values)) for seed, values in own.items()}
-                    difference = None
-                    if arm != study.baseline and together:
-                        difference = _interval(np.stack([own[seed] - twin[seed] for seed in together]))
+                    field = next((each for each in study.arms if each.name == FIELD), arm)
+                    fields = scores_of(runs, field, fraction, label, look=look)
                     rows.append(
                         {
                             "look": LOOKS[look],
@@ -143,7 +148,8 @@ def summarise(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
                             "sd_over_seeds": statistics.stdev(per_seed.values()) if len(per_seed) > 1 else None,
                             "interval": _interval(np.stack(list(own.values()))),
                             "seeds": len(together),
-                            "difference_to_scratch": difference,
+                            "difference_to_scratch": None if arm == study.baseline else _between(own, twin),
+                            "difference_to_mae": None if arm in (field, study.baseline) else _between(own, fields),
                             # of the arm and of scratch, over the seeds that both have
                             "paired": [_mean_of(own, together), _mean_of(twin, together)] if together else None,
                         }
@@ -209,32 +215,11 @@ def labelled_cases(study: Study, fraction: float) -> int:
     return len(nested_subsets([str(i) for i in range(study.cases.pool)], [fraction])[fraction])
 
 
-def table(study: Study, rows: list[dict[str, Any]]) -> str:
-    """The statistics as Markdown: a row for each look, label and fraction."""
-    arms = [arm.name for arm in study.arms]
-    others = [arm for arm in arms if arm != study.baseline.name]
-    differences = [f"{name} − {study.baseline.name} (95 % interval)" for name in others]
-    lines = [_row(["images", "labels", "labelled cases", *arms, *differences])]
-    lines.append(_row(["---"] * lines[0].count(" | ") + ["---"]))
-    for look in LOOKS.values():
-        for label in (ALL_LABELS, *study.data.label_names):
-            for fraction in study.fractions:
-                found = {
-                    row["arm"]: row
-                    for row in rows
-                    if (row["look"], row["fraction"], row["label"]) == (look, fraction, label)
-                }
-                if found:
-                    cells = [_mean(found.get(arm)) for arm in arms]
-                    cells += [_difference(found.get(name, {}).get("difference_to_scratch")) for name in others]
-                    lines.append(_row([look, label, str(labelled_cases(study, fraction)), *cells]))
-    return "\n".join(lines) + "\n"
-
-
 def summary(study: Study, result: dict[str, Any]) -> dict[str, Any]:
     """What the page of all results says of a study: small enough to be kept beside it."""
     statistics_ = [row for row in result["statistics"] if row["label"] == ALL_LABELS]
-    keys = ("look", "labelled_cases", "arm", "mean", "sd_over_seeds", "seeds", "difference_to_scratch", "paired")
+    keys = ("look", "labelled_cases", "arm", "mean", "sd_over_seeds", "seeds", "difference_to_scratch")
+    keys += ("difference_to_mae", "paired")
     return {
         "name": study.name,
         "data": study.data.title,
@@ -253,130 +238,6 @@ def versions() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         **{name: version(name) for name in PACKAGES},
     }
-
-
-def page(study: Study, result: dict[str, Any], lines: str, *, study_file: Path) -> str:
-    """A page for the documentation: question, data, calibration, numbers, setting, command, cost."""
-    counts, cost, data = study.cases, result["cost"], study.data
-    epochs, steps = (study.finetuning.get(key, "nnU-Net's") for key in ("epochs", "iterations_per_epoch"))
-    stages = ", ".join(
-        f"{name.removeprefix('cpu_minutes_')} {value:.1f}"
-        for name, value in cost.items()
-        if name.startswith("cpu_minutes_")
-    )
-    used = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if name in PACKAGES)
-    pretrained = "\n".join(
-        f"- `{name}`: {each.trainer}{f', preset {each.preset}' if each.preset else ''}, {_edits(each.edits)}"
-        for name, each in study.pretrainings.items()
-    )
-    separation = "".join(_separation(name, found) for name, found in result["separation"].items())
-    captions = f" Captions: {_edits(study.captions)}." if study.captions is not None else ""
-    return f"""# {study.name}
-
-**Question.** {study.question}
-
-**Data.** {data.title}; {data.licence}; labels: {data.label_kind} ({", ".join(data.label_names)}). {counts.unlabelled} scans for pretraining, of which up to {counts.pool} come with labels; {counts.evaluation} other cases for evaluation and {counts.tuning} for tuning, which neither pretraining nor fine-tuning sees.{_shift(study)}
-
-{lines}
-Mean Dice over the evaluation cases and up to {len(study.seeds)} seeds ± standard deviation over the seeds. A seed draws the labelled cases, the initialisation and the augmentation, alike in every arm. Differences are paired by seed and case; the interval draws seeds and cases (hierarchical bootstrap){_pretrainings(study)}. The final weights are evaluated, no checkpoint is selected.
-
-![Dice against the number of labelled cases](label_efficiency.png)
-
-![Pseudo Dice per epoch](learning.png)
-
-{_calibration(result["calibration"])}
-
-{_tuning(study, result)}{_steps(result["steps_to_twin"])}{separation}**Setting.** Fine-tuning: {epochs} epochs of {steps} steps ({_edits(study.finetuning)}). Plan: {_edits(study.plan)}.{captions} Pretraining:
-
-{pretrained or "- none"}
-
-```bash
-python benchmarks/label_efficiency.py benchmarks/studies/{study_file.name} -o {study.name} --jobs {result["setting"]["jobs"]} --device {result["setting"]["device"]}
-```
-
-**Cost.** {cost["cpu_minutes"]:.1f} CPU minutes in all ({stages}), with {used} on {result["versions"]["cores"]} cores.
-"""  # noqa: E501 (paragraphs of a page)
-
-
-def _shift(study: Study) -> str:
-    if study.shift is None:
-        return ""
-    return (
-        f" They are segmented a second time with another look: intensities between the 0.5th and 99.5th percentile to "
-        f"the power of {study.shift.gamma:g}, averaged over blocks of {study.shift.coarser} voxels along each axis."
-    )
-
-
-def _calibration(rows: list[dict[str, Any]]) -> str:
-    """Whether the twin converged, as a paragraph."""
-    said = []
-    for row in rows:
-        if row["converged"] is None:
-            said.append(f"{row['labelled_cases']} labels: not known from one seed")
-            continue
-        verb = "converged" if row["converged"] else "**not converged**"
-        said.append(
-            f"{row['labelled_cases']} labels: {verb}, the last fifth of the schedule gained "
-            f"{row['gain_in_last_fifth']:+.4f}, the standard deviation between {row['seeds']} seeds is "
-            f"{row['sd_over_seeds']:.4f}"
-        )
-    return (
-        f"**Calibration.** {'; '.join(said)}. It counts as converged where the gain (pseudo Dice) is below a third "
-        "of that spread."
-    )
-
-
-def _tuning(study: Study, result: dict[str, Any]) -> str:
-    """The table of recipes, and which one each arm took."""
-    if len(study.recipes) < 2:
-        return ""
-    head = [_row(["arm", *study.recipes]), _row(["---"] * (len(study.recipes) + 1))]
-    for arm, found in result["tuning"].items():
-        values = [f"{found[recipe]:.3f}" if recipe in found else "–" for recipe in study.recipes]
-        chosen = result["chosen"].get(arm)
-        head.append(
-            _row([arm, *(f"**{v}**" if r == chosen else v for r, v in zip(study.recipes, values, strict=True))])
-        )
-    recipes = "; ".join(f"`{name}`: {_edits(settings)}" for name, settings in study.recipes.items())
-    return (
-        f"**Recipes,** chosen for each arm on tuning cases, one training each (mean Dice; bold: taken). {recipes}.\n\n"
-        + "\n".join(head)
-        + "\n\n"
-    )
-
-
-def _steps(rows: list[dict[str, Any]]) -> str:
-    """The table of the short schedules."""
-    if not rows:
-        return ""
-    steps = sorted({int(step) for row in rows for step in row["dice_after_steps"]})
-    head = [_row(["arm", *(f"{step} steps" for step in steps), "reached after"])]
-    head.append(_row(["---"] * (len(steps) + 2)))
-    for row in rows:
-        values = [f"{row['dice_after_steps'][step]:.3f}" if step in row["dice_after_steps"] else "–" for step in steps]
-        head.append(_row([row["arm"], *values, str(row["reached_after"] or "none of them")]))
-    return (
-        "**Steps to the result from scratch.** Trainings with schedules of their own; the goal is "
-        f"{rows[0]['goal']:.3f}, "
-        f"{ENOUGH:.0%} of what training from scratch has after the whole schedule.\n\n" + "\n".join(head) + "\n\n"
-    )
-
-
-def _pretrainings(study: Study) -> str:
-    """What the interval holds of the spread between pretrainings."""
-    if study.pretraining_seeds == 1:
-        return ", each arm having one pretraining"
-    return f"; each pretraining was done with {study.pretraining_seeds} seeds, one for each seed of the fine-tuning"
-
-
-def _separation(name: str, found: dict[str, Any]) -> str:
-    """The paragraph of the page on what the features of a pretraining tell apart."""
-    size = "×".join(str(tokens) for tokens in found["grid"])
-    return f"""**What the features tell apart** before (random initialisation) and after the pretraining `{name}`: tokens of the encoder at stride {found["stride"]} ({size} in a window around a labelled voxel of each evaluation case), by the label of most of their voxels.
-
-{separation_table(found)}
-
-"""  # noqa: E501 (paragraphs of a page)
 
 
 def scores_of(runs: list[Run], arm: Arm, fraction: float, label: str, *, look: str = "dice") -> dict[int, np.ndarray]:
@@ -398,30 +259,13 @@ def _of(runs: list[Run], arm: Arm, fraction: float) -> list[Run]:
     return [run for run in runs if run.arm == arm.name and run.fraction == fraction]
 
 
+def _between(own: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> dict[str, Any] | None:
+    """The paired difference over the seeds that both have."""
+    together = [seed for seed in own if seed in other]
+    return _interval(np.stack([own[seed] - other[seed] for seed in together])) if together else None
+
+
 def _interval(values: np.ndarray) -> dict[str, Any]:
     """Of (seeds, cases); without bounds where there is one seed."""
     found = asdict(hierarchical_bootstrap(values))
     return {key: None if np.isnan(value) else value for key, value in found.items()}
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _mean(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    spread = row["sd_over_seeds"]
-    return f"{row['mean']:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
-
-
-def _difference(interval: dict[str, Any] | None) -> str:
-    if interval is None:
-        return "–"
-    if interval["low"] is None:
-        return f"{interval['mean']:+.3f} (one seed)"
-    return f"{interval['mean']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
-
-
-def _edits(edits: dict[str, Any]) -> str:
-    return ", ".join(f"`{key.rpartition('.')[2]}` {value}" for key, value in edits.items()) or "none"

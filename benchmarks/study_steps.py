@@ -210,11 +210,22 @@ def separation_steps(study: Study, folder: Path, *, device: str) -> list[Step]:
     ]
 
 
+def probe_steps(study: Study, folder: Path, *, device: str) -> list[Step]:
+    """Where the study asks for it, a linear readout of every frozen encoder on the tuning cases, in one command."""
+    if study.probe is None or not study.trained:
+        return []
+    sources = {name: pretraining_folder(study, folder, name) / "checkpoint_final.pth" for name in study.trained}
+    weights = [f"{name}={path}" for name, path in sources.items()]
+    dataset = ("-d", str(LABELLED_ID), "-c", study.configuration, "-p", PLAN, "-f", str(len(study.folds)))
+    draws = ("--labelled", str(study.probe.labelled), "--seeds", *map(str, study.probe.seeds))
+    command = ("nnssl_plugin", "evaluate", "probe", *dataset, *draws, "-device", device)
+    return [Step("probe", "probe", (*command, "-o", str(probe_file(folder)), "-w", *weights))]
+
+
 def adaptation_steps(study: Study, folder: Path) -> list[Step]:
     """For each pretraining, and for random weights, the plan for fine-tuning."""
     sources = {
-        name: ("-w", str(pretraining_folder(study, folder, name) / "checkpoint_final.pth"))
-        for name in study.trained
+        name: ("-w", str(pretraining_folder(study, folder, name) / "checkpoint_final.pth")) for name in study.trained
     }
     command = ("nnssl_plugin", "adapt", "-d", str(LABELLED_ID), "-c", study.configuration, "-p", PLAN, "-n")
     return [
@@ -340,6 +351,11 @@ def pretraining_folder(study: Study, folder: Path, name: str) -> Path:
 def separation_file(folder: Path, name: str) -> Path:
     """Where the token separation of a pretraining is written."""
     return folder / "separation" / f"{name}.json"
+
+
+def probe_file(folder: Path) -> Path:
+    """Where the probe of all pretrainings is written."""
+    return folder / "probe.json"
 
 
 def executable(step: Step, *, one_thread: bool) -> list[str]:

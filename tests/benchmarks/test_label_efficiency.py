@@ -14,8 +14,8 @@ from nnssl_plugin.quickstart.phantoms import write_phantoms
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
-study_figures, study_file, study_results, study_runner, study_steps = (
-    __import__(f"study_{name}") for name in ("figures", "file", "results", "runner", "steps")
+study_figures, study_file, study_page, study_prediction, study_results, study_runner, study_steps = (
+    __import__(f"study_{name}") for name in ("figures", "file", "page", "prediction", "results", "runner", "steps")
 )
 
 STUDIES = sorted((BENCHMARKS / "studies").glob("[!f]*.json"))  # those of frozen features are read by another script
@@ -131,6 +131,18 @@ def test_files_may_be_named_by_a_pattern(tmp_path, data):
     assert (raw / "labelsTr" / f"{chosen.evaluation[0]}.nii.gz").resolve().name == "MR_mask.nii.gz"
     by_folder = study_file.files_by_case(data, "images")
     assert by_folder["case_07"] == data / "images" / "case_07.nii.gz" and len(by_folder) == 20
+
+
+def test_frozen_encoders_are_read_on_the_tuning_cases(tmp_path):
+    cases = {"unlabelled": 8, "pool": 4, "evaluation": 4, "tuning": 8}
+    assert study_steps.probe_steps(read(tmp_path, cases=cases), tmp_path, device="cpu") == []
+    study = read(tmp_path, cases=cases, probe={"labelled": 2, "seeds": [0, 1]}, pretraining_seeds=2)
+    (step,) = study_steps.probe_steps(study, tmp_path, device="cpu")
+    words = " ".join(step.command)
+    assert f"-f {len(study.folds)} --labelled 2 --seeds 0 1" in words
+    assert all(f" med3d-{seed}={tmp_path}" in words for seed in (0, 1))
+    with pytest.raises(UserError, match="cases for tuning"):
+        read(tmp_path, probe={"labelled": 2})
 
 
 def test_separation_is_measured_only_where_asked_for(tmp_path):
@@ -398,10 +410,45 @@ def test_statistics_agree_with_a_direct_calculation(small):
 
 def test_the_table_has_a_row_for_each_fraction_and_label(small):
     study, _, runs = small
-    lines = study_results.table(study, study_results.summarise(study, runs)).splitlines()
+    lines = study_page.table(study, study_results.summarise(study, runs)).splitlines()
     assert len(lines) == 2 + 2 * 3
     assert len({line.count("|") for line in lines}) == 1
     assert lines[0].count("−") == 1  # the arm from scratch is not compared with itself
+
+
+def test_other_pretrainings_are_compared_with_masked_reconstruction_too(tmp_path):
+    arms = [{"name": "MAE", "pretraining": "med3d"}, *STUDY["arms"]]
+    study = read(tmp_path, fractions=[1.0], arms=arms)
+    found = {"MAE": [0.4, 0.6], "pretrained": [0.5, 0.9], "scratch": [0.1, 0.1]}
+    runs = runs_of(study, tmp_path, {(arm, seed, 1.0): dice for arm, dice in found.items() for seed in (0, 3)})
+    rows = [row for row in study_results.summarise(study, runs) if row["label"] == "mean"]
+    beside = {row["arm"]: row["difference_to_mae"] and row["difference_to_mae"]["mean"] for row in rows}
+    assert beside == {"MAE": None, "scratch": None, "pretrained": pytest.approx(0.2)}
+    assert "| pretrained | 4 | as trained | +0.200" in study_page._beside_mae(rows)
+    assert study_page._beside_mae([row | {"difference_to_mae": None} for row in rows]) == ""
+
+
+def test_what_predicts_the_gain_is_ranked_over_the_pretrainings_of_a_method(tmp_path):
+    study = read(tmp_path, fractions=[1.0], seeds=[0, 1, 2, 3], pretraining_seeds=4)
+    gains = [0.1, 0.3, 0.2, 0.4]
+    scores = {("scratch", seed, 1.0): [0.5 + 0.01 * seed] for seed in range(4)}
+    scores |= {("pretrained", seed, 1.0): [0.5 + 0.01 * seed + gain] for seed, gain in enumerate(gains)}
+    runs = runs_of(study, tmp_path, scores)
+    for seed, gain in enumerate(gains):
+        quality = {"val_losses": -gain, "seconds_waiting": gain, "constant": 1.0}
+        write_json(study_steps.pretraining_folder(study, tmp_path, f"med3d-{seed}") / "quality.json", quality)
+    probed = {f"med3d-{seed}": {"dice": dice} for seed, dice in enumerate((0.1, 0.2, 0.3, 0.4))}
+    write_json(study_steps.probe_file(tmp_path), {"arms": probed})
+    rows = study_prediction.predictions(study, tmp_path, runs)
+    assert {row["number"]: row["rho"] for row in rows} == {
+        "val_losses": pytest.approx(-1.0),
+        study_prediction.PROBE: pytest.approx(0.8),
+    }
+    assert {row["n"] for row in rows} == {4}
+    *_, first, second = study_prediction.prediction_table(study, rows, {1.0: 4}).splitlines()
+    assert "val_losses | 4 | -1.00" in first and "+0.80" in second
+    assert study_prediction.rank_correlation([1, 2, 3], [1, 2, 3]) is None
+    assert study_prediction.rank_correlation([1, 2, None, 3], [1, 2, 3, 4]) is None
 
 
 def test_one_seed_has_no_spread(tmp_path):
@@ -410,7 +457,7 @@ def test_one_seed_has_no_spread(tmp_path):
     runs = runs_of(study, tmp_path, scores)
     rows = study_results.summarise(study, runs)
     assert {row["sd_over_seeds"] for row in rows} == {None}
-    assert "±" not in study_results.table(study, rows) and "(one seed)" in study_results.table(study, rows)
+    assert "±" not in study_page.table(study, rows) and "(one seed)" in study_page.table(study, rows)
     assert {row["converged"] for row in study_results.calibration(study, runs)} == {None}
 
 
@@ -424,7 +471,7 @@ def test_a_study_that_was_cut_off_pairs_the_seeds_that_both_arms_have(small, tmp
     assert row["difference_to_scratch"]["mean"] == pytest.approx(expected)
     only_one = [run for run in runs if run.arm == "pretrained"]
     assert {row["difference_to_scratch"] for row in study_results.summarise(study, only_one)} == {None}
-    assert "–" in study_results.table(study, study_results.summarise(study, only_one))
+    assert "–" in study_page.table(study, study_results.summarise(study, only_one))
 
 
 @pytest.mark.parametrize(("last", "converged"), [(0.51, True), (0.58, False)])
