@@ -26,6 +26,10 @@ from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.tasks.segmentation.trainer import PretrainedSegmentationTrainer
 
 
+FIRST_STEPS, LOOK_EVERY = 100, 10
+"""In so many steps, every so often, the norms of the encoder's weights and gradients are noted."""
+
+
 class Endless(IterableDataset):
     """nnU-Net's loader, seeded where it runs: in this process, or in each of the workers."""
 
@@ -76,8 +80,23 @@ class StudyTrainer(PretrainedSegmentationTrainer):
             kept.place = 0
         return self.streams[self.fold]
 
+    def configure_optimizers(self) -> tuple:
+        optimiser, schedule = super().configure_optimizers()
+        self.first_steps: list[dict[str, float]] = []
+        optimiser.register_step_pre_hook(self._look_at_encoder)
+        return optimiser, schedule
+
     def plot_network_architecture(self) -> None:
         """Not needed."""
+
+    def _look_at_encoder(self, *_) -> None:
+        """Note norms of the encoder's weights and gradients (clipped, as they are applied) in the first steps."""
+        if self.step >= FIRST_STEPS or self.step % LOOK_EVERY:
+            return
+        own = [p for p in getattr(self.network, "encoder", self.network).parameters() if p.grad is not None]
+        norms = {"weights": own, "gradients": [p.grad for p in own]}
+        found = {key: float(torch.nn.utils.get_total_norm(of)) for key, of in norms.items()}
+        self.first_steps.append({"step": self.step} | found)
 
 
 def carry_out(run: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +107,8 @@ def carry_out(run: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         job: ``dataset``, ``configuration``, ``device``, ``mirroring``, ``label_names``.
 
     Returns:
-        the run with ``dice`` and ``dice_shifted`` (label → case → Dice), ``pseudo_dice`` per epoch, and ``seconds``.
+        the run with ``dice`` and ``dice_shifted`` (label → case → Dice), ``pseudo_dice`` per epoch, ``first_steps``
+        (norms of the encoder's weights and gradients), and ``seconds``.
     """
     folder = Path(nnUNet_preprocessed, job["dataset"])
     plans = read_json(folder / f"{run['plan']}.json")
@@ -105,7 +125,8 @@ def carry_out(run: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     scores = {key: segment(trainer, run[cases], job) for key, cases in (("dice", "cases"), ("dice_shifted", "shifted"))}
     pseudo = [float(value) for value in trainer.logger.get_value("mean_fg_dice", step=None)]
     seconds = {"training": trained - began, "prediction": time.monotonic() - trained}
-    return run | scores | {"pseudo_dice": pseudo, "seconds": seconds, "steps": trainer.step}
+    told = {"pseudo_dice": pseudo, "first_steps": trainer.first_steps, "seconds": seconds, "steps": trainer.step}
+    return run | scores | told
 
 
 def segment(trainer: StudyTrainer, cases: list[str], job: dict[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,6 +46,20 @@ def test_every_run_of_a_fold_reads_the_same_batches(workers):
     assert all(torch.equal(one["target"][1], two["target"][1]) for one, two in zip(again, other, strict=True))
     another = taken(study_training.Kept(Loader(), seed=4, workers=workers), 1)
     assert not torch.equal(another[0]["data"], again[0]["data"])
+
+
+def test_norms_of_the_encoder_are_noted_every_few_of_the_first_steps():
+    network = torch.nn.ModuleDict({"head": torch.nn.Linear(3, 1)})
+    network.encoder = torch.nn.Linear(2, 3)
+    network["head"](network.encoder(torch.ones(4, 2))).sum().backward()
+    weights, gradients = ([getattr(p, name) for p in network.encoder.parameters()] for name in ("data", "grad"))
+    trainer = SimpleNamespace(network=network, step=0, first_steps=[])
+    for trainer.step in range(130):
+        study_training.StudyTrainer._look_at_encoder(trainer)
+    assert [found["step"] for found in trainer.first_steps] == list(range(0, 100, 10))
+    for key, of in (("weights", weights), ("gradients", gradients)):
+        expected = float(torch.cat([each.flatten() for each in of]).norm())
+        assert trainer.first_steps[3][key] == pytest.approx(expected)
 
 
 def bed_runs(folder, arms=("MAE", "scratch"), seeds=(0, 1, 2)):
