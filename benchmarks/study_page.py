@@ -42,7 +42,7 @@ Mean Dice over the evaluation cases and up to {len(study.seeds)} seeds ± standa
 
 {_calibration(result["calibration"])}
 
-{_beside_mae(result["statistics"])}{_tuning(study, result)}{_steps(result["steps_to_twin"])}{_probe(study, result)}{separation}**Setting.** Fine-tuning: {epochs} epochs of {steps} steps ({_edits(study.finetuning)}). Plan: {_edits(study.plan)}.{captions} Pretraining:
+{_beside_mae(result["statistics"])}{_tuning(study, result)}{_steps(result["steps_to_twin"])}{_first_steps(result["first_steps"])}{_probe(study, result)}{separation}**Setting.** Fine-tuning: {epochs} epochs of {steps} steps ({_edits(study.finetuning)}). Plan: {_edits(study.plan)}.{captions} Pretraining:
 
 {pretrained or "- none"}
 
@@ -86,6 +86,21 @@ def _beside_mae(rows: list[dict[str, Any]]) -> str:
         shown = _difference(row["difference_to_mae"])
         lines.append(_row([row["arm"], str(row["labelled_cases"]), row["look"], shown]))
     return f"**Beside {FIELD}.**\n\n" + "\n".join(lines) + "\n\n"
+
+
+def _first_steps(rows: list[dict[str, Any]]) -> str:
+    """Norms of weights and gradients of the encoder at the first, the middle and the last of the noted steps."""
+    if not rows:
+        return ""
+    noted = sorted({row["step"] for row in rows})
+    shown = [noted[0], noted[len(noted) // 2], noted[-1]]
+    found = {(row["arm"], row["step"]): row for row in rows}
+    kinds = ("weights", "gradients")
+    lines = [_row(["arm", *(f"{kind}, step {step}" for kind in kinds for step in shown)])]
+    lines.append(_row(["---"] * (1 + len(kinds) * len(shown))))
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        lines.append(_row([arm, *(f"{found[arm, step][kind]:.2f}" for kind in kinds for step in shown)]))
+    return "**Norms of the encoder's weights and gradients** in the first steps.\n\n" + "\n".join(lines) + "\n\n"
 
 
 def _probe(study: Study, result: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import os
 import platform
 import statistics
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Run:
     pseudo_dice: list[float]
     """nnU-Net's running estimate per epoch, on patches of cases that nothing trains on."""
     seconds: dict[str, float]
+    first_steps: list[dict[str, float]] = field(default_factory=list)
+    """Norms of the encoder's weights and gradients in the first steps; empty where they were not noted."""
 
     def as_json(self) -> dict[str, Any]:
         """The run with its mean; NaN becomes ``null``."""
@@ -64,10 +66,10 @@ class Run:
 
 def collect(folder: Path) -> list[Run]:
     """Every fine-tuning that has finished, by name."""
-    known = [field.name for field in fields(Run)]
+    known = [each.name for each in fields(Run)]
     found = []
     for path in sorted((folder / RUNS).glob("*.json")):
-        content = {"fraction": None} | read_json(path)
+        content = {"fraction": None, "first_steps": []} | read_json(path)
         scores = {key: with_mean(content[key]) for key in LOOKS}
         found.append(Run(**{key: content[key] for key in known if key not in scores}, **scores))
     return found
@@ -134,8 +136,8 @@ def summarise(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
                     twin = scores_of(runs, study.baseline, fraction, label, look=look)
                     together = [seed for seed in own if seed in twin]
                     per_seed = {seed: float(np.nanmean(values)) for seed, values in own.items()}
-                    field = next((each for each in study.arms if each.name == FIELD), arm)
-                    fields = scores_of(runs, field, fraction, label, look=look)
+                    mae = next((each for each in study.arms if each.name == FIELD), arm)
+                    of_mae = scores_of(runs, mae, fraction, label, look=look)
                     rows.append(
                         {
                             "look": LOOKS[look],
@@ -149,7 +151,7 @@ def summarise(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
                             "interval": _interval(np.stack(list(own.values()))),
                             "seeds": len(together),
                             "difference_to_scratch": None if arm == study.baseline else _between(own, twin),
-                            "difference_to_mae": None if arm in (field, study.baseline) else _between(own, fields),
+                            "difference_to_mae": None if arm in (mae, study.baseline) else _between(own, of_mae),
                             # of the arm and of scratch, over the seeds that both have
                             "paired": [_mean_of(own, together), _mean_of(twin, together)] if together else None,
                         }
@@ -207,6 +209,17 @@ def steps_to_twin(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
         rows.append(
             {"arm": arm.name, "goal": goal, "dice_after_steps": means, "seeds": seeds, "reached_after": reached}
         )
+    return rows
+
+
+def first_steps(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
+    """For each arm the norms of the encoder's weights and gradients in the first steps, mean over whole schedules."""
+    rows = []
+    for arm in study.arms:
+        own = [run.first_steps for run in runs if run.arm == arm.name and run.schedule is None and run.first_steps]
+        for notes in zip(*own, strict=True):
+            means = {key: statistics.fmean(note[key] for note in notes) for key in ("weights", "gradients")}
+            rows.append({"arm": arm.name, "step": notes[0]["step"], "runs": len(notes)} | means)
     return rows
 
 

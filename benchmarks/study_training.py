@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.tasks.segmentation.trainer import PretrainedSegmentationTrainer
 
-
 FIRST_STEPS, LOOK_EVERY = 100, 10
 """In so many steps, every so often, the norms of the encoder's weights and gradients are noted."""
 

@@ -451,6 +451,20 @@ def test_what_predicts_the_gain_is_ranked_over_the_pretrainings_of_a_method(tmp_
     assert study_prediction.rank_correlation([1, 2, None, 3], [1, 2, 3, 4]) is None
 
 
+def test_norms_of_the_first_steps_are_means_over_the_runs_of_an_arm(tmp_path):
+    study = read(tmp_path, fractions=[1.0])
+    runs = runs_of(study, tmp_path, {("scratch", seed, 1.0): [0.5] for seed in (0, 3)})
+    assert study_results.first_steps(study, runs) == [] and study_page._first_steps([]) == ""
+    noted = [[{"step": step, "weights": 20.0 + seed, "gradients": 1.0} for step in (0, 10)] for seed in (0, 3)]
+    runs = [dataclasses.replace(run, first_steps=notes) for run, notes in zip(runs, noted, strict=True)]
+    rows = study_results.first_steps(study, runs)
+    assert [(row["arm"], row["step"], row["weights"], row["runs"]) for row in rows] == [
+        ("scratch", 0, 21.5, 2),
+        ("scratch", 10, 21.5, 2),
+    ]
+    assert "| scratch | 21.50 | 21.50 | 21.50 | 1.00 | 1.00 | 1.00 |" in study_page._first_steps(rows)
+
+
 def test_one_seed_has_no_spread(tmp_path):
     study = read(tmp_path, seeds=[0])
     scores = {(arm.name, 0, f): [0.5, 0.7] for arm in study.arms for f in study.fractions}
