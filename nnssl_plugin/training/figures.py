@@ -126,11 +126,12 @@ def _draw_lines(axis, panel: Panel, series: dict[str, np.ndarray]) -> None:
     several = len(measures) == 1 and len(set(terms.values())) > 1  # kinds of one measure, which the title names
     colours: dict[str, str] = {}
     for name, values in series.items():
-        term = terms[name]
+        term, known = terms[name], np.flatnonzero(np.isfinite(values))  # joined over epochs without a number
         (line,) = axis.plot(
-            values,
+            known,
+            values[known],
             "--" if name.startswith("val") else "-",
-            marker="." if np.isfinite(values).sum() < 40 else "",
+            marker="." if len(known) < 40 else "",
             color=colours.get(term),
             label=None if term in colours else term.partition("/")[2] if several else term,
         )

@@ -159,6 +159,12 @@ def test_epochs_count_from_0_as_in_nnunets_log(curves):
     np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2])
 
 
+def test_what_is_measured_every_few_epochs_is_joined_to_a_line(curves):
+    nan = float("nan")
+    (line,) = curves({"train_losses": [nan, 3.0, nan, nan, 1.0]}).axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), [[1, 3.0], [4, 1.0]])
+
+
 def test_several_kinds_have_a_panel_for_each_term_and_a_colour_for_each_kind(curves):
     kinds = [f"kind_{number}" for number in range(5)]
     names = [f"{prefix}/{term}/{kind}" for prefix in ("train", "val") for term in ("a", "b") for kind in kinds]
