@@ -86,7 +86,7 @@ SIZES = {
         },
     ),
 }
-"""The planned size, and the paper's at half the spacing."""
+"""The planned size, and a larger one at half the spacing."""
 
 
 def main() -> None:
