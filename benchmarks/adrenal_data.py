@@ -3,7 +3,8 @@
     python benchmarks/adrenal_data.py -i adrenalmnist3d_trainval.npz -o adrenal
     nnssl_plugin prepare -i adrenal/train --class-labels adrenal/train.csv -d 511 -n Adrenal --modality noNorm
 
-The volumes are binary shapes, which a z-score inside their own mask would make constant.
+The volumes are binary shapes, which a z-score inside their own mask would make constant. The archive holds 0 and 255;
+0 and 1 are written, as what is not normalised is what a masked autoencoder has to restore.
 The official training split is what folds are made of. The official validation split is kept apart as the test set
 (``adrenal/test``, ``adrenal/test.csv``, for ``nnssl_plugin classify``). The archive does not say which volumes belong
 to one patient, so every volume is its own subject, nor how large a voxel is: 1 mm is written.
@@ -33,7 +34,7 @@ def write_split(archive, official: str, folder: Path, *, channel: str) -> int:
     for number, (volume, label) in enumerate(zip(images, labels, strict=True)):
         name = f"{official}_{number:04d}"
         with atomic_path(folder / f"{name}{channel}.nii.gz") as temporary:
-            temporary.write_bytes(stored_bytes(nibabel.Nifti1Image(volume, np.eye(4))))
+            temporary.write_bytes(stored_bytes(nibabel.Nifti1Image((volume > 0).astype(np.uint8), np.eye(4))))
         rows.append((name, CLASSES[int(label)]))
     with atomic_path(folder.with_suffix(".csv")) as temporary, temporary.open("w", newline="") as stream:
         csv.writer(stream).writerows([("case", "diagnosis"), *rows])

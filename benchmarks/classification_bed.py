@@ -1,295 +1,298 @@
-"""A bed for classification: AdrenalMNIST3D with 5 % and all of its labels, from scratch and pretrained.
+"""A bed for classification: few and all labels, from scratch and pretrained, on images that choose nothing.
 
-    python benchmarks/classification_bed.py -i adrenalmnist3d_trainval.npz -o adrenal-bed --jobs 2 --device cuda
+    python benchmarks/classification_bed.py benchmarks/studies/classification/busi.json -i busi_us_text -o busi-bed
+    python benchmarks/classification_bed.py benchmarks/studies/classification/adrenal.json \\
+        -i adrenalmnist3d_trainval.npz -o adrenal-bed --jobs 2 --device cuda
 
-The 1,188 volumes of the official training split are a pool of 1,000, on which all arms pretrain without labels and
-from which labels are drawn, and 188 for tuning, on which each arm's learning rate is chosen; the 98 of the official
-validation split are evaluated. A seed draws the labels, the initialisation and the augmentation, alike in all arms.
-Interrupted, the same command goes on. It writes summary.json, and each run as soon as it is there into ``runs``.
+Every arm pretrains anew for each seed, on the pool without labels. Its learning rate is the best of three on labelled
+images that are not those of the evaluation; where each seed holds out another part of the images, it is chosen within
+the pool of each seed. A seed draws the pretraining, the labels, the initialisation and the augmentation: all arms of a
+seed see the very same batches. The final weights are evaluated. Interrupted, the same command goes on. The folder then
+holds summary.json and table.md, each run in runs/ and each pretraining in pretrained/.
 """
 
 import argparse
 import multiprocessing
 import os
-import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from classification_results import summarise, table
+from classification_study import (
+    PLAN,
+    SHUFFLED,
+    Bed,
+    Run,
+    best_rates,
+    evaluation_runs,
+    fold_name,
+    frozen_runs,
+    prepare,
+    read_bed,
+    tuning_runs,
+)
+from study_steps import environment
 
-from nnssl_plugin.cli.env import search_path
-from nnssl_plugin.io.files import read_json, write_json
-
-DATASET, CONFIGURATION = "Dataset511_AdrenalBed", "3d_fullres"
-ARMS = {"MAE": "MAEPretrainer", "S2DC": "S2DCPretrainer", "scratch": None}
-RATES = (3e-4, 1e-3, 3e-3)
-POOL, TUNING, EVALUATION, SEEDS = 1000, 188, 98, (0, 1, 2, 3, 4)
-STEPS, BATCH = 30, 16
-"""Of fine-tuning: steps per epoch, volumes per step."""
-PRETRAINING = {
-    "iterations_per_epoch": 50,
-    "validation_iterations": 2,
-    "batch_size": 8,
-    "lr": 1e-3,
-    "weight_decay": 0.01,
-    "warmup_epochs": 1,
-    "figure_every": 20,
-}
-METHODS = {"S2DC": {"token_stride": 4, "hidden": 256, "dim": 128, "queue": 400, "momentum": 0.99}, "MAE": {"block": 4}}
-NETWORK = {
-    "n_stages": 4,
-    "features_per_stage": [16, 32, 64, 128],
-    "kernel_sizes": [[3, 3, 3]] * 4,
-    "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
-    "n_conv_per_stage": [1, 1, 1, 1],
-    "n_conv_per_stage_decoder": [1, 1, 1],
-}
-PATCH = [24, 24, 24]
-ENDINGS = {"train": ".nii.gz", "test": "_0000.nii.gz"}
-"""Of the files that adrenal_data.py writes."""
+from nnssl_plugin.io.files import atomic_path, read_json, write_json
 
 
 class Again:
-    """Batches of a stream, kept to be read again by the next arm."""
+    """Batches of a stream, kept to be read again by the next arm.
+
+    Raises:
+        RuntimeError: where the stream has no more; a StopIteration would end a pool's work without a word.
+    """
 
     def __init__(self, stream):
         self.stream, self.batches, self.place = stream, [], 0
 
     def __next__(self):
         if self.place == len(self.batches):
-            self.batches.append(next(self.stream))
+            self.batches.append(self._read())
         self.place += 1
         return self.batches[self.place - 1]
 
-
-def prepare(archive: Path, folder: Path, fractions: list[float]) -> None:
-    """Volumes, table, nnU-Net's planning and preprocessing, one edited plan, and the folds."""
-    scripts = Path(__file__).parent
-    here = Path(os.environ["nnUNet_preprocessed"], DATASET)
-    if (here / "splits_final.json").exists():
-        return
-    _run(sys.executable, scripts / "adrenal_data.py", "-i", archive, "-o", folder / "adrenal")
-    scans, table = folder / "scans", folder / "scans.csv"
-    scans.mkdir(exist_ok=True)
-    lines = ["case,diagnosis"]
-    for split in ("train", "test"):
-        for path in (folder / "adrenal" / split).iterdir():
-            path.rename(scans / (path.name.removesuffix(ENDINGS[split]) + ".nii.gz"))
-        lines += (folder / "adrenal" / f"{split}.csv").read_text().splitlines()[1:]
-    table.write_text("\n".join(lines) + "\n")
-    number, name = DATASET[7:10], DATASET[11:]
-    flags = ("--class-labels", table, "--modality", "noNorm")
-    _run("nnssl_plugin", "prepare", "-i", scans, "-d", number, "-n", name, *flags)
-    _run("nnUNetv2_plan_and_preprocess", "-d", number, "-c", CONFIGURATION, "-npfp", 4, "-np", 4)
-    plan = read_json(here / "nnUNetPlans.json")
-    block = plan["configurations"][CONFIGURATION]
-    block["patch_size"] = PATCH
-    block["architecture"]["arch_kwargs"] |= NETWORK
-    write_json(here / "bed.json", plan | {"plans_name": "bed"})
-    train = sorted(line.partition(",")[0] for line in lines if line.startswith("train"))
-    evaluation = sorted(line.partition(",")[0] for line in lines if line.startswith("val"))
-    order = [train[i] for i in np.random.default_rng(0).permutation(len(train))]
-    tuning, pool = order[:TUNING], sorted(order[TUNING:])
-    few = round(min(fractions) * len(pool))
-    folds = [{"train": pool, "val": tuning}, {"train": tuning[:few], "val": tuning[few:]}]
-    for seed in SEEDS:
-        drawn = np.random.default_rng(seed).permutation(pool).tolist()
-        folds += [{"train": sorted(drawn[: round(part * len(pool))]), "val": evaluation} for part in fractions]
-    write_json(here / "splits_final.json", folds)
+    def _read(self):
+        try:
+            return next(self.stream)
+        except StopIteration as error:
+            raise RuntimeError(f"The stream ended after {self.place} batches.") from error
 
 
-def pretrain(arm: str, epochs: int, device: str) -> None:
-    """One pretraining on the pool."""
+class Relabelled:
+    """Batches of a stream with other labels: case → index of its class."""
+
+    def __init__(self, stream, labels: dict[str, int]):
+        self.stream, self.labels = stream, labels
+
+    def __next__(self):
+        import torch
+
+        batch = next(self.stream)
+        return batch | {"target": [torch.tensor([self.labels[case] for case in batch["case"]])]}
+
+
+def dealt_out(labels: dict[str, int], seed: int) -> dict[str, int]:
+    """The labels in a random order: each class has as many cases as before."""
+    mixed = np.random.default_rng([seed, 2]).permutation(list(labels.values())).tolist()
+    return dict(zip(labels, mixed, strict=True))
+
+
+# ---------------------------------------------------------------- pretraining
+
+
+def pretrain(bed: Bed, arm: str, seed: int, fold: int, device: str, results: Path) -> None:
+    """One pretraining on the pool of a seed, and its weights in the form of the bed's plan."""
     import torch
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    if weights_of(arm).exists():
+    from nnssl_plugin import adapt
+
+    done = results / f"{arm}-{seed}.json"
+    if done.exists():
         return
-    plan, dataset = _plan()
-    plan |= {"plans_name": f"pretrain-{arm}", "pretraining": PRETRAINING | {"epochs": epochs, "method": METHODS[arm]}}
-    trainer = recursive_find_trainer_class_by_name(ARMS[arm])(plan, CONFIGURATION, 0, dataset, torch.device(device))
+    torch.set_num_threads(1)
+    how = bed.pretrainings[arm]
+    plan, dataset = _plan(bed)
+    plan |= {"plans_name": f"pretrain-{arm}-{seed}", "pretraining": how.settings | {"seed": seed}}
+    began, used = time.monotonic(), time.process_time()
+    cls = recursive_find_trainer_class_by_name(how.trainer)
+    trainer = cls(plan, bed.configuration, fold, dataset, torch.device(device))
     trainer.run_training()
+    cost = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - used}
     source = Path(trainer.output_folder, "checkpoint_final.pth")
-    _run("nnssl_plugin", "adapt", "-d", DATASET[7:10], "-c", CONFIGURATION, "-p", "bed", "-w", source, "-n", arm)
+    adapt(bed.number, name=f"{arm}-{seed}", weights=source, configuration=bed.configuration, plans_name=PLAN)
+    losses = [float(value) for value in trainer.log.history()["train_losses"]]
+    write_json(done, {"arm": arm, "seed": seed, "losses": losses, **cost})
 
 
-def weights_of(arm: str) -> Path:
-    return Path(os.environ["nnUNet_preprocessed"], DATASET, f"bed-{arm}_{CONFIGURATION}.pth")
+def weights_of(bed: Bed, run: Run) -> str | None:
+    """Name of the file that a run starts from."""
+    return f"{PLAN}-{run['arm']}-{run['seed']}_{bed.configuration}.pth" if run["arm"] in bed.pretrainings else None
 
 
-def train_fold(runs: list[dict], device: str, results: Path) -> None:
-    """All runs of one fold on the very same batches; each result is written at once."""
+# ---------------------------------------------------------------- fine-tuning
+
+
+def train_group(bed: Bed, runs: list[Run], device: str, results: Path) -> None:
+    """All runs of one fold and seed on the very same batches; each result is written at once."""
     import torch
 
     from nnssl_plugin.tasks.classification.trainer import PretrainedClassificationTrainer
 
     class Trainer(PretrainedClassificationTrainer):
         kept = None
+        validation_batches = 0
+        shuffled = False
 
         def get_dataloaders(self):
             if Trainer.kept is None:
                 Trainer.kept = tuple(Again(stream) for stream in super().get_dataloaders())
+                Trainer.validation_batches = self.num_val_iterations_per_epoch
+            self.num_val_iterations_per_epoch = Trainer.validation_batches
             for stream in Trainer.kept:
                 stream.place = 0
-            return Trainer.kept
+            training, validation = Trainer.kept
+            return (Relabelled(training, self.other_labels()) if self.shuffled else training), validation
+
+        def other_labels(self) -> dict[str, int]:
+            (target,) = self.targets
+            cases, _ = self.do_split()
+            return dealt_out({case: self.labels.labels[target.name][case] for case in cases}, self.seed)
+
+        def perform_actual_validation(self, save_probabilities=False):
+            """The last epoch's predictions are those of the final weights."""
 
     torch.set_num_threads(1)
     for run in runs:
         path = results / f"{run['name']}.json"
         if path.exists():
             continue
-        plan, dataset = _plan()
-        weights = weights_of(run["arm"]).name if ARMS[run["arm"]] else None
-        plan |= {
-            "plans_name": run["name"],
-            "finetuning": {"weights": weights, "seed": run["seed"], "lr": run["lr"]},
-            "classification": {
-                "inputs": "windows",
-                "windows": 1,
-                "batch_size": BATCH,
-                "epochs": run["epochs"],
-                "iterations_per_epoch": STEPS,
-            },
-        }
-        began = time.monotonic()
-        trainer = Trainer(plan, CONFIGURATION, run["fold"], dataset, torch.device(device))
+        began, used = time.monotonic(), time.process_time()
+        trainer = _trainer(Trainer, bed, run, device)
+        trainer.shuffled = run["control"] == SHUFFLED
         trainer.disable_checkpointing = True
         trainer.pictures_are_due = lambda: False
         trainer.run_training()
-        curve = [float(value) for value in trainer.log.history()["auroc"]]
         (target,) = trainer.targets
         labels, probabilities = trainer.validation._arrays(target)
-        positive = list(target.classes).index("hyperplasia")
-        score = dict(zip(trainer.validation.cases, probabilities[:, positive].tolist(), strict=True))
-        truth = dict(zip(trainer.validation.cases, (labels == positive).tolist(), strict=True))
-        found = {"score": score, "truth": truth, "auroc": curve[-1], "curve": curve}
-        write_json(path, run | found | {"seconds": time.monotonic() - began})
+        found = _predictions(target, trainer.validation.cases, labels, probabilities)
+        curve = [float(value) for value in trainer.log.history()["auroc"]]
+        cost = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - used}
+        write_json(path, run | found | {"auroc": curve[-1], "curve": curve} | cost)
 
 
-def summarise(results: Path, fractions: list[float]) -> dict:
-    """AUROC per arm and fraction; differences to scratch, intervals over seeds and cases (draws of both, crossed)."""
-    from nnssl_plugin.statistics.areas import areas
-    from nnssl_plugin.statistics.bootstrap import percentile_interval
+def read_out_group(bed: Bed, runs: list[Run], device: str, results: Path) -> None:
+    """Logistic regressions on frozen encoders; their penalty is chosen on the training images."""
+    import torch
 
-    runs = [read_json(path) for path in sorted(results.glob("*.json"))]
-    rows, calibration = [], []
-    for fraction in fractions:
-        of = {arm: {r["seed"]: r for r in runs if (r["arm"], r["fraction"]) == (arm, fraction)} for arm in ARMS}
-        twin = of["scratch"]
-        if not twin:
+    from nnssl_plugin.finetuning.weights import load_planned_weights
+    from nnssl_plugin.tasks.classification.trainer import PretrainedClassificationTrainer
+
+    torch.set_num_threads(1)
+    for run in runs:
+        path = results / f"{run['name']}.json"
+        if path.exists():
             continue
-        labelled = round(fraction * POOL)
-        finals = [run["auroc"] for run in twin.values()]
-        gain = statistics.fmean(run["curve"][-1] - run["curve"][-1 - len(run["curve"]) // 5] for run in twin.values())
-        spread = statistics.stdev(finals) if len(finals) > 1 else None
-        calibration.append(
-            {
-                "labelled_cases": labelled,
-                "seeds": len(finals),
-                "gain_in_last_fifth": gain,
-                "sd_over_seeds": spread,
-                "converged": None if spread is None else gain < spread / 3,
-            }
-        )
-        for arm, own in of.items():
-            together = sorted(set(own) & set(twin))
-            if not together:
-                continue
-            values = [own[seed]["auroc"] for seed in own]
-            row = {"look": "as trained", "labelled_cases": labelled, "arm": arm, "mean": statistics.fmean(values)}
-            row |= {"seeds": len(together), "difference_to_scratch": None}
-            row["paired"] = [statistics.fmean(each[seed]["auroc"] for seed in together) for each in (own, twin)]
-            row |= {"sd_over_seeds": statistics.stdev(values) if len(values) > 1 else None, "per_seed": values}
-            if arm != "scratch":
-                rng, cases = np.random.default_rng(0), sorted(twin[together[0]]["truth"])
-                truth = np.array([twin[together[0]]["truth"][case] for case in cases])
-                drawn = rng.multinomial(len(cases), np.full(len(cases), 1 / len(cases)), size=2000).astype(float)
-                seeds = rng.multinomial(len(together), np.full(len(together), 1 / len(together)), size=2000)
-                per_seed = []
-                for seed in together:
-                    one, other = (
-                        areas(np.array([run[seed]["score"][case] for case in cases]), truth, drawn)[0]
-                        for run in (own, twin)
-                    )
-                    per_seed.append(one - other)
-                means = (np.stack(per_seed, 1) * seeds).sum(1) / seeds.sum(1)
-                low, high = percentile_interval(means) if len(together) > 1 else (None, None)
-                mean = statistics.fmean(own[seed]["auroc"] - twin[seed]["auroc"] for seed in together)
-                row["difference_to_scratch"] = {"mean": mean, "low": low, "high": high}
-            rows.append(row)
-    tuning = {
-        arm: {str(r["lr"]): r["auroc"] for r in runs if r["fraction"] is None and r["arm"] == arm} for arm in ARMS
+        began, used = time.monotonic(), time.process_time()
+        trainer = _trainer(PretrainedClassificationTrainer, bed, run, device)
+        trainer.initialize()
+        if (weights := weights_of(bed, run)) is not None:
+            load_planned_weights(trainer.network.backbone.network, bed.preprocessed / weights, plans_name=PLAN)
+        (target,) = trainer.targets
+        (x, y, _), (unseen, labels, cases) = (_embedded(trainer, names) for names in trainer.do_split())
+        found = _predictions(target, cases, labels, regression().fit(x, y).predict_proba(unseen))
+        cost = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - used}
+        write_json(path, run | found | cost)
+
+
+def regression():
+    """Standardised features, and the penalty of the best likelihood in five folds of the training cases."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return GridSearchCV(
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
+        {"logisticregression__C": np.logspace(-5, 1, 7)},
+        scoring="neg_log_loss",
+        cv=5,
+    )
+
+
+def _embedded(trainer, names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Pooled features (N, F) of whole cases, their labels (N,) and names."""
+    import torch
+
+    from nnssl_plugin.tasks.classification.batches import ClassCases, ValidationBatches
+
+    cases = ClassCases(trainer.preprocessed_dataset_folder, names, labels=trainer.labels, targets=trainer.targets)
+    batches = ValidationBatches(cases, trainer._inputs(), batch_size=trainer.batch_size)
+    network, features, labels, seen = trainer.network.eval(), [], [], []
+    with torch.no_grad():
+        for number in range(len(batches)):
+            batch = batches[number]
+            features.append(network.embed(batch["data"].to(trainer.device)).float().cpu().numpy())
+            labels.append(batch["target"][0].numpy())
+            seen += batch["case"]
+    return np.concatenate(features), np.concatenate(labels), seen
+
+
+def _trainer(cls, bed: Bed, run: Run, device: str):
+    """The trainer of a run, from its weights and with its rate."""
+    import torch
+
+    plan, dataset = _plan(bed)
+    plan |= {
+        "plans_name": run["name"],
+        "finetuning": {"weights": weights_of(bed, run), "seed": run["seed"]},
+        "classification": bed.classification | ({} if run["lr"] is None else {"lr": run["lr"]}),
     }
-    seconds = sum(run["seconds"] for run in runs)
+    return cls(plan, bed.configuration, run["fold"], dataset, torch.device(device))
+
+
+def _predictions(target, cases: list[str], labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """What a result says of the evaluation: case → probability of each class, and case → index of its class."""
     return {
-        "name": "adrenal",
-        "data": "AdrenalMNIST3D (MedMNIST v2): binary shapes of 28³ voxels, normal or hyperplasia",
-        "metric": "AUROC",
-        "evaluation_cases": EVALUATION,
-        "rows": rows,
-        "calibration": calibration,
-        "tuning": tuning,
-        "run_minutes": seconds / 60,
+        "kind": target.kind,
+        "classes": list(target.classes),
+        "probabilities": dict(zip(cases, probabilities.tolist(), strict=True)),
+        "truth": dict(zip(cases, map(int, labels), strict=True)),
     }
+
+
+def _plan(bed: Bed) -> tuple[dict[str, Any], dict[str, Any]]:
+    plan = read_json(bed.preprocessed / f"{PLAN}.json")
+    return plan | {"continue_training": False}, read_json(bed.preprocessed / "dataset.json")
+
+
+# ---------------------------------------------------------------- the whole bed
+
+
+def carry_out(bed: Bed, folder: Path, *, device: str, jobs: int) -> None:
+    """All pretrainings and runs that have no result yet."""
+    folds, results, pretrained = read_json(folder / "folds.json"), folder / "runs", folder / "pretrained"
+    for place in (results, pretrained):
+        place.mkdir(exist_ok=True)
+    pool_of = {seed: list(folds).index(fold_name(seed, "pool")) for seed in bed.seeds}
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        weights = [(arm, seed) for seed in bed.seeds for arm in bed.pretrainings]
+        pool.starmap(pretrain, [(bed, *w, pool_of[w[1]], device, pretrained) for w in weights], chunksize=1)
+        trials = tuning_runs(bed, folds)
+        pool.starmap(train_group, [(bed, runs, device, results) for runs in trials], chunksize=1)
+        rates = best_rates([read_json(results / f"{run['name']}.json") for runs in trials for run in runs])
+        groups = evaluation_runs(bed, folds, rates)
+        pool.starmap(train_group, [(bed, runs, device, results) for runs in groups], chunksize=1)
+        frozen = frozen_runs(bed, folds)
+        pool.starmap(read_out_group, [(bed, runs, device, results) for runs in frozen], chunksize=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-i", required=True, type=Path, help="adrenalmnist3d_trainval.npz")
+    parser.add_argument("study", type=Path, help="file of the bed, in benchmarks/studies/classification")
+    parser.add_argument("-i", required=True, type=Path, help="its images: busi_us_text, adrenalmnist3d_trainval.npz")
     parser.add_argument("-o", required=True, type=Path, help="folder of the bed")
-    parser.add_argument("--fractions", type=float, nargs="+", default=[0.05, 1.0])
-    parser.add_argument("--epochs", type=int, default=10, help="of 30 steps, fine-tuning (default: 10)")
-    parser.add_argument("--pretraining-epochs", type=int, default=20, help="of 50 steps (default: 20)")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (default: 2)")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (default: 1)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    folder, results = args.o.resolve(), args.o.resolve() / "runs"
-    results.mkdir(parents=True, exist_ok=True)
-    for name in ("raw", "preprocessed", "results"):
-        os.environ[f"nnUNet_{name}"] = str(folder / f"nnUNet_{name}")
-        (folder / f"nnUNet_{name}").mkdir(exist_ok=True)
-    os.environ |= {"nnUNet_extTrainer": search_path(), "OMP_NUM_THREADS": "1", "nnUNet_compile": "f"}
-    os.environ.pop("nnUNet_n_proc_DA", None)
-    prepare(args.i.resolve(), folder, args.fractions)
-    os.environ["nnUNet_n_proc_DA"] = "0"
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        pretrained = [arm for arm in ARMS if ARMS[arm]]
-        pool.starmap(pretrain, [(arm, args.pretraining_epochs, args.device) for arm in pretrained], chunksize=1)
-        trials = [
-            {
-                "name": f"tune-{arm}-{lr:g}",
-                "arm": arm,
-                "lr": lr,
-                "seed": 0,
-                "fold": 1,
-                "fraction": None,
-                "epochs": args.epochs,
-            }
-            for lr in RATES
-            for arm in ARMS
-        ]
-        pool.starmap(train_fold, [(trials, args.device, results)], chunksize=1)
-        tuning = summarise(results, [])["tuning"]
-        rates = {arm: float(max(found, key=found.__getitem__)) for arm, found in tuning.items()}
-        folds = [(seed, fraction) for seed in SEEDS for fraction in args.fractions]
-        jobs = []
-        for number, (seed, fraction) in enumerate(folds):
-            common = {"seed": seed, "fold": 2 + number, "fraction": fraction, "epochs": args.epochs}
-            runs = [{"name": f"{arm}-seed{seed}-{fraction:g}", "arm": arm, "lr": rates[arm]} | common for arm in ARMS]
-            jobs.append((runs, args.device, results))
-        pool.starmap(train_fold, sorted(jobs, key=lambda job: job[0][0]["fraction"]), chunksize=1)
-    write_json(folder / "summary.json", summarise(results, args.fractions))
-
-
-def _plan() -> tuple[dict, dict]:
-    folder = Path(os.environ["nnUNet_preprocessed"], DATASET)
-    return read_json(folder / "bed.json") | {"continue_training": False}, read_json(folder / "dataset.json")
-
-
-def _run(*words) -> None:
-    subprocess.run([str(word) for word in words], check=True)
+    bed, folder = read_bed(args.study), args.o.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / "study.json"
+    if copy.exists() and read_json(copy) != read_json(args.study):
+        raise SystemExit(f"{folder} holds a bed of other settings: choose another folder.")
+    write_json(copy, read_json(args.study))
+    os.environ |= environment(folder, one_thread=True)
+    prepare(bed, args.i.resolve(), folder)
+    os.environ["nnUNet_n_proc_DA"] = "0"  # planning fails on it
+    carry_out(bed, folder, device=args.device, jobs=args.jobs)
+    summary = summarise(bed, folder)
+    write_json(folder / "summary.json", summary)
+    with atomic_path(folder / "table.md") as temporary:
+        temporary.write_text(table(summary), encoding="utf-8")
+    print(table(summary))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """LVM-Med's parts taken out one by one, beside MAE and no pretraining: linear readouts of frozen features.
 
     OMP_NUM_THREADS=1 python benchmarks/lvm_med_ablations.py -o ablations --steps 160
+    OMP_NUM_THREADS=1 python benchmarks/lvm_med_ablations.py -o ablations-96 --size 96x96 --features 8 --steps 160
 
 ``--data`` holds ``images/`` and ``labels/`` of Medical Segmentation Decathlon Task04, whose slices fit the planned
-patch of 56 × 40. All arms have equal steps of equal batches of slices of 160 volumes. The encoder is frozen, and the
-mean of its coarsest map describes a slice; a ridge regression of the areas of both structures on it is fitted on 20
-labelled volumes and scored on 40 others: the share of the variance that it explains (R²). Its penalty is chosen by
-cross-validation over the labelled volumes. ``shuffled`` is the same readout of shuffled training labels. Differences
-are to ``full``, with a 95 % interval over volumes and seeds; they take the variance of the 40 volumes as given. A run
-that has finished stands in runs/; the same command goes on, and ends with the table.
+patch of 56 × 40 at 1 mm, or at 0.5 mm one of 96 × 96 (``--size``). All arms have equal steps of equal batches of
+slices of 160 volumes. The encoder is frozen, and the mean of its coarsest map describes a slice; a ridge regression of
+the areas of both structures on it is fitted on 20 labelled volumes and scored on 40 others: the share of the variance
+that it explains (R²). Its penalty is chosen by cross-validation over the labelled volumes. ``shuffled`` is the same
+readout of shuffled training labels. Differences are to ``full``, with a 95 % interval over volumes and seeds; they take
+the variance of the 40 volumes as given. A run that has finished stands in runs/; the same command goes on, and ends
+with the table.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +43,50 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "untrained": None,
 }
 """Settings of LVM-Med by arm."""
-OF_SLICES = {"token_stride": 8, "slices_per_case": 4}
+SLICES_PER_CASE = 4
 UNLABELLED = "Dataset501_Unlabelled"
 LABELLED = "Dataset502_HippocampusLabelled"
-PATCH = (56, 40)
 EPOCH = 20
 """Steps."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A patch, and the network and data that go with it."""
+
+    patch: tuple[int, int]
+    """In voxels."""
+    stages: int
+    """Each but the first halves the map."""
+    data: str
+    """Identifier of the preprocessed slices."""
+    edits: dict[str, Any] = field(default_factory=dict)
+    """Of the planned 2D configuration."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def token_stride(self) -> int:
+        """Of the coarsest map, in voxels: 7 × 5 or 6 × 6 cells."""
+        return 2 ** (self.stages - 1)
+
+
+SIZES = {
+    "56x40": Size((56, 40), 4, "nnUNetPlans_2d"),
+    "96x96": Size(
+        (96, 96),
+        5,
+        "halfMillimetre_2d",
+        {"spacing": [0.5, 0.5], "patch_size": [96, 96], "data_identifier": "halfMillimetre_2d"},
+        {
+            "n_stages": 5,
+            "kernel_sizes": [[3, 3]] * 5,
+            "strides": [[1, 1], *[[2, 2]] * 4],
+            "n_conv_per_stage": [1] * 5,
+            "n_conv_per_stage_decoder": [1] * 4,
+        },
+    ),
+}
+"""The planned size, and a larger one at half the spacing."""
 
 
 def main() -> None:
@@ -56,13 +97,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--steps", type=int, default=300, help="of pretraining, a multiple of 20")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--size", choices=list(SIZES), default="56x40", help="of slices in voxels (default: 56x40)")
     parser.add_argument("--features", type=int, default=16, help="of the network's first stage, doubled at each other")
     args = parser.parse_args()
     folder = args.o.resolve()
     os.environ |= environment(folder, one_thread=True)
-    prepare(args.data.resolve(), folder, args.features)
+    prepare(args.data.resolve(), folder, args.size, args.features)
     os.environ["nnUNet_n_proc_DA"] = "0"  # planning fails on it
-    setting = {"steps": args.steps, "batch_size": args.batch_size, "features": args.features}
+    setting = {"steps": args.steps, "batch_size": args.batch_size, "features": args.features, "size": args.size}
     runs = []
     for seed in args.seeds:
         for arm in args.arms:
@@ -71,7 +113,7 @@ def main() -> None:
                 file.parent.mkdir(exist_ok=True)
                 write_json(file, setting | carry_out(arm, seed, setting))
             runs.append(read_json(file))
-            if {key: runs[-1][key] for key in setting} != setting:
+            if {key: runs[-1].get(key) for key in setting} != setting:
                 raise SystemExit(f"{file} was measured with other settings: choose another folder.")
             print(f"{arm}, seed {seed}: {np.mean(list(runs[-1]['score'].values())):.4f}", flush=True)
     print(table(runs))
@@ -80,35 +122,42 @@ def main() -> None:
 # ---------------------------------------------------------------- data
 
 
-def commands(data: Path, folder: Path, features: int) -> list[tuple[str, ...]]:
+def plan_edits(size: Size, features: int) -> dict[str, Any]:
+    """From nnU-Net's plan to ``small``, as ``nnssl_plugin plan --set`` takes them."""
+    network = size.architecture | {"features_per_stage": [features * 2**n for n in range(size.stages)]}
+    edits = size.edits | {f"architecture.arch_kwargs.{key}": value for key, value in network.items()}
+    return {f"configurations.2d.{key}": value for key, value in edits.items()}
+
+
+def commands(data: Path, folder: Path, size: str, features: int) -> list[tuple[str, ...]]:
     """From the images to preprocessed datasets and the plan ``small``."""
-    width = {"configurations.2d.architecture.arch_kwargs.features_per_stage": [features * 2**n for n in range(4)]}
+    edits = plan_edits(SIZES[size], features)
     scans = str(folder / "scans")
     return [
         (sys.executable, str(HERE / "hippocampus_data.py"), "-i", str(data), "-o", scans, "-d", "502"),
         ("nnssl_plugin", "prepare", "-i", scans, "-d", "501", "-n", "Unlabelled", "--modality", "MR"),
         ("nnUNetv2_plan_and_preprocess", "-d", "501", "502", "-c", "2d", "-npfp", "2", "--no_pp"),
-        *(edit_command(dataset, "nnUNetPlans", "small", width) for dataset in ("501", "502")),
+        *(edit_command(dataset, "nnUNetPlans", "small", edits) for dataset in ("501", "502")),
         ("nnUNetv2_preprocess", "-d", "501", "502", "-plans_name", "small", "-c", "2d", "-np", "1"),
     ]
 
 
-def prepare(data: Path, folder: Path, features: int) -> None:
+def prepare(data: Path, folder: Path, size: str, features: int) -> None:
     """Datasets and plans, unless they are there."""
     marker = folder / "prepared.json"
     if marker.is_file():
         return
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for command in commands(data, folder, features):
+    for command in commands(data, folder, size, features):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    write_json(marker, {"features": features})
+    write_json(marker, {"size": size, "features": features})
 
 
 # ---------------------------------------------------------------- one run
 
 
-def carry_out(arm: str, seed: int, setting: dict[str, int]) -> dict[str, Any]:
+def carry_out(arm: str, seed: int, setting: dict[str, Any]) -> dict[str, Any]:
     """Pretrain and read out; scores by held-out case."""
     started = time.process_time()
     trainer = pretrainer(arm, seed, setting)
@@ -118,13 +167,14 @@ def carry_out(arm: str, seed: int, setting: dict[str, int]) -> dict[str, Any]:
         trainer.run_training()
     trained = time.process_time() - started
     backbone = trainer.task.backbone.eval()
-    score, shuffled = (readout(backbone, seed, shuffled=wrong) for wrong in (False, True))
+    size = SIZES[setting["size"]]
+    score, shuffled = (readout(backbone, size, seed, shuffled=wrong) for wrong in (False, True))
     history = trainer.log.history()
     log = {key: value for key, value in history.items() if key.startswith(("train/", "diagnostics/"))}
     return {"arm": arm, "seed": seed, "seconds": trained, "score": score, "shuffled": shuffled, "log": log}
 
 
-def pretrainer(arm: str, seed: int, setting: dict[str, int]):
+def pretrainer(arm: str, seed: int, setting: dict[str, Any]):
     """The trainer of an arm; the untrained encoder is what that of ``full`` starts from."""
     import torch
 
@@ -144,7 +194,8 @@ def pretrainer(arm: str, seed: int, setting: dict[str, int]):
     }
     block |= {"batch_size": setting["batch_size"], "seed": seed, "figure_every": 10**6}
     if arm != "mae":
-        block |= {"lr": 0.002, "method": OF_SLICES | (ARMS[arm] or {})}
+        of_slices = {"token_stride": SIZES[setting["size"]].token_stride, "slices_per_case": SLICES_PER_CASE}
+        block |= {"lr": 0.002, "method": of_slices | (ARMS[arm] or {})}
     plan["pretraining"] = block
     cls = MAEPretrainer if arm == "mae" else LVMMedPretrainer
     return cls(plan, "2d", "all", read_json(folder / "dataset.json"), torch.device("cpu"))
@@ -153,14 +204,14 @@ def pretrainer(arm: str, seed: int, setting: dict[str, int]):
 # ---------------------------------------------------------------- readouts
 
 
-def readout(backbone, seed: int, *, shuffled: bool) -> dict[str, float]:
+def readout(backbone, size: Size, seed: int, *, shuffled: bool) -> dict[str, float]:
     """Explained share of the variance of both areas, a part for each held-out volume: their mean is R²."""
     folder = Path(os.environ["nnUNet_preprocessed"], LABELLED)
     split = read_json(folder / "splits_final.json")[0]
     x, y, volumes = {}, {}, {}
     for part in ("train", "val"):
-        read = [_case(folder, case) for case in split[part]]
-        x[part] = np.concatenate([_described(backbone, image) for image, _ in read])
+        read = [_case(folder / size.data, case) for case in split[part]]
+        x[part] = np.concatenate([_described(backbone, centred(image, size.patch)) for image, _ in read])
         y[part] = np.concatenate([np.stack([(seg == n).sum((1, 2)) for n in (1, 2)], 1) for _, seg in read])
         volumes[part] = np.repeat(split[part], [len(image) for image, _ in read])
     target = np.random.default_rng(seed).permutation(y["train"]) if shuffled else y["train"]
@@ -190,7 +241,7 @@ def _case(folder: Path, case: str) -> tuple[np.ndarray, np.ndarray]:
     """Preprocessed slices and their labels (N, H, W)."""
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-    image, labels, *_ = nnUNetDatasetBlosc2(str(folder / "nnUNetPlans_2d"), [case]).load_case(case)
+    image, labels, *_ = nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)
     return np.asarray(image[:])[0], np.asarray(labels[:])[0]
 
 
@@ -199,7 +250,7 @@ def _described(backbone, slices: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return backbone.pooled(backbone.features(torch.from_numpy(centred(slices, PATCH))[:, None].float())).numpy()
+        return backbone.pooled(backbone.features(torch.from_numpy(slices)[:, None].float())).numpy()
 
 
 def centred(slices: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -162,7 +162,7 @@ def results_table(folder: Path, link: str) -> str:
 
     Args:
         folder: with the summary ``NAME.json`` of each bed.
-        link: from the page to the folder of the pages ``NAME.md`` of the beds.
+        link: from the page to the folder of the beds' pages: ``NAME.md``, or what a summary names as its ``page``.
     """
     rows = [("bed", "labels", "images", "arm", "pretrained", "scratch", "difference (95 % interval)", "n", "seeds")]
     for path in sorted(folder.glob("*.json")):
@@ -171,7 +171,7 @@ def results_table(folder: Path, link: str) -> str:
             if row["difference_to_scratch"] is not None:
                 rows.append(
                     (
-                        f"[{bed['name']}]({link}{path.stem}.md), {bed['metric']}",
+                        f"[{bed['name']}]({link}{bed.get('page', f'{path.stem}.md')}), {bed['metric']}",
                         str(row["labelled_cases"]),
                         row["look"],
                         row["arm"],

@@ -26,9 +26,9 @@ def run(repository, monkeypatch, capsys):
 def test_official_splits_of_adrenalmnist_stay_apart(run, tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
-        "train_images": rng.integers(0, 2, (3, 6, 7, 8), dtype=np.uint8),
+        "train_images": 255 * rng.integers(0, 2, (3, 6, 7, 8), dtype=np.uint8),
         "train_labels": [[0], [1], [0]],
-        "val_images": rng.integers(0, 2, (2, 6, 7, 8), dtype=np.uint8),
+        "val_images": 255 * rng.integers(0, 2, (2, 6, 7, 8), dtype=np.uint8),
         "val_labels": [[1], [0]],
     }
     np.savez(tmp_path / "a.npz", **arrays)
@@ -38,7 +38,7 @@ def test_official_splits_of_adrenalmnist_stay_apart(run, tmp_path):
         assert [row["diagnosis"] == "hyperplasia" for row in rows] == np.ravel(arrays[f"{official}_labels"]).tolist()
         for row, volume in zip(rows, arrays[f"{official}_images"], strict=True):
             image = nibabel.load(tmp_path / "out" / name / f"{row['case']}{channel}.nii.gz")
-            np.testing.assert_array_equal(np.asarray(image.dataobj), volume)
+            np.testing.assert_array_equal(np.asarray(image.dataobj), volume // 255)
     cases, left_out = find_images(tmp_path / "out" / "test", ".nii.gz")  # as classify reads them
     assert list(cases) == [row["case"] for row in read_table(tmp_path / "out" / "test.csv")] and not left_out
 

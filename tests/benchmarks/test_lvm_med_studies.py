@@ -41,10 +41,23 @@ def test_the_table_of_ablations_compares_seed_by_seed():
     assert mae == "| mae | 0.550 | 0.500, 0.600 | -0.100 (-0.100 to -0.100) | 0.000 |"
 
 
-def test_plans_are_edited_before_anything_is_preprocessed(tmp_path):
-    words = [" ".join(command) for command in ablations.commands(tmp_path, tmp_path, 16)]
-    assert all("features_per_stage=[16,32,64,128]" in line for line in words[-3:-1])
+@pytest.mark.parametrize(("size", "widths"), [("56x40", "[16,32,64,128]"), ("96x96", "[16,32,64,128,256]")])
+def test_plans_are_edited_before_anything_is_preprocessed(size, widths, tmp_path):
+    words = [" ".join(command) for command in ablations.commands(tmp_path, tmp_path, size, 16)]
+    assert all(f"features_per_stage={widths}" in line for line in words[-3:-1])
     assert words[-1].startswith("nnUNetv2_preprocess") and "-plans_name small" in words[-1]
+
+
+@pytest.mark.parametrize("name", ablations.SIZES)
+def test_a_size_fits_its_network_and_its_data(name):
+    size = ablations.SIZES[name]
+    edits = ablations.plan_edits(size, 8)
+    stride = 2 ** (size.stages - 1)
+    assert name == "x".join(map(str, size.patch)) and size.token_stride == stride
+    assert not any(length % stride for length in size.patch)
+    assert len(edits["configurations.2d.architecture.arch_kwargs.features_per_stage"]) == size.stages
+    assert edits.get("configurations.2d.patch_size", list(size.patch)) == list(size.patch)
+    assert edits.get("configurations.2d.data_identifier", "nnUNetPlans_2d") == size.data
 
 
 def test_every_seed_draws_its_labels_and_runs_all_arms_on_them():

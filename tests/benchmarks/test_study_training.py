@@ -1,4 +1,4 @@
-"""What the runs of a study share, and how a classification bed and the picture of all beds sum up."""
+"""What the runs of a study share, and the generated anatomy."""
 
 import sys
 from pathlib import Path
@@ -7,16 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 
-from nnssl_plugin.io.files import write_json
 from nnssl_plugin.quickstart.phantoms import phantom
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
-study_training, classification_bed, forest_plot, phantom_data = (
-    __import__(name) for name in ("study_training", "classification_bed", "forest_plot", "phantom_data")
-)
+study_training, phantom_data = (__import__(name) for name in ("study_training", "phantom_data"))
 
 
 class Loader:
@@ -60,49 +56,6 @@ def test_norms_of_the_encoder_are_noted_every_few_of_the_first_steps():
     for key, of in (("weights", weights), ("gradients", gradients)):
         expected = float(torch.cat([each.flatten() for each in of]).norm())
         assert trainer.first_steps[3][key] == pytest.approx(expected)
-
-
-def bed_runs(folder, arms=("MAE", "scratch"), seeds=(0, 1, 2)):
-    rng = np.random.default_rng(0)
-    truth = {f"val_{i}": bool(i % 3 == 0) for i in range(30)}
-    made = {}
-    for arm in arms:
-        for seed in seeds:
-            score = {
-                case: float(rng.normal() + (0.8 if arm == "MAE" else 0.2) * positive)
-                for case, positive in truth.items()
-            }
-            auroc = float(roc_auc_score(list(truth.values()), list(score.values())))
-            made[arm, seed] = auroc
-            run = {"arm": arm, "seed": seed, "fraction": 0.05, "lr": 1e-3, "score": score, "truth": truth}
-            write_json(folder / f"{arm}{seed}.json", run | {"auroc": auroc, "curve": [0.5] * 9 + [auroc], "seconds": 1})
-    return made
-
-
-def test_a_classification_bed_pairs_seeds_and_cases(tmp_path):
-    made = bed_runs(tmp_path)
-    found = classification_bed.summarise(tmp_path, [0.05, 1.0])
-    mae = next(row for row in found["rows"] if row["arm"] == "MAE")
-    expected = np.mean([made["MAE", seed] - made["scratch", seed] for seed in (0, 1, 2)])
-    difference = mae["difference_to_scratch"]
-    assert difference["mean"] == pytest.approx(expected) and difference["low"] < expected < difference["high"]
-    assert (mae["labelled_cases"], mae["seeds"]) == (50, 3) and {row["arm"] for row in found["rows"]} == {
-        "MAE",
-        "scratch",
-    }
-    (twin,) = found["calibration"]
-    gains = [made["scratch", seed] - 0.5 for seed in (0, 1, 2)]
-    assert twin["gain_in_last_fifth"] == pytest.approx(np.mean(gains))
-    assert twin["converged"] is bool(np.mean(gains) < np.std(gains, ddof=1) / 3)
-
-
-def test_the_picture_of_all_beds_has_a_line_for_each_difference(tmp_path):
-    bed_runs(tmp_path / "runs")
-    write_json(tmp_path / "adrenal.json", classification_bed.summarise(tmp_path / "runs", [0.05]))
-    ((title, arm, difference),) = forest_plot.lines_of(tmp_path)
-    assert "50 labels" in title and "AUROC" in title and arm == "MAE" and difference["low"] is not None
-    forest_plot.draw([(title, arm, difference)] * 3, tmp_path / "forest.png")
-    assert (tmp_path / "forest.png").stat().st_size > 10_000
 
 
 def test_generated_anatomy_holds_every_named_structure():
