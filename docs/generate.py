@@ -40,6 +40,8 @@ FAMILIES = {
     "SAMUNet": "SAM's ViT",
 }
 """Class of a network → how tables call it."""
+BASELINE = "MAE"
+"""The arm of the beds that the README shows."""
 API_HEAD = """# Python API
 
 <!-- Written by docs/generate.py from the docstrings; edit those. -->
@@ -77,7 +79,7 @@ def generated(
     blocks = {
         "README.md": {
             "methods": methods_table(methods),
-            "results": results_table(root / "docs/results/beds", "docs/results/"),
+            "results": results_table(root / "docs/results/beds", "docs/results/", arms=[BASELINE]),
         },
         "docs/results.md": {"results": results_table(root / "docs/results/beds", "results/")},
         "docs/README.md": {"methods": methods_index(methods)},
@@ -157,30 +159,35 @@ def presets_table(methods: Mapping[str, Method], folder: Path) -> str:
     return _table(rows)
 
 
-def results_table(folder: Path, link: str) -> str:
+def results_table(folder: Path, link: str, *, arms: Sequence[str] | None = None) -> str:
     """Every comparison of the beds: each arm beside its twin from scratch, from the summaries kept in ``folder``.
 
     Args:
         folder: with the summary ``NAME.json`` of each bed.
         link: from the page to the folder of the beds' pages: ``NAME.md``, or what a summary names as its ``page``.
+        arms: those to show; None: all.
     """
-    rows = [("bed", "labels", "images", "arm", "pretrained", "scratch", "difference (95 % interval)", "n", "seeds")]
+    heads = ("bed", "labels", "images", "arm", "pretrained", "scratch", "difference (95 % interval)", "n", "seeds")
+    rows = [(*heads, "scratch converged")]
     for path in sorted(folder.glob("*.json")):
         bed = read_json(path)
-        for row in bed["rows"]:
-            if row["difference_to_scratch"] is not None:
-                rows.append(
-                    (
-                        f"[{bed['name']}]({link}{bed.get('page', f'{path.stem}.md')}), {bed['metric']}",
-                        str(row["labelled_cases"]),
-                        row["look"],
-                        row["arm"],
-                        *(f"{mean:.3f}" for mean in row["paired"]),
-                        _with_interval(row["difference_to_scratch"]),
-                        str(bed["evaluation_cases"]),
-                        str(row["seeds"]),
-                    )
-                )
+        converged = {row["labelled_cases"]: row["converged"] for row in bed["calibration"]}
+        shown = [row for row in bed["rows"] if row["difference_to_scratch"] is not None]
+        rows += [
+            (
+                f"[{bed['name']}]({link}{bed.get('page', f'{path.stem}.md')}), {bed['metric']}",
+                str(row["labelled_cases"]),
+                row["look"],
+                row["arm"],
+                *(f"{mean:.3f}" for mean in row["paired"]),
+                _with_interval(row["difference_to_scratch"]),
+                str(bed["evaluation_cases"]),
+                str(row["seeds"]),
+                {True: "yes", False: "no"}.get(converged.get(row["labelled_cases"]), "–"),
+            )
+            for row in shown
+            if arms is None or row["arm"] in arms
+        ]
     return _table(rows)
 
 

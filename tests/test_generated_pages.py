@@ -78,12 +78,14 @@ def test_a_block_that_is_missing_is_named(generate):
 def test_the_table_of_beds_links_to_the_page_that_a_summary_names(generate, tmp_path):
     row = {"look": "as trained", "labelled_cases": 5, "arm": "MAE", "paired": [0.6, 0.5], "seeds": 3}
     row["difference_to_scratch"] = {"mean": 0.1, "low": 0.05, "high": 0.15}
-    bed = {"name": "bed", "metric": "AUROC", "evaluation_cases": 9, "rows": [row]}
+    bed = {"name": "bed", "metric": "AUROC", "evaluation_cases": 9, "rows": [row, row | {"arm": "S2DC"}]}
+    bed["calibration"] = [{"labelled_cases": 5, "converged": True}]
     write_json(tmp_path / "plain.json", bed)
     write_json(tmp_path / "sections.json", bed | {"page": "several.md#the-bed"})
-    *_, plain, section = generate.results_table(tmp_path, "results/").splitlines()
+    *_, plain, section = generate.results_table(tmp_path, "results/", arms=["MAE"]).splitlines()
     assert plain.startswith("| [bed](results/plain.md), AUROC | 5 |") and "**+0.100 (+0.050 to +0.150)**" in plain
-    assert section.startswith("| [bed](results/several.md#the-bed), AUROC |")
+    assert section.startswith("| [bed](results/several.md#the-bed), AUROC |") and section.endswith("| 3 | yes |")
+    assert len(generate.results_table(tmp_path, "results/").splitlines()) == 2 + 4
 
 
 SOURCE = '''
