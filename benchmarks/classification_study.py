@@ -54,7 +54,7 @@ class Bed:
     plan: dict[str, Any]
     """Edits of nnU-Net's configuration, as ``nnssl_plugin plan --set`` takes them."""
     tuning: int
-    """Labelled images on which learning rates are compared: of ``adrenal`` images that are nobody's else, of ``busi``
+    """Labelled images on which learning rates are compared: of ``adrenal`` images that are nobody else's, of ``busi``
     a part of the images of each fold that are not held out."""
     fractions: tuple[float, ...]
     """Of the pool whose labels are used; the smaller are parts of the larger under one seed."""
