@@ -1,6 +1,6 @@
 """Pretrain on unlabelled scans, fine-tune on fractions of the labels, and compare with twins from scratch.
 
-    python benchmarks/label_efficiency.py benchmarks/studies/hippocampus-narrow.json -o hippocampus --jobs 2
+    python benchmarks/label_efficiency.py benchmarks/studies/hippocampus-2d.json -o hippocampus --jobs 2
 
 Everything runs through the package's and nnU-Net's own commands inside the folder given by -o. An interrupted study
 goes on with the same command. At the end the folder holds result.json, table.md, study.md and two figures; what they
