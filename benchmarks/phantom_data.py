@@ -1,4 +1,4 @@
-"""Generated anatomy of many small structures: the bed of benchmarks/studies/small-structures.json.
+"""Generated anatomy of many small structures: the bed of benchmarks/studies/small-structures-2d.json.
 
     python benchmarks/phantom_data.py -o DATA -n 120
 
