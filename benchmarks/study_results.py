@@ -216,7 +216,8 @@ def first_steps(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
     """For each arm the norms of the encoder's weights and gradients in the first steps, mean over whole schedules."""
     rows = []
     for arm in study.arms:
-        own = [run.first_steps for run in runs if run.arm == arm.name and run.schedule is None and run.first_steps]
+        whole = [run for run in runs if run.arm == arm.name and run.schedule is None and run.fraction is not None]
+        own = [run.first_steps for run in whole if run.first_steps]
         for notes in zip(*own, strict=True):
             means = {key: statistics.fmean(note[key] for note in notes) for key in ("weights", "gradients")}
             rows.append({"arm": arm.name, "step": notes[0]["step"], "runs": len(notes)} | means)

@@ -459,7 +459,8 @@ def test_norms_of_the_first_steps_are_means_over_the_runs_of_an_arm(tmp_path):
     assert study_results.first_steps(study, runs) == [] and study_page._first_steps([]) == ""
     noted = [[{"step": step, "weights": 20.0 + seed, "gradients": 1.0} for step in (0, 10)] for seed in (0, 3)]
     runs = [dataclasses.replace(run, first_steps=notes) for run, notes in zip(runs, noted, strict=True)]
-    rows = study_results.first_steps(study, runs)
+    trial = dataclasses.replace(runs[0], fraction=None, first_steps=[{"step": 0, "weights": 99.0, "gradients": 9.0}])
+    rows = study_results.first_steps(study, [*runs, trial])
     assert [(row["arm"], row["step"], row["weights"], row["runs"]) for row in rows] == [
         ("scratch", 0, 21.5, 2),
         ("scratch", 10, 21.5, 2),
