@@ -36,9 +36,7 @@ def page(study: Study, result: dict[str, Any], lines: str, *, study_file: Path) 
 {lines}
 Mean Dice over the evaluation cases and up to {len(study.seeds)} seeds ± standard deviation over the seeds. A seed draws the labelled cases, the initialisation and the augmentation, alike in every arm. Differences are paired by seed and case; the interval draws seeds and cases (hierarchical bootstrap){_pretrainings(study)}. The final weights are evaluated, no checkpoint is selected.
 
-![Dice against the number of labelled cases](label_efficiency.png)
-
-![Pseudo Dice per epoch](learning.png)
+{_curve(study)}![Pseudo Dice per epoch](learning.png)
 
 {_calibration(result["calibration"])}
 
@@ -74,6 +72,13 @@ def table(study: Study, rows: list[dict[str, Any]]) -> str:
                     cells += [_difference(found.get(name, {}).get("difference_to_scratch")) for name in others]
                     lines.append(_row([look, label, str(labelled_cases(study, fraction)), *cells]))
     return "\n".join(lines) + "\n"
+
+
+def _curve(study: Study) -> str:
+    """The figure over numbers of labelled cases, where there are several."""
+    if len(study.fractions) == 1:
+        return ""
+    return "![Dice against the number of labelled cases](label_efficiency.png)\n\n"
 
 
 def _beside_mae(rows: list[dict[str, Any]]) -> str:
