@@ -117,7 +117,9 @@ def predictions(study: Study, runs: Runs) -> list[dict[str, Any]]:
         )
         for name in names:
             last = [run["log"].get(name, [math.nan])[-1] for run in of_method]
-            inside = [rank_correlation(points["log"].get(name, []), points["dice"]) for points in along]
+            inside = [
+                rank_correlation(points["log"][name], points["dice"]) for points in along if name in points["log"]
+            ]
             rows.append(_correlation(method, name, last, ends, inside))
     return [row for row in rows if row["across"] is not None or row["along"] is not None]
 

@@ -32,22 +32,26 @@ def predictions(study: Study, folder: Path, runs: list[Run]) -> list[dict[str, A
         told = {name: _told(study, folder, name) for name in names}
         for number in sorted({key for of in told.values() for key in of}):
             for fraction in study.fractions:
-                pairs = [(told[name].get(number), _gain(study, runs, name, fraction)) for name in names]
-                rho = rank_correlation(*zip(*pairs, strict=True))
+                values = [told[name].get(number) for name in names]
+                gains = [_gain(study, runs, name, fraction) for name in names]
+                rho, n = rank_correlation(values, gains), len(_finite(values, gains))
                 if rho is not None:
-                    rows.append(
-                        {"trainer": trainer, "number": number, "fraction": fraction, "n": len(pairs), "rho": rho}
-                    )
+                    rows.append({"trainer": trainer, "number": number, "fraction": fraction, "n": n, "rho": rho})
     return rows
 
 
 def rank_correlation(values: Sequence[float | None], others: Sequence[float | None]) -> float | None:
     """Spearman's ρ; None with fewer than four finite pairs, or where nothing varies."""
-    pairs = np.array(list(zip(values, others, strict=False)), dtype=float).reshape(-1, 2)
-    pairs = pairs[np.isfinite(pairs).all(1)]
+    pairs = _finite(values, others)
     if len(pairs) < FEWEST or (np.ptp(pairs, axis=0) == 0).any():
         return None
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
+
+
+def _finite(values: Sequence[float | None], others: Sequence[float | None]) -> np.ndarray:
+    """The pairs (N, 2) of which both are known."""
+    pairs = np.array(list(zip(values, others, strict=True)), dtype=float).reshape(-1, 2)
+    return pairs[np.isfinite(pairs).all(1)]
 
 
 def _told(study: Study, folder: Path, name: str) -> dict[str, float | None]:

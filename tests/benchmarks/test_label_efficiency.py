@@ -447,6 +447,9 @@ def test_what_predicts_the_gain_is_ranked_over_the_pretrainings_of_a_method(tmp_
         study_prediction.PROBE: pytest.approx(0.8),
     }
     assert {row["n"] for row in rows} == {4}
+    write_json(study_steps.probe_file(tmp_path), {"arms": {}})  # what is not known counts nowhere
+    assert {row["number"] for row in study_prediction.predictions(study, tmp_path, runs)} == {"val_losses"}
+    assert len(study_prediction._finite([1, None, 3], [1, 2, float("nan")])) == 1
     *_, first, second = study_prediction.prediction_table(study, rows, {1.0: 4}).splitlines()
     assert "val_losses | 4 | -1.00" in first and "+0.80" in second
     assert study_prediction.rank_correlation([1, 2, 3], [1, 2, 3]) is None
