@@ -181,6 +181,10 @@ def _steps(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         values = [f"{row['dice_after_steps'][step]:.3f}" if step in row["dice_after_steps"] else "–" for step in steps]
         head.append(_row([row["arm"], *values, str(row["reached_after"] or "none of them")]))
+    for row in rows:
+        for step, difference in row["difference_to_scratch"].items():
+            if int(step) != steps[-1]:
+                head.append(f"\n{row['arm']} − scratch after {step} steps: {_difference(difference)}.")
     return (
         "**Steps to the result from scratch.** Trainings with schedules of their own; the goal is "
         f"{rows[0]['goal']:.3f}, "

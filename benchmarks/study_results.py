@@ -199,17 +199,26 @@ def steps_to_twin(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
         return []
     goal = ENOUGH * statistics.fmean(float(np.nanmean(values)) for values in whole.values())
     rows = []
+    twin = _after_steps(runs, study.baseline, study.largest)
     for arm in study.arms:
-        after: dict[int, list[float]] = {}
-        for run in _of(runs, arm, study.largest):
-            after.setdefault(run.steps, []).append(float(np.nanmean(list(run.dice[ALL_LABELS].values()))))
-        means = {steps: statistics.fmean(values) for steps, values in sorted(after.items())}
+        after = _after_steps(runs, arm, study.largest)
+        means = {steps: _mean_of(of, list(of)) for steps, of in after.items()}
         reached = next((steps for steps, value in means.items() if value >= goal), None)
-        seeds = {steps: len(values) for steps, values in sorted(after.items())}
-        rows.append(
-            {"arm": arm.name, "goal": goal, "dice_after_steps": means, "seeds": seeds, "reached_after": reached}
-        )
+        row = {"arm": arm.name, "goal": goal, "dice_after_steps": means, "reached_after": reached}
+        row["seeds"] = {steps: len(of) for steps, of in after.items()}
+        shared = [steps for steps in after if steps in twin and arm != study.baseline]
+        row["difference_to_scratch"] = {steps: _between(after[steps], twin[steps]) for steps in shared}
+        rows.append(row)
     return rows
+
+
+def _after_steps(runs: list[Run], arm: Arm, fraction: float) -> dict[int, dict[int, np.ndarray]]:
+    """Steps → seed → Dice (cases,) of the trainings with a schedule of so many."""
+    found: dict[int, dict[int, np.ndarray]] = {}
+    for run in sorted(_of(runs, arm, fraction), key=lambda run: run.steps):
+        cases = run.dice[ALL_LABELS]
+        found.setdefault(run.steps, {})[run.seed] = np.array([cases[case] for case in sorted(cases)])
+    return found
 
 
 def first_steps(study: Study, runs: list[Run]) -> list[dict[str, Any]]:

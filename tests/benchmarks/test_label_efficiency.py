@@ -513,6 +513,10 @@ def test_steps_to_the_twins_result(tmp_path):
     rows = study_results.steps_to_twin(study, study_results.collect(tmp_path))
     found = {row["arm"]: row["reached_after"] for row in rows}
     assert found == {"pretrained": 20, "scratch": 100} and rows[0]["goal"] == pytest.approx(0.95 * 0.8)
+    apart = {steps: found["mean"] for steps, found in rows[0]["difference_to_scratch"].items()}
+    assert apart == {10: pytest.approx(0.2), 20: pytest.approx(0.17), 100: pytest.approx(-0.01)}
+    assert rows[1]["difference_to_scratch"] == {}
+    assert "pretrained − scratch after 10 steps: +0.200 (one seed)" in study_page._steps(rows)
     (row,) = study_results.calibration(study, study_results.collect(tmp_path))
     assert row["seeds"] == 1  # the short schedules are no further seeds
 
