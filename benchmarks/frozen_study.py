@@ -11,7 +11,7 @@ from typing import Any
 import nibabel
 import numpy as np
 from study_file import ENDING, Data, build, evenly, files_by_case
-from study_steps import PLAN, edit_command, environment
+from study_steps import PLAN, edit_command, environment, flags_of
 
 from nnssl_plugin.data.triplets import (
     Embeddings,
@@ -258,7 +258,7 @@ def write_captions(study: Study, data: Path, folder: Path, *, device: str) -> No
     template, shuffled, named = (folder / "nnUNet_raw" / CAPTIONS[kind] for kind in (CAPTIONED, SHUFFLED, NAMED))
     body = ("--body-part", study.body_part) if study.body_part else ()
     run("caption", "nnssl_plugin", "caption", "-d", template.name, *body)
-    flags = [word for flag, value in study.clip.items() for word in (f"--{flag}", str(value))]
+    flags = flags_of(study.clip)
     run("clip", "nnssl_plugin", "clip", "-d", template.name, "-device", device, *flags)
     triplets = read_triplets(template)
     if not (named / "triplets.jsonl").exists():

@@ -21,6 +21,8 @@ CASE = "{case}"
 """Stands for the name of a case in a pattern of files."""
 CAPTION_FLAGS = ("captioner", "slices", "body-part", "seed", "weights", "model")
 """Flags of ``nnssl_plugin caption`` that a study may set."""
+CLIP_FLAGS = ("weights", "model", "epochs", "lr", "batch-size", "patience", "holdout", "seed")
+"""Flags of ``nnssl_plugin clip`` that a study may set."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class Study:
     """Whether predictions are averaged over mirrored inputs, as nnU-Net does; without, they cost an eighth."""
     captions: dict[str, Any] | None = None
     """Flags of ``nnssl_plugin caption``, for methods that need triplets."""
+    clip: dict[str, Any] | None = None
+    """With it, a pair of encoders is trained on slices and captions: flags of ``nnssl_plugin clip``."""
     separation: Separation | None = None
     """With it, token separation by label is measured before and after each pretraining."""
     probe: Probe | None = None
@@ -339,4 +343,6 @@ def _requirements(study: Study) -> list[tuple[bool, str]]:
             study.captions is None or set(study.captions) <= set(CAPTION_FLAGS),
             f"captions may hold {', '.join(CAPTION_FLAGS)}",
         ),
+        (study.clip is None or study.captions is not None, "clip needs captions"),
+        (study.clip is None or set(study.clip) <= set(CLIP_FLAGS), f"clip may hold {', '.join(CLIP_FLAGS)}"),
     ]

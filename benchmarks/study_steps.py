@@ -110,8 +110,14 @@ def with_another_look(voxels: np.ndarray, shift: Shift) -> np.ndarray:
     return zoom(small, factors, order=1, mode="nearest", grid_mode=True).astype(np.float32)
 
 
-def planning_steps(study: Study, folder: Path) -> list[Step]:
+def flags_of(block: dict[str, Any]) -> list[str]:
+    """A block of a study as flags of a command."""
+    return [word for flag, value in block.items() for word in (f"--{flag}", str(value))]
+
+
+def planning_steps(study: Study, folder: Path, *, device: str = "cpu") -> list[Step]:
     """From scans to two preprocessed datasets under one plan."""
+    clip_device = device if device == "cuda" else "cpu"  # what the command knows
     unlabelled, labelled = str(UNLABELLED_ID), str(LABELLED_ID)
     commands = {
         "prepare": (
@@ -155,8 +161,9 @@ def planning_steps(study: Study, folder: Path) -> list[Step]:
         ),
     }
     if study.captions is not None:
-        flags = [word for flag, value in study.captions.items() for word in (f"--{flag}", str(value))]
-        commands["caption"] = ("nnssl_plugin", "caption", "-d", unlabelled, *flags)
+        commands["caption"] = ("nnssl_plugin", "caption", "-d", unlabelled, *flags_of(study.captions))
+    if study.clip is not None:
+        commands["clip"] = ("nnssl_plugin", "clip", "-d", unlabelled, "-device", clip_device, *flags_of(study.clip))
     for name, pretraining in study.trained.items():
         preset = ("--preset", pretraining.preset) if pretraining.preset else ()
         commands[f"settings-{name}"] = edit_command(unlabelled, PLAN, pretraining_plan(name), pretraining.edits, preset)

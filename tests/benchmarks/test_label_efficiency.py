@@ -99,6 +99,8 @@ def test_a_study_that_needs_more_cases_than_there_are_is_refused(tmp_path, data)
         ({"data": STUDY["data"] | {"images": "{case}/{case}.nii.gz"}}, "pattern"),
         ({"data": STUDY["data"] | {"labels": "{case}/mask.nrrd"}}, "pattern"),
         ({"separation": {"patch": 4}}, "unknown key 'patch'"),
+        ({"clip": {}, "captions": None}, "clip needs captions"),
+        ({"clip": {"device": "cuda"}}, "clip may hold"),
         ({"shift": {"gamma": 1.5}}, "no 'coarser'"),
         ({"recipes": {"a": {}, "b": {}}}, "tuning cases"),
         ({"recipes": {"a": {"seed": 3}}}, "seed"),
@@ -108,6 +110,16 @@ def test_a_study_that_needs_more_cases_than_there_are_is_refused(tmp_path, data)
 def test_a_study_that_does_not_hold_together_is_refused(tmp_path, changes, complaint):
     with pytest.raises(UserError, match=complaint):
         read(tmp_path, **changes)
+
+
+def test_a_pair_of_encoders_is_trained_after_captioning_where_asked_for(tmp_path):
+    titles = [step.title for step in study_steps.planning_steps(read(tmp_path), tmp_path)]
+    assert "caption" in titles and "clip" not in titles
+    steps = study_steps.planning_steps(read(tmp_path, clip={"epochs": 3}), tmp_path, device="cuda")
+    titles = [step.title for step in steps]
+    assert titles.index("clip") == titles.index("caption") + 1
+    expected = ("nnssl_plugin", "clip", "-d", "501", "-device", "cuda", "--epochs", "3")
+    assert steps[titles.index("clip")].command == expected
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -154,6 +166,16 @@ def test_separation_is_measured_only_where_asked_for(tmp_path):
     flags = dict(zip(step.command[3::2], step.command[4::2], strict=True))
     assert step.command[:3] == ("nnssl_plugin", "evaluate", "tokens")
     assert (flags["-w"], flags["--stride"], flags["-f"], flags["-d"]) == (str(trained), "4", "0", "502")
+
+
+def test_a_pair_of_encoders_is_trained_after_captioning_where_asked_for(tmp_path):
+    titles = [step.title for step in study_steps.planning_steps(read(tmp_path), tmp_path)]
+    assert "caption" in titles and "clip" not in titles
+    steps = study_steps.planning_steps(read(tmp_path, clip={"epochs": 3}), tmp_path, device="cuda")
+    titles = [step.title for step in steps]
+    assert titles.index("clip") == titles.index("caption") + 1
+    expected = ("nnssl_plugin", "clip", "-d", "501", "-device", "cuda", "--epochs", "3")
+    assert steps[titles.index("clip")].command == expected
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
