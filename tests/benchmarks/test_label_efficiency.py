@@ -112,16 +112,6 @@ def test_a_study_that_does_not_hold_together_is_refused(tmp_path, changes, compl
         read(tmp_path, **changes)
 
 
-def test_a_pair_of_encoders_is_trained_after_captioning_where_asked_for(tmp_path):
-    titles = [step.title for step in study_steps.planning_steps(read(tmp_path), tmp_path)]
-    assert "caption" in titles and "clip" not in titles
-    steps = study_steps.planning_steps(read(tmp_path, clip={"epochs": 3}), tmp_path, device="cuda")
-    titles = [step.title for step in steps]
-    assert titles.index("clip") == titles.index("caption") + 1
-    expected = ("nnssl_plugin", "clip", "-d", "501", "-device", "cuda", "--epochs", "3")
-    assert steps[titles.index("clip")].command == expected
-
-
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_of_the_repository_can_be_read(path):
     assert study_file.read_study(path).name == path.stem
