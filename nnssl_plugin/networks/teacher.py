@@ -61,9 +61,7 @@ class Teacher(nn.Module):
         own, target = _pairs(self.module.parameters(), student.parameters())
         if own:
             # a skipped step leaves the student's parameters finite, so that 0 times the change is 0
-            change = torch._foreach_sub(target, own)
-            torch._foreach_mul_(change, (1 - momentum) * applied.to(own[0].dtype))
-            torch._foreach_add_(own, change)
+            _move(own, target, (1 - momentum) * applied.to(own[0].dtype))
         for kept, new in zip(*_pairs(self.module.buffers(), student.buffers()), strict=True):
             wanted = torch.lerp(kept, new, 1 - momentum) if kept.is_floating_point() else new
             kept.copy_(torch.where(applied, wanted, kept))
@@ -78,6 +76,23 @@ class Teacher(nn.Module):
 
 def _state(network: nn.Module) -> list[Tensor]:
     return [*network.parameters(), *network.buffers()]
+
+
+def _move(own: list[Tensor], target: list[Tensor], share: Tensor) -> None:
+    """own ← own + share · (target − own), in place; ``share`` is () on the device."""
+    moves = _in_one_pass if share.device.type == "cpu" else _in_three_launches
+    moves(own, target, share)
+
+
+def _in_one_pass(own: list[Tensor], target: list[Tensor], share: Tensor) -> None:
+    for kept, new in zip(own, target, strict=True):
+        kept.lerp_(new, share.to(kept.dtype))
+
+
+def _in_three_launches(own: list[Tensor], target: list[Tensor], share: Tensor) -> None:
+    change = torch._foreach_sub(target, own)
+    torch._foreach_mul_(change, share)
+    torch._foreach_add_(own, change)
 
 
 def _pairs(own: Iterable[Tensor], others: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -8,7 +8,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
 from nnssl_plugin.networks.backbone import Backbone
-from nnssl_plugin.networks.teacher import Teacher
+from nnssl_plugin.networks.teacher import Teacher, _in_one_pass, _in_three_launches
 
 DONE, SKIPPED = torch.tensor(True), torch.tensor(False)
 
@@ -74,6 +74,19 @@ def test_the_teacher_is_the_average_that_a_naive_loop_gives(dtype, tolerance):
     for key, value in naive.items():
         torch.testing.assert_close(got[key].double(), value, atol=tolerance, rtol=tolerance)
     assert got["1.num_batches_tracked"] == student.state_dict()["1.num_batches_tracked"] > 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.7, 1.0])
+def test_both_ways_to_move_are_one(share):
+    torch.manual_seed(0)
+    shapes = [(3, 4), (7,), ()]
+    start, target = ([torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2))
+    moved = [[tensor.clone() for tensor in start] for _ in range(2)]
+    for ways, own in zip((_in_one_pass, _in_three_launches), moved, strict=True):
+        ways(own, target, torch.tensor(share, dtype=torch.float64))
+    expected = [kept + share * (new - kept) for kept, new in zip(start, target, strict=True)]
+    for own in moved:
+        torch.testing.assert_close(own, expected, atol=1e-14, rtol=1e-14)
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
