@@ -70,17 +70,19 @@ def _steps(pretraining: Pretraining) -> float | None:
 
 
 def _gain(study: Study, runs: list[Run], name: str, fraction: float) -> float | None:
-    """Mean over the seeds that start from a pretraining of the Dice beside scratch."""
+    """Mean over the seeds that start from a pretraining of the Dice beside scratch; without arms that have a
+    fine-tuning of their own."""
     means = {
         (run.arm, run.seed): float(np.nanmean(list(run.dice[ALL_LABELS].values())))
         for run in runs
         if run.fraction == fraction and run.schedule is None
     }
+    alike = [arm.name for arm in study.arms if not arm.finetuning and arm.pretraining is not None]
+    starts = [(arm, seed) for arm in study.arms for seed in study.seeds if study.start(arm, seed) == name]
     gains = [
         means[arm.name, seed] - means[study.baseline.name, seed]
-        for arm in study.arms
-        for seed in study.seeds
-        if study.start(arm, seed) == name and {(arm.name, seed), (study.baseline.name, seed)} <= means.keys()
+        for arm, seed in starts
+        if arm.name in alike and {(arm.name, seed), (study.baseline.name, seed)} <= means.keys()
     ]
     return statistics.fmean(gains) if gains else None
 

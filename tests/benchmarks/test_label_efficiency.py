@@ -443,10 +443,14 @@ def test_other_pretrainings_are_compared_with_masked_reconstruction_too(tmp_path
 
 
 def test_what_predicts_the_gain_is_ranked_over_the_pretrainings_of_a_method(tmp_path):
-    study = read(tmp_path, fractions=[1.0], seeds=[0, 1, 2, 3], pretraining_seeds=4)
+    own = {"name": "frozen-first", "pretraining": "med3d", "finetuning": {"frozen_encoder_epochs": 1}}
+    study = read(
+        tmp_path, fractions=[1.0], seeds=[0, 1, 2, 3], pretraining_seeds=4, arms=[own, *STUDY["arms"]]
+    )  # what is fine-tuned in another way does not count
     gains = [0.1, 0.3, 0.2, 0.4]
     scores = {("scratch", seed, 1.0): [0.5 + 0.01 * seed] for seed in range(4)}
     scores |= {("pretrained", seed, 1.0): [0.5 + 0.01 * seed + gain] for seed, gain in enumerate(gains)}
+    scores |= {("frozen-first", seed, 1.0): [0.9 - gain] for seed, gain in enumerate(gains)}
     runs = runs_of(study, tmp_path, scores)
     for seed, gain in enumerate(gains):
         quality = {"val_losses": -gain, "seconds_waiting": gain, "constant": 1.0}
