@@ -84,8 +84,11 @@ class StepBatches(Dataset):
         slices = self.slices_of_step(step) if self.needs.triplets else [None] * len(cases)
         samples: list[dict] = []
         for row, (case, number) in enumerate(zip(cases, slices, strict=True)):
-            before = samples[-1]["places"] if row % self.needs.slices_per_case else None
-            samples.append(self._sample(case, number, rng, before))
+            neighbour = row % self.needs.slices_per_case > 0
+            if not neighbour:
+                opened = self.cases.load_labelled(case)
+            before = samples[-1]["places"] if neighbour else None
+            samples.append(self._sample(case, opened, number, rng, before))
         return {"kind": self.kind, **{key: _collate([s[key] for s in samples]) for key in samples[0]}}
 
     def cases_of_step(self, step: int) -> list[str]:
@@ -132,9 +135,11 @@ class StepBatches(Dataset):
         fitting = [number for number, triplet in enumerate(self.triplets[case]) if triplet.plane in planes]
         return cycle(rng.permutation(fitting).tolist())
 
-    def _sample(self, case: str, number: int | None, rng: np.random.Generator, before: Place | None = None) -> dict:
+    def _sample(
+        self, case: str, opened: tuple, number: int | None, rng: np.random.Generator, before: Place | None
+    ) -> dict:
         """One row of a batch; ``before`` is the window of the same case that it is a neighbour of."""
-        data, segmentation, facts = self.cases.load_labelled(case)
+        data, segmentation, facts = opened
         slice_ = None if number is None else facts.slices[number]
         if before is None:
             origin, extent, position = self._box(data.shape[1:], facts, slice_, rng)
