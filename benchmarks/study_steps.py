@@ -264,35 +264,25 @@ def finetuning_runs(study: Study, selection: Selection, chosen: dict[str, str]) 
         chosen: arm → recipe.
     """
     shifted = [f"{case}{SHIFTED}" for case in selection.evaluation] if study.shift else []
-    runs: dict[int, list[dict[str, Any]]] = {}
+
+    def run(arm: Arm, seed: int, fraction: float, ending: str, epochs: int | None = None) -> dict[str, Any]:
+        name, fold = f"{arm.name}-seed{seed}-{ending}", study.folds.index((seed, fraction))
+        chosen_for = {"recipe": chosen[arm.name], "seed": seed, "fold": fold, "cases": selection.evaluation}
+        return _run(study, arm, name, **chosen_for, epochs=epochs) | {"fraction": fraction}
+
+    runs = {}
     for seed in study.seeds:
-        for fraction in sorted(study.fractions, reverse=True):
-            fold = study.folds.index((seed, fraction))
-            for arm in study.arms:
-                run = _run(
-                    study,
-                    arm,
-                    f"{arm.name}-seed{seed}-{fraction:g}",
-                    recipe=chosen[arm.name],
-                    seed=seed,
-                    fold=fold,
-                    cases=selection.evaluation,
-                )
-                runs.setdefault(seed, []).append(run | {"fraction": fraction, "shifted": shifted})
-        fold = study.folds.index((seed, study.largest))
-        for epochs in sorted(study.schedules):
-            for arm in study.arms:
-                run = _run(
-                    study,
-                    arm,
-                    f"{arm.name}-seed{seed}-{epochs}epochs",
-                    recipe=chosen[arm.name],
-                    seed=seed,
-                    fold=fold,
-                    cases=selection.evaluation,
-                    epochs=epochs,
-                )
-                runs[seed].append(run | {"fraction": study.largest})
+        whole = [
+            run(arm, seed, fraction, f"{fraction:g}") | {"shifted": shifted}
+            for fraction in sorted(study.fractions, reverse=True)
+            for arm in study.arms
+        ]
+        short = [
+            run(arm, seed, study.largest, f"{epochs}epochs", epochs)
+            for epochs in sorted(study.schedules)
+            for arm in study.arms
+        ]
+        runs[seed] = whole + short
     return runs
 
 
