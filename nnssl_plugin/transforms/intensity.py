@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from nnssl_plugin.transforms.along_axes import along, convolution
+
 BLUR_REACH = 3
 """Standard deviations of a Gaussian on each side of its middle."""
 
@@ -37,7 +39,7 @@ def random_blur(image: Tensor, sigma: tuple[float, float], *, axes: int, generat
     kernel = torch.exp(-0.5 * (offsets / deviation.clamp(min=1e-3)).square())
     kernel = (kernel / kernel.sum(1, keepdim=True)).to(image.dtype)
     for axis in range(image.ndim - axes, image.ndim):
-        image = _along(image, _blur_matrix(kernel, image.shape[axis]), axis)
+        image = along(image, convolution(kernel, image.shape[axis]), axis)
     return image
 
 
@@ -65,24 +67,3 @@ def _uniform(image: Tensor, low: float, high: float, generator: torch.Generator)
     """A number (B, 1, …) for each image."""
     drawn = torch.rand(len(image), generator=generator, device=image.device)
     return (low + (high - low) * drawn).reshape(-1, *[1] * (image.ndim - 1)).to(image.dtype)
-
-
-def _blur_matrix(kernel: Tensor, length: int) -> Tensor:
-    """What each of the places after a convolution takes from those before it, (B, length, length), for kernels (B, K);
-    beyond the border its last value goes on.
-
-    On a CPU a product with it is two to ten times as fast as a grouped convolution.
-    """
-    places = torch.arange(length, device=kernel.device)
-    offsets = torch.arange(kernel.shape[1], device=kernel.device) - kernel.shape[1] // 2
-    sources = (places[:, None] + offsets).clamp(0, length - 1)
-    taken = (sources[..., None] == places).to(kernel.dtype)  # (to, K, from)
-    return torch.einsum("bk,tkf->btf", kernel, taken)
-
-
-def _along(image: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """Each image (B, C, *spatial) multiplied along one axis by its own matrix (B, length, length)."""
-    rows = image.flatten(1, axis - 1)  # (B, others, length, *rest)
-    if axis == image.ndim - 1:
-        return (rows @ matrix.mT).reshape(image.shape)
-    return (matrix[:, None] @ rows.flatten(3)).reshape(image.shape)
