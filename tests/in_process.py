@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import sys
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import entry_points
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -25,6 +26,17 @@ class WorkerThreads:
     """In the place of the context ``spawn``, whose workers import nnU-Net anew."""
 
     Pool, Process = ThreadPool, Thread
+
+
+@contextmanager
+def nnunet_folders(root: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Make nnU-Net's folders below ``root`` and name them to this process, until the end; further variables may be
+    set in what it yields."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            (root / name).mkdir()
+            patch.setenv(name, str(root / name))
+        yield patch
 
 
 def command(root: Path, *words: str) -> str:

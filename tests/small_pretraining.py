@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import pytest
+from in_process import nnunet_folders
 from pretraining_harness import run
 
 ONE_STEP = {"epochs": 1, "iterations_per_epoch": 1, "validation_iterations": 1}
@@ -18,10 +18,7 @@ def pretrain_one_step(folder: Path, **dataset) -> Path:
     Returns:
         its ``checkpoint_final.pth``.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (folder / name).mkdir()
-            patch.setenv(name, str(folder / name))
+    with nnunet_folders(folder) as patch:
         patch.setenv("nnUNet_n_proc_DA", "0")
         for drawing in ("draw_pictures", "draw_progress"):
             patch.setattr(f"nnssl_plugin.pretraining.pretrainer.{drawing}", lambda *arguments, **options: None)

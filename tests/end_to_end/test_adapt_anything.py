@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fake_dataset import NAME, fake_plan, write_fake_dataset
-from in_process import attempt, command, run_with
+from in_process import attempt, command, nnunet_folders, run_with
 from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs import nnUNetTrainer_1epoch
 from small_primus import with_primus
 
@@ -45,10 +45,7 @@ TRAINER, STOCK = "PretrainedSegmentationTrainer", "nnUNetTrainer_1epoch"
 def folder(tmp_path_factory):
     """nnU-Net's folders with both datasets, and the checkpoint of a pretraining for each network."""
     root = tmp_path_factory.mktemp("adapt anything")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir()
-            patch.setenv(name, str(root / name))
+    with nnunet_folders(root) as patch:
         patch.setenv("nnUNet_n_proc_DA", "0")
         for kind in KINDS:
             pretrain(root, kind)

@@ -4,7 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from in_process import command
+from in_process import command, nnunet_folders
 
 from nnssl_plugin.checkpoints.format.spatial_arrays import read_spatial_arrays
 from nnssl_plugin.cli.main import main
@@ -22,10 +22,7 @@ PRETRAINING = ("epochs=1", "iterations_per_epoch=4", "validation_iterations=1", 
 def folder(tmp_path_factory):
     """nnU-Net's folders after all commands."""
     root = tmp_path_factory.mktemp("heads")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir()
-            patch.setenv(name, str(root / name))
+    with nnunet_folders(root):
         scans = root / "scans"
         write_heads(scans, CASES, seed=1, shape=(24, 28, 24), spacing_mm=(4, 4, 4), complete=False)
         patterns = [f"{name}={name}.nii.gz" for name in MODALITIES]

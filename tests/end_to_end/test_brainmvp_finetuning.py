@@ -4,7 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from in_process import command
+from in_process import command, nnunet_folders
 from pretraining_harness import assert_same
 
 from nnssl_plugin.checkpoints.format.files import read_checkpoint
@@ -27,10 +27,7 @@ FINETUNING = ("finetuning.epochs=1", "finetuning.iterations_per_epoch=2", "finet
 def folder(tmp_path_factory):
     """nnU-Net's folders after all commands; ``images``, ``filled`` and ``predicted`` beside them."""
     root = tmp_path_factory.mktemp("templates")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir()
-            patch.setenv(name, str(root / name))
+    with nnunet_folders(root):
         grid = {"shape": (24, 32, 32), "spacing_mm": (3, 2, 2), "channels": 4}
         scans = root / "scans"
         write_phantoms(scans, CASES, seed=1, labels_folder=scans / "labels", **grid)

@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from in_process import command
+from in_process import command, nnunet_folders
 from nnunetv2.run.run_training import run_training
 from skimage import io
 
@@ -149,10 +149,7 @@ def train(number, configuration, fold, *, plan="small", **more):
 def trained(tmp_path_factory):
     """The root of nnU-Net's folders, and both datasets with their trained folds."""
     root = tmp_path_factory.mktemp("classify")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir()
-            patch.setenv(name, str(root / name))
+    with nnunet_folders(root) as patch:
         patch.setenv("nnUNet_n_proc_DA", "0")
         flat, solid = flat_labels(), solid_labels()
         values = {0: [], 1: [90], 2: [-100]}

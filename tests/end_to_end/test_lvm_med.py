@@ -5,7 +5,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from in_process import command
+from in_process import command, nnunet_folders
 from torchvision.models import resnet50
 
 from nnssl_plugin.cli.main import main
@@ -27,10 +27,7 @@ SETTINGS = (
 def folder(tmp_path_factory):
     """nnU-Net's folders after all commands."""
     root = tmp_path_factory.mktemp("lvm_med")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir()
-            patch.setenv(name, str(root / name))
+    with nnunet_folders(root):
         write_dataset(root / "nnUNet_raw" / DATASET)
         command(root, "nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "2d", "-npfp", "2", "-np", "2")
         shrink(root)

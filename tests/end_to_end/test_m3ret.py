@@ -6,7 +6,7 @@ import json
 import nibabel
 import numpy as np
 import pytest
-from in_process import command
+from in_process import command, nnunet_folders
 from skimage import io
 from small_patch_vit import ARGUMENTS
 
@@ -34,10 +34,7 @@ SIZES = ("configurations.3d_fullres.patch_size=[8,32,32]", "configurations.2d.pa
 def trained(tmp_path_factory):
     """Both datasets planned, both objectives pretrained on them together, everything fine-tuned from SimDINO's."""
     root = tmp_path_factory.mktemp("m3ret")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir()
-            patch.setenv(name, str(root / name))
+    with nnunet_folders(root):
         write_volumes(root / "nnUNet_raw" / VOLUMES)
         write_pictures(root / "pictures")
         assert main(["prepare", "-i", str(root / "pictures"), "-d", "906", "-n", "Pictures"]) == 0

@@ -5,7 +5,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from in_process import command
+from in_process import command, nnunet_folders
 from small_swin import ARGUMENTS
 
 from nnssl_plugin.cli.main import main
@@ -36,10 +36,7 @@ RUNS = [(network, method) for network in NETWORKS for method in TRAINERS]
 def folder(tmp_path_factory):
     """nnU-Net's folders with the dataset planned and preprocessed."""
     root = tmp_path_factory.mktemp("mae")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir()
-            patch.setenv(name, str(root / name))
+    with nnunet_folders(root):
         write_dataset(root / "nnUNet_raw" / DATASET)
         command(root, "nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "3d_fullres", "-npfp", "2", "-np", "2")
         command(root, "nnUNetv2_plan_experiment", "-d", ID, "-pl", "nnUNetPlannerResEncM")

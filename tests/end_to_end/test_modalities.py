@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from in_process import command
+from in_process import command, nnunet_folders
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnssl_plugin.cli.main import main
@@ -22,10 +22,7 @@ FINETUNING = ("finetuning.epochs=1", "finetuning.iterations_per_epoch=2", "finet
 def folder(tmp_path_factory):
     """nnU-Net's folders after all commands."""
     root = tmp_path_factory.mktemp("modalities")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir()
-            patch.setenv(name, str(root / name))
+    with nnunet_folders(root):
         scans = root / "scans"
         write_phantoms(
             scans, CASES, seed=1, shape=(24, 32, 32), spacing_mm=(3, 2, 2), channels=2, labels_folder=scans / "labels"

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from in_process import attempt, command
+from in_process import attempt, command, nnunet_folders
 
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json, write_json
@@ -27,10 +27,7 @@ TRAINING = {"epochs": 2, "iterations_per_epoch": 4, "validation_iterations": 1, 
 def folder(tmp_path_factory):
     """nnU-Net's folders after the how-to's commands: both datasets preprocessed, a plan with sources, and its run."""
     root = tmp_path_factory.mktemp("sources")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir()
-            patch.setenv(name, str(root / name))
+    with nnunet_folders(root):
         for name, spacing in SPACING_MM.items():
             write_dataset(root / "nnUNet_raw" / name, spacing)
         command(root, "nnUNetv2_plan_and_preprocess", "-d", "905", "906", "-c", "3d_fullres", "-npfp", "2", "-np", "2")

@@ -4,7 +4,6 @@ One channel is pretrained; two channels with one more class are fine-tuned.
 """
 
 import re
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import nibabel
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fake_dataset import NAME, write_fake_dataset
-from in_process import command
+from in_process import command, nnunet_folders
 from small_swin import ARGUMENTS
 
 from nnssl_plugin.cli.main import main
@@ -54,8 +53,8 @@ def finished(tmp_path_factory):
     """Folders of source and target, the pretraining's checkpoint, and what fine-tuning and prediction left."""
     source, target = (tmp_path_factory.mktemp(name) for name in ("source", "target"))
     checkpoint = pretrain(source)
-    write_target(target)
-    with folders(target):
+    with nnunet_folders(target):
+        write_target(target)
         weights = str(checkpoint)
         assert main(["plan", "-d", DATASET_ID, "-n", "like", "--like", weights, "--set", *FINETUNING]) == 0
         assert main(["adapt", "-d", DATASET_ID, "-w", weights, "-p", "like", "-n", "pre"]) == 0
@@ -92,20 +91,10 @@ def finished(tmp_path_factory):
     return SimpleNamespace(source=source, target=target, checkpoint=checkpoint, printed=printed)
 
 
-@contextmanager
-def folders(root):
-    """nnU-Net's folders below ``root``, for this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir(exist_ok=True)
-            patch.setenv(name, str(root / name))
-        patch.setenv("nnUNet_n_proc_DA", "0")
-        yield
-
-
 def pretrain(root):
     """Two epochs of Med3DInsight on one channel, with the plan of the preset."""
-    with folders(root):
+    with nnunet_folders(root) as patch:
+        patch.setenv("nnUNet_n_proc_DA", "0")
         write_fake_dataset(cases=4)
         assert (
             main(
@@ -136,8 +125,7 @@ def pretrain(root):
 
 def write_target(root):
     """The preprocessed cases with two channels, their labels for nnU-Net's validation, and an image to predict."""
-    with folders(root):
-        plan = write_fake_dataset(cases=CASES, channels=CHANNELS)
+    plan = write_fake_dataset(cases=CASES, channels=CHANNELS)
     preprocessed = root / "nnUNet_preprocessed" / NAME
     plan["configurations"]["3d_fullres"] |= RESAMPLING | {
         "normalization_schemes": ["ZScoreNormalization"] * CHANNELS,
