@@ -15,6 +15,7 @@ import pytest
 import torch
 from fake_dataset import NAME, fake_plan, write_fake_dataset
 from in_process import attempt, command, nnunet_folders, run_with
+from labelled_phantoms import write_labelled_phantoms
 from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs import nnUNetTrainer_1epoch
 from small_primus import with_primus
 
@@ -23,7 +24,6 @@ from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json, write_json
 from nnssl_plugin.methods.med3dinsight.trainer import Med3DInsightPretrainer
 from nnssl_plugin.quickstart.commands import environment_for
-from nnssl_plugin.quickstart.phantoms import write_phantoms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, not a package
 weight_routes = __import__("weight_routes")
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 KINDS = ("plain", "residual", "primus")
 UNETS = KINDS[:2]
 TARGET, TARGET_ID = "Dataset902_Anisotropic", "902"
-SPACING_MM, SHAPE, CHANNELS = (5, 1, 1), (16, 40, 40), 4
+SPACING_MM, SHAPE, CHANNELS = (5, 1, 1), (16, 40, 40), ("MR0", "MR1", "MR2", "MR3")
 PRETRAINING = {
     "epochs": 1, "iterations_per_epoch": 3, "validation_iterations": 1, "batch_size": 2, "lr": 1e-3,
     "method": {"queries": 4, "dim": 16, "heads": 2, "layers": 1, "mask_block": 4, "slice_bins": 8},
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
         for kind in KINDS:
             pretrain(root, kind)
         patch.delenv("nnUNet_n_proc_DA")
-        write_target(root / "nnUNet_raw" / TARGET)
+        write_labelled_phantoms(root / "nnUNet_raw" / TARGET, shape=SHAPE, spacing_mm=SPACING_MM, channels=CHANNELS)
         command(root, "nnUNetv2_plan_and_preprocess", "-d", TARGET_ID, "-c", "3d_fullres", "-npfp", "2", "-np", "2")
         for kind in KINDS:
             adapt(root, kind)
@@ -74,30 +74,6 @@ def pretrained(root, kind):
         / f"Med3DInsightPretrainer__{kind}__3d_fullres"
         / "fold_all"
         / "checkpoint_final.pth"
-    )
-
-
-def write_target(raw):
-    """Five labelled cases of four channels with thick slices, and one to predict."""
-    write_phantoms(
-        raw / "imagesTr",
-        5,
-        seed=1,
-        shape=SHAPE,
-        spacing_mm=SPACING_MM,
-        channels=CHANNELS,
-        labels_folder=raw / "labelsTr",
-    )
-    write_phantoms(raw / "imagesTs", 1, seed=2, shape=SHAPE, spacing_mm=SPACING_MM, channels=CHANNELS)
-    write_json(
-        raw / "dataset.json",
-        {
-            "channel_names": {str(channel): f"MR{channel}" for channel in range(CHANNELS)},
-            "labels": {"background": 0, "liver": 1, "kidney": 2},
-            "numTraining": 5,
-            "file_ending": ".nii.gz",
-            "overwrite_image_reader_writer": "NibabelIOWithReorient",
-        },
     )
 
 
@@ -132,7 +108,7 @@ def test_the_whole_encoder_reaches_the_other_dataset(folder, kind):
         "residual": "encoder.stem.convs.0.conv.weight",
         "primus": "down_projection.proj.weight",
     }[kind]
-    assert adapted[stem].shape[1] == CHANNELS and source[stem].shape[1] == 1
+    assert adapted[stem].shape[1] == len(CHANNELS) and source[stem].shape[1] == 1
     torch.testing.assert_close(adapted[stem].sum(1, keepdim=True), source[stem])
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from in_process import command, nnunet_folders
+from labelled_phantoms import write_labelled_phantoms
 from torchvision.models import resnet50
 
 from nnssl_plugin.cli.main import main
-from nnssl_plugin.io.files import read_json, write_json
-from nnssl_plugin.quickstart.phantoms import write_phantoms
+from nnssl_plugin.io.files import read_json
 
 pytestmark = pytest.mark.slow
 ID, DATASET, PLAN = "504", "Dataset504_Phantoms", "small"
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     """nnU-Net's folders after all commands."""
     root = tmp_path_factory.mktemp("lvm_med")
     with nnunet_folders(root):
-        write_dataset(root / "nnUNet_raw" / DATASET)
+        write_labelled_phantoms(root / "nnUNet_raw" / DATASET, shape=SHAPE, spacing_mm=SPACING_MM)
         command(root, "nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "2d", "-npfp", "2", "-np", "2")
         shrink(root)
         train(root, "all", PLAN, PRETRAINER)
@@ -37,22 +37,6 @@ def folder(tmp_path_factory):
         train(root, "0", f"{PLAN}-pre", FINETUNER)
         predict(root)
         yield root
-
-
-def write_dataset(raw):
-    """Five labelled cases and one to predict."""
-    write_phantoms(raw / "imagesTr", 5, seed=1, shape=SHAPE, spacing_mm=SPACING_MM, labels_folder=raw / "labelsTr")
-    write_phantoms(raw / "imagesTs", 1, seed=2, shape=SHAPE, spacing_mm=SPACING_MM)
-    write_json(
-        raw / "dataset.json",
-        {
-            "channel_names": {"0": "MR"},
-            "labels": {"background": 0, "liver": 1, "kidney": 2},
-            "numTraining": 5,
-            "file_ending": ".nii.gz",
-            "overwrite_image_reader_writer": "NibabelIOWithReorient",
-        },
-    )
 
 
 def shrink(root):

@@ -7,13 +7,13 @@ import nibabel
 import numpy as np
 import pytest
 from in_process import command, nnunet_folders
+from labelled_phantoms import write_labelled_phantoms
 from skimage import io
 from small_patch_vit import ARGUMENTS
 
 from nnssl_plugin.cli.main import main
-from nnssl_plugin.io.files import read_json, write_json
+from nnssl_plugin.io.files import read_json
 from nnssl_plugin.nnunet.case_labels import ClassLabels, Target, write_class_labels
-from nnssl_plugin.quickstart.phantoms import write_phantoms
 
 pytestmark = pytest.mark.slow
 
@@ -55,19 +55,8 @@ def trained(tmp_path_factory):
 
 def write_volumes(raw):
     """Five labelled cases with a class each, and one to predict."""
-    write_phantoms(raw / "imagesTr", 5, seed=1, shape=SHAPE, spacing_mm=SPACING_MM, labels_folder=raw / "labelsTr")
-    write_phantoms(raw / "imagesTs", 1, seed=2, shape=SHAPE, spacing_mm=SPACING_MM)
+    write_labelled_phantoms(raw, shape=SHAPE, spacing_mm=SPACING_MM)
     cases = sorted(path.name.removesuffix("_0000.nii.gz") for path in (raw / "imagesTr").iterdir())
-    write_json(
-        raw / "dataset.json",
-        {
-            "channel_names": {"0": "MR"},
-            "labels": {"background": 0, "liver": 1, "kidney": 2},
-            "numTraining": len(cases),
-            "file_ending": ".nii.gz",
-            "overwrite_image_reader_writer": "NibabelIOWithReorient",
-        },
-    )
     target = Target("kind", "binary", ("no", "yes"))
     values = {case: number % 2 for number, case in enumerate(cases)}
     write_class_labels(raw, ClassLabels((target,), {case: case for case in cases}, {"kind": values}))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from in_process import attempt, command, nnunet_folders
+from labelled_phantoms import write_labelled_phantoms
 
 from nnssl_plugin.cli.main import main
-from nnssl_plugin.io.files import read_json, write_json
-from nnssl_plugin.quickstart.phantoms import write_phantoms
+from nnssl_plugin.io.files import read_json
 from nnssl_plugin.training import user_errors
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("sources")
     with nnunet_folders(root):
         for name, spacing in SPACING_MM.items():
-            write_dataset(root / "nnUNet_raw" / name, spacing)
+            write_labelled_phantoms(root / "nnUNet_raw" / name, shape=SHAPE, spacing_mm=spacing, licence=name)
         command(root, "nnUNetv2_plan_and_preprocess", "-d", "905", "906", "-c", "3d_fullres", "-npfp", "2", "-np", "2")
         arguments = "configurations.3d_fullres.architecture.arch_kwargs"
         planned = read_json(root / "nnUNet_preprocessed" / FIRST / "nnUNetPlans.json")["configurations"]["3d_fullres"]
@@ -49,13 +49,6 @@ def trained(folder):
         folder, "nnUNetv2_train", "905", "3d_fullres", "all", "-tr", "MAEPretrainer", "-p", "both", "-device", "cpu"
     )
     return folder / "nnUNet_results" / FIRST / "MAEPretrainer__both__3d_fullres" / "fold_all"
-
-
-def write_dataset(raw, spacing):
-    write_phantoms(raw / "imagesTr", 5, seed=1, shape=SHAPE, spacing_mm=spacing, labels_folder=raw / "labelsTr")
-    described = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "liver": 1, "kidney": 2}}
-    described |= {"numTraining": 5, "file_ending": ".nii.gz", "licence": raw.name}
-    write_json(raw / "dataset.json", described | {"overwrite_image_reader_writer": "NibabelIOWithReorient"})
 
 
 def test_each_kind_has_its_numbers_and_pictures(trained):
