@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fake_dataset import NAME, fake_plan, write_fake_dataset
-from in_process import attempt, command, nnunet_folders, run_with
+from in_process import attempt, command, nnunet_folders, predict, run_with
 from labelled_phantoms import write_labelled_phantoms
 from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs import nnUNetTrainer_1epoch
 from small_primus import with_primus
@@ -118,34 +118,8 @@ def test_it_fine_tunes_and_predicts(folder, kind):
     assert re.search(r"encoder\s+[\d,]+\s+[\d,]+\s+100\.0%", printed)
     values = checkpoint["network_weights"].values()
     assert all(torch.isfinite(value).all() for value in values if value.is_floating_point())
-    out = folder / "predictions" / kind
-    command(
-        folder,
-        "nnUNetv2_predict",
-        "-i",
-        str(folder / "nnUNet_raw" / TARGET / "imagesTs"),
-        "-o",
-        str(out),
-        "-d",
-        TARGET_ID,
-        "-c",
-        "3d_fullres",
-        "-f",
-        "0",
-        "-tr",
-        TRAINER,
-        "-p",
-        f"{kind}-pre",
-        "-device",
-        "cpu",
-        "-step_size",
-        "1",
-        "--disable_tta",
-        "-npp",
-        "0",
-        "-nps",
-        "0",
-    )
+    raw, out = folder / "nnUNet_raw" / TARGET, folder / "predictions" / kind
+    predict(folder, raw / "imagesTs", out, dataset=TARGET_ID, plan=f"{kind}-pre")
     (predicted,) = out.glob("*.nii.gz")
     image = nibabel.load(folder / "nnUNet_raw" / TARGET / "imagesTs" / "phantom_000_0000.nii.gz")
     prediction = nibabel.load(predicted)

@@ -5,7 +5,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from in_process import command, nnunet_folders
+from in_process import command, nnunet_folders, predict
 from labelled_phantoms import write_labelled_phantoms
 from torchvision.models import resnet50
 
@@ -35,7 +35,8 @@ def folder(tmp_path_factory):
         weights = fold_of(root, PRETRAINER, PLAN, "all") / "checkpoint_final.pth"
         assert main(["adapt", "-d", ID, "-w", str(weights), "-p", PLAN, "-n", "pre", "-c", "2d"]) == 0
         train(root, "0", f"{PLAN}-pre", FINETUNER)
-        predict(root)
+        images = root / "nnUNet_raw" / DATASET / "imagesTs"
+        predict(root, images, root / "predictions", dataset=ID, plan=f"{PLAN}-pre", configuration="2d")
         yield root
 
 
@@ -50,14 +51,6 @@ def shrink(root):
 
 def train(root, fold, plan, trainer):
     command(root, "nnUNetv2_train", ID, "2d", fold, "-p", plan, "-tr", trainer, "-device", "cpu")
-
-
-def predict(root):
-    raw = root / "nnUNet_raw" / DATASET
-    places = ("-i", str(raw / "imagesTs"), "-o", str(root / "predictions"))
-    model = ("-d", ID, "-c", "2d", "-f", "0", "-tr", FINETUNER, "-p", f"{PLAN}-pre")
-    fast = ("-device", "cpu", "-step_size", "1", "--disable_tta", "-npp", "0", "-nps", "0")
-    command(root, "nnUNetv2_predict", *places, *model, *fast)
 
 
 def fold_of(root, trainer, plan, fold):

@@ -6,7 +6,7 @@ import json
 import nibabel
 import numpy as np
 import pytest
-from in_process import command, nnunet_folders
+from in_process import command, nnunet_folders, predict
 from labelled_phantoms import write_labelled_phantoms
 from skimage import io
 from small_patch_vit import ARGUMENTS
@@ -47,8 +47,10 @@ def trained(tmp_path_factory):
         for configuration, more in (("3d_fullres", []), ("2d", ["--inflate"])):
             words = ["-w", str(weights), "-p", "m3ret-simdino", "-n", configuration, "-c", configuration]
             assert main(["adapt", "-d", "905", *words, *more]) == 0
-            train(root, "905", configuration, "0", f"m3ret-simdino-{configuration}", "PretrainedSegmentationTrainer")
-            predict(root, configuration, f"m3ret-simdino-{configuration}")
+            name = f"m3ret-simdino-{configuration}"
+            train(root, "905", configuration, "0", name, "PretrainedSegmentationTrainer")
+            images, predictions = root / "nnUNet_raw" / VOLUMES / "imagesTs", root / "predictions" / configuration
+            predict(root, images, predictions, dataset="905", plan=name, configuration=configuration)
         train(root, "905", "3d_fullres", "0", "m3ret-simdino-3d_fullres", "PretrainedClassificationTrainer")
         yield root
 
@@ -94,13 +96,6 @@ def plan(method):
 
 def train(root, dataset, configuration, fold, plan, trainer):
     command(root, "nnUNetv2_train", dataset, configuration, fold, "-p", plan, "-tr", trainer, "-device", "cpu")
-
-
-def predict(root, configuration, plan):
-    folders = ["-i", str(root / "nnUNet_raw" / VOLUMES / "imagesTs"), "-o", str(root / "predictions" / configuration)]
-    model = ["-d", "905", "-c", configuration, "-f", "0", "-tr", "PretrainedSegmentationTrainer", "-p", plan]
-    fast = ["-device", "cpu", "-step_size", "1", "--disable_tta", "-npp", "0", "-nps", "0"]
-    command(root, "nnUNetv2_predict", *folders, *model, *fast)
 
 
 def fold_of(root, trainer, plan, configuration, fold):

@@ -5,7 +5,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from in_process import command, nnunet_folders
+from in_process import command, nnunet_folders, predict
 from labelled_phantoms import write_labelled_phantoms
 from small_swin import ARGUMENTS
 
@@ -46,12 +46,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pretrained(folder):
     """Every network after all commands, for both methods."""
+    images = folder / "nnUNet_raw" / DATASET / "imagesTs"
     for network, method in RUNS:
         plan(folder, network, method)
         train(folder, "all", f"{network}-{method}", TRAINERS[method])
         adapt(folder, f"{network}-{method}", TRAINERS[method])
-        train(folder, "0", f"{network}-{method}-pre", FINETUNER)
-        predict(folder, f"{network}-{method}-pre")
+        name = f"{network}-{method}-pre"
+        train(folder, "0", name, FINETUNER)
+        predict(folder, images, folder / "predictions" / name, dataset=ID, plan=name)
     return folder
 
 
@@ -101,13 +103,6 @@ def train(root, fold, plan, trainer):
 def adapt(root, plan, trainer):
     weights = fold_of(root, trainer, plan, "all") / "checkpoint_final.pth"
     assert main(["adapt", "-d", ID, "-w", str(weights), "-p", plan, "-n", "pre"]) == 0
-
-
-def predict(root, plan):
-    folders = ["-i", str(root / "nnUNet_raw" / DATASET / "imagesTs"), "-o", str(root / "predictions" / plan)]
-    model = ["-d", ID, "-c", "3d_fullres", "-f", "0", "-tr", FINETUNER, "-p", plan]
-    fast = ["-device", "cpu", "-step_size", "1", "--disable_tta", "-npp", "0", "-nps", "0"]
-    command(root, "nnUNetv2_predict", *folders, *model, *fast)
 
 
 def fold_of(root, trainer, plan, fold):

@@ -4,7 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from in_process import command, nnunet_folders
+from in_process import command, nnunet_folders, predict
 from labelled_phantoms import write_labelled_phantoms
 
 from nnssl_plugin.cli.main import main
@@ -34,33 +34,8 @@ def folder(tmp_path_factory):
         weights = fold_of(root, PRETRAINER, PLAN, "all") / "checkpoint_final.pth"
         assert main(["adapt", "-d", ID, "-w", str(weights), "-p", PLAN, "-n", "pre"]) == 0
         train(root, "0", f"{PLAN}-pre", FINETUNER)
-        command(
-            root,
-            "nnUNetv2_predict",
-            "-i",
-            str(root / "nnUNet_raw" / DATASET / "imagesTs"),
-            "-o",
-            str(root / "predictions"),
-            "-d",
-            ID,
-            "-c",
-            "3d_fullres",
-            "-f",
-            "0",
-            "-tr",
-            FINETUNER,
-            "-p",
-            f"{PLAN}-pre",
-            "-device",
-            "cpu",
-            "-step_size",
-            "1",
-            "--disable_tta",
-            "-npp",
-            "0",
-            "-nps",
-            "0",
-        )
+        images = root / "nnUNet_raw" / DATASET / "imagesTs"
+        predict(root, images, root / "predictions", dataset=ID, plan=f"{PLAN}-pre")
         yield root
 
 

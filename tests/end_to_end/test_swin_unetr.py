@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fake_dataset import NAME, write_fake_dataset
-from in_process import command, nnunet_folders
+from in_process import command, nnunet_folders, predict
 from small_swin import ARGUMENTS
 
 from nnssl_plugin.cli.main import main
@@ -61,33 +61,7 @@ def finished(tmp_path_factory):
     printed = command(
         target, "nnUNetv2_train", DATASET_ID, "3d_fullres", "0", "-p", "like-pre", "-tr", TRAINER, "-device", "cpu"
     )
-    command(
-        target,
-        "nnUNetv2_predict",
-        "-i",
-        str(target / "images"),
-        "-o",
-        str(target / "predictions"),
-        "-d",
-        DATASET_ID,
-        "-c",
-        "3d_fullres",
-        "-f",
-        "0",
-        "-tr",
-        TRAINER,
-        "-p",
-        "like-pre",
-        "-device",
-        "cpu",
-        "-step_size",
-        "1",
-        "--disable_tta",
-        "-npp",
-        "0",
-        "-nps",
-        "0",
-    )
+    predict(target, target / "images", target / "predictions", dataset=DATASET_ID, plan="like-pre")
     return SimpleNamespace(source=source, target=target, checkpoint=checkpoint, printed=printed)
 
 
