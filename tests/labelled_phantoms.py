@@ -1,7 +1,10 @@
-"""A labelled dataset of phantoms for nnU-Net's commands, with an image to predict."""
+"""A labelled dataset of phantoms for nnU-Net's commands, with an image to predict, and what its prediction must be."""
 
 from collections.abc import Sequence
 from pathlib import Path
+
+import nibabel
+import numpy as np
 
 from nnssl_plugin.io.files import write_json
 from nnssl_plugin.quickstart.phantoms import write_phantoms
@@ -35,3 +38,18 @@ def write_labelled_phantoms(
             **more,
         },
     )
+
+
+def assert_predicted(predictions: Path, raw: Path) -> None:
+    """There is one prediction, which lies on the grid of the image to predict."""
+    (predicted,) = predictions.glob("*.nii.gz")
+    assert_on_grid(predicted, raw / "imagesTs" / "phantom_000_0000.nii.gz")
+
+
+def assert_on_grid(predicted: Path, image: Path) -> None:
+    """A prediction of the labelled structures has the shape and the place of an image."""
+    prediction, expected = nibabel.load(predicted), nibabel.load(image)
+    assert prediction.shape == expected.shape, f"{prediction.shape}, not {expected.shape}"
+    np.testing.assert_allclose(prediction.affine, expected.affine, atol=1e-4)
+    found = set(np.unique(prediction.get_fdata()))
+    assert found <= set(LABELS.values()), f"labels {found}"

@@ -9,13 +9,11 @@ import re
 import sys
 from pathlib import Path
 
-import nibabel
-import numpy as np
 import pytest
 import torch
 from fake_dataset import NAME, fake_plan, write_fake_dataset
 from in_process import attempt, command, nnunet_folders, predict, run_with
-from labelled_phantoms import write_labelled_phantoms
+from labelled_phantoms import assert_predicted, write_labelled_phantoms
 from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs import nnUNetTrainer_1epoch
 from small_primus import with_primus
 
@@ -120,11 +118,7 @@ def test_it_fine_tunes_and_predicts(folder, kind):
     assert all(torch.isfinite(value).all() for value in values if value.is_floating_point())
     raw, out = folder / "nnUNet_raw" / TARGET, folder / "predictions" / kind
     predict(folder, raw / "imagesTs", out, dataset=TARGET_ID, plan=f"{kind}-pre")
-    (predicted,) = out.glob("*.nii.gz")
-    image = nibabel.load(folder / "nnUNet_raw" / TARGET / "imagesTs" / "phantom_000_0000.nii.gz")
-    prediction = nibabel.load(predicted)
-    assert prediction.shape == image.shape and set(np.unique(prediction.get_fdata())) <= {0, 1, 2}
-    np.testing.assert_allclose(prediction.affine, image.affine, atol=1e-4)
+    assert_predicted(out, raw)
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """LVM-Med with nnU-Net's own commands on volumes in 2D: plan, pretrain, adapt, fine-tune, predict; slices become
 volumes again."""
 
-import nibabel
 import numpy as np
 import pytest
 import torch
 from in_process import command, nnunet_folders, predict
-from labelled_phantoms import write_labelled_phantoms
+from labelled_phantoms import assert_predicted, write_labelled_phantoms
 from torchvision.models import resnet50
 
 from nnssl_plugin.cli.main import main
@@ -76,11 +75,7 @@ def test_the_whole_encoder_was_loaded(folder):
 
 
 def test_slices_are_predicted_and_merged_to_the_volume(folder):
-    (predicted,) = (folder / "predictions").glob("*.nii.gz")
-    image = nibabel.load(folder / "nnUNet_raw" / DATASET / "imagesTs" / "phantom_000_0000.nii.gz")
-    prediction = nibabel.load(predicted)
-    assert prediction.shape == image.shape and set(np.unique(prediction.get_fdata())) <= {0, 1, 2}
-    np.testing.assert_allclose(prediction.affine, image.affine, atol=1e-4)
+    assert_predicted(folder / "predictions", folder / "nnUNet_raw" / DATASET)
 
 
 def test_resnet_50_is_pretrained_fine_tuned_and_exported_for_torchvision(folder):

@@ -3,11 +3,10 @@ segmentation of volumes, of their slices, and for classification, and predicts."
 
 import json
 
-import nibabel
 import numpy as np
 import pytest
 from in_process import command, nnunet_folders, predict
-from labelled_phantoms import write_labelled_phantoms
+from labelled_phantoms import assert_predicted, write_labelled_phantoms
 from skimage import io
 from small_patch_vit import ARGUMENTS
 
@@ -123,9 +122,7 @@ def test_the_whole_encoder_is_fine_tuned_and_predicts_volumes(trained, configura
     name = f"m3ret-simdino-{configuration}_{configuration}_report.json"
     report = read_json(trained / "nnUNet_preprocessed" / VOLUMES / name)
     assert report["coverage"]["encoder"] == 1.0
-    (predicted,) = (trained / "predictions" / configuration).glob("*.nii.gz")
-    image = nibabel.load(next((trained / "nnUNet_raw" / VOLUMES / "imagesTs").iterdir()))
-    assert nibabel.load(predicted).shape == image.shape
+    assert_predicted(trained / "predictions" / configuration, trained / "nnUNet_raw" / VOLUMES)
 
 
 def test_it_is_fine_tuned_for_classification(trained):

@@ -1,12 +1,11 @@
 """MAE, MAE with aligned contrast, and distillation through nnU-Net's own commands, in few steps on labelled phantoms:
 every network is planned, pretrained by both, adapted and fine-tuned, and predicts."""
 
-import nibabel
 import numpy as np
 import pytest
 import torch
 from in_process import command, nnunet_folders, predict
-from labelled_phantoms import write_labelled_phantoms
+from labelled_phantoms import assert_predicted, write_labelled_phantoms
 from small_swin import ARGUMENTS
 
 from nnssl_plugin.cli.main import main
@@ -144,11 +143,7 @@ def test_it_fine_tunes_and_predicts_on_the_grid_of_the_image(pretrained, network
     name = f"{network}-{method}-pre"
     checkpoint = fold_of(pretrained, FINETUNER, name, 0) / "checkpoint_final.pth"
     assert_finite(torch.load(checkpoint, weights_only=False)["network_weights"])
-    (predicted,) = (pretrained / "predictions" / name).glob("*.nii.gz")
-    image = nibabel.load(pretrained / "nnUNet_raw" / DATASET / "imagesTs" / "phantom_000_0000.nii.gz")
-    prediction = nibabel.load(predicted)
-    assert prediction.shape == image.shape and set(np.unique(prediction.get_fdata())) <= {0, 1, 2}
-    np.testing.assert_allclose(prediction.affine, image.affine, atol=1e-4)
+    assert_predicted(pretrained / "predictions" / name, pretrained / "nnUNet_raw" / DATASET)
 
 
 def test_a_student_learns_from_the_wider_network_of_mae_and_is_adapted(distilled):

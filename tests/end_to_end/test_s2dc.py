@@ -1,11 +1,10 @@
 """S2DC through nnU-Net's own commands: plan, pretrain, adapt, fine-tune and predict labelled phantoms, in few steps."""
 
-import nibabel
 import numpy as np
 import pytest
 import torch
 from in_process import command, nnunet_folders, predict
-from labelled_phantoms import write_labelled_phantoms
+from labelled_phantoms import assert_predicted, write_labelled_phantoms
 
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json
@@ -85,8 +84,4 @@ def test_the_whole_encoder_was_loaded(folder):
 def test_it_fine_tunes_and_predicts_on_the_grid_of_the_image(folder):
     weights = torch.load(fold_of(folder, FINETUNER, f"{PLAN}-pre", 0) / "checkpoint_final.pth", weights_only=False)
     assert all(torch.isfinite(v).all() for v in weights["network_weights"].values() if v.is_floating_point())
-    (predicted,) = (folder / "predictions").glob("*.nii.gz")
-    image = nibabel.load(folder / "nnUNet_raw" / DATASET / "imagesTs" / "phantom_000_0000.nii.gz")
-    prediction = nibabel.load(predicted)
-    assert prediction.shape == image.shape and set(np.unique(prediction.get_fdata())) <= {0, 1, 2}
-    np.testing.assert_allclose(prediction.affine, image.affine, atol=1e-4)
+    assert_predicted(folder / "predictions", folder / "nnUNet_raw" / DATASET)
