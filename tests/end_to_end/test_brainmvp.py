@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import command, nnunet_folders
+from small_unet import narrow
 
 from nnssl_plugin.checkpoints.format.spatial_arrays import read_spatial_arrays
 from nnssl_plugin.cli.main import main
@@ -14,7 +15,6 @@ from nnssl_plugin.quickstart.phantoms import MODALITIES, write_heads
 pytestmark = pytest.mark.slow
 
 DATASET, ID, PLAN, CASES = "Dataset906_Heads", "906", "brainmvp-small", 6
-NETWORK = "configurations.3d_fullres.architecture.arch_kwargs"
 PRETRAINING = ("epochs=1", "iterations_per_epoch=4", "validation_iterations=1", "batch_size=2")
 
 
@@ -29,10 +29,8 @@ def folder(tmp_path_factory):
         words = ["--modalities", *patterns, "--cases-by", "folder", "--keep", "-np", "1"]
         assert main(["prepare", "-i", str(scans), "-d", ID, "-n", "Heads", *words]) == 0
         command(root, "nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "3d_fullres", "-npfp", "2", "-np", "2")
-        planned = read_json(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")["configurations"]["3d_fullres"]
-        stages = len(planned["architecture"]["arch_kwargs"]["features_per_stage"])
-        narrow = f"{NETWORK}.features_per_stage={[4 * 2**stage for stage in range(stages)]}"
-        assert main(["plan", "-d", ID, "-n", PLAN, "--preset", "brainmvp", "--set", narrow, *PRETRAINING]) == 0
+        small = narrow(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")
+        assert main(["plan", "-d", ID, "-n", PLAN, "--preset", "brainmvp", "--set", small, *PRETRAINING]) == 0
         command(
             root, "nnUNetv2_train", ID, "3d_fullres", "all", "-p", PLAN, "-tr", "BrainMVPPretrainer", "-device", "cpu"
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from in_process import command, nnunet_folders
 from pretraining_harness import assert_same
+from small_unet import narrow
 
 from nnssl_plugin.checkpoints.format.files import read_checkpoint
 from nnssl_plugin.checkpoints.format.spatial_arrays import read_spatial_arrays
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.slow
 DATASET, ID, PLAN, CASES = "Dataset906_Templates", "906", "brainmvp-small", 5
 NAMES = ("T1", "T2", "FLAIR", "PD")
 TRAINER = "BrainMVPSegmentationTrainer"
-NETWORK = "configurations.3d_fullres.architecture.arch_kwargs"
 PRETRAINING = ("epochs=1", "iterations_per_epoch=3", "validation_iterations=1", "batch_size=2")
 FINETUNING = ("finetuning.epochs=1", "finetuning.iterations_per_epoch=2", "finetuning.validation_iterations=1")
 
@@ -37,10 +37,8 @@ def folder(tmp_path_factory):
         words = ["--modalities", *patterns, "--labels", "labels/*", "--keep", "-np", "1"]
         assert main(["prepare", "-i", str(scans), "-d", ID, "-n", "Templates", *words]) == 0
         command(root, "nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "3d_fullres", "-npfp", "2", "-np", "2")
-        planned = read_json(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")["configurations"]["3d_fullres"]
-        stages = len(planned["architecture"]["arch_kwargs"]["features_per_stage"])
-        narrow = f"{NETWORK}.features_per_stage={[4 * 2**stage for stage in range(stages)]}"
-        words = ["--preset", "brainmvp", "--set", narrow, *PRETRAINING, *FINETUNING]
+        small = narrow(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")
+        words = ["--preset", "brainmvp", "--set", small, *PRETRAINING, *FINETUNING]
         assert main(["plan", "-d", ID, "-n", PLAN, *words]) == 0
         train(root, "all", PLAN, "BrainMVPPretrainer")
         weights = str(result(root, f"BrainMVPPretrainer__{PLAN}", "all"))

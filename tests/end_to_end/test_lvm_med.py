@@ -6,6 +6,7 @@ import pytest
 import torch
 from in_process import command, nnunet_folders, predict
 from labelled_phantoms import assert_predicted, write_labelled_phantoms
+from small_unet import narrow
 from torchvision.models import resnet50
 
 from nnssl_plugin.cli.main import main
@@ -41,11 +42,8 @@ def folder(tmp_path_factory):
 
 def shrink(root):
     """The plan with the preset of the method, a narrow network and few steps."""
-    plan = read_json(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")
-    stages = len(plan["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"])
-    features = [4 * 2**stage for stage in range(stages)]
-    key = "configurations.2d.architecture.arch_kwargs.features_per_stage"
-    assert main(["plan", "-d", ID, "-n", PLAN, "--preset", "lvm-med", "--set", f"{key}={features}", *SETTINGS]) == 0
+    small = narrow(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json", "2d")
+    assert main(["plan", "-d", ID, "-n", PLAN, "--preset", "lvm-med", "--set", small, *SETTINGS]) == 0
 
 
 def train(root, fold, plan, trainer):

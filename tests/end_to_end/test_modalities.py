@@ -5,6 +5,7 @@ import pytest
 import torch
 from in_process import command, nnunet_folders
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from small_unet import narrow
 
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json
@@ -13,7 +14,6 @@ from nnssl_plugin.quickstart.phantoms import write_phantoms
 pytestmark = pytest.mark.slow
 
 DATASET, ID, PLAN, CASES = "Dataset905_Modalities", "905", "mae-small", 5
-NETWORK = "configurations.3d_fullres.architecture.arch_kwargs"
 PRETRAINING = ("epochs=1", "iterations_per_epoch=3", "validation_iterations=1", "warmup_epochs=0", "batch_size=2")
 FINETUNING = ("finetuning.epochs=1", "finetuning.iterations_per_epoch=2", "finetuning.validation_iterations=1")
 
@@ -33,10 +33,8 @@ def folder(tmp_path_factory):
         words = ["--modalities", "T1=*_0000*", "CT=*_0001*", "--labels", "labels/*", "--keep", "-np", "1"]
         assert main(["prepare", "-i", str(scans), "-d", ID, "-n", "Modalities", *words]) == 0
         command(root, "nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "3d_fullres", "-npfp", "2", "-np", "2")
-        planned = read_json(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")["configurations"]["3d_fullres"]
-        stages = len(planned["architecture"]["arch_kwargs"]["features_per_stage"])
-        narrow = f"{NETWORK}.features_per_stage={[4 * 2**stage for stage in range(stages)]}"
-        words = ["--preset", "mae", "--set", narrow, *PRETRAINING, *FINETUNING]
+        small = narrow(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")
+        words = ["--preset", "mae", "--set", small, *PRETRAINING, *FINETUNING]
         assert main(["plan", "-d", ID, "-n", PLAN, *words]) == 0
         train(root, "all", PLAN, "MAEPretrainer")
         weights = root / "nnUNet_results" / DATASET / f"MAEPretrainer__{PLAN}__3d_fullres" / "fold_all"

@@ -5,6 +5,7 @@ import pytest
 import torch
 from in_process import command, nnunet_folders, predict
 from labelled_phantoms import assert_predicted, write_labelled_phantoms
+from small_unet import narrow
 
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json
@@ -40,12 +41,8 @@ def folder(tmp_path_factory):
 
 def shrink(root):
     """The plan with the preset of the method, a narrow network and few steps."""
-    plan = read_json(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")
-    configuration = plan["configurations"]["3d_fullres"]
-    stages = len(configuration["architecture"]["arch_kwargs"]["features_per_stage"])
-    features = [4 * 2**stage for stage in range(stages)]
-    key = "configurations.3d_fullres.architecture.arch_kwargs.features_per_stage"
-    assert main(["plan", "-d", ID, "-n", PLAN, "--preset", "s2dc", "--set", f"{key}={features}", *SETTINGS]) == 0
+    small = narrow(root / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")
+    assert main(["plan", "-d", ID, "-n", PLAN, "--preset", "s2dc", "--set", small, *SETTINGS]) == 0
 
 
 def train(root, fold, plan, trainer):

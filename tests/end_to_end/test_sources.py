@@ -9,6 +9,7 @@ import pytest
 import torch
 from in_process import attempt, command, nnunet_folders
 from labelled_phantoms import write_labelled_phantoms
+from small_unet import narrow
 
 from nnssl_plugin.cli.main import main
 from nnssl_plugin.io.files import read_json
@@ -20,7 +21,7 @@ FIRST, SECOND = "Dataset905_Thick", "Dataset906_Thin"
 SPACING_MM = {FIRST: (3, 2, 2), SECOND: (2, 1, 1)}
 SHAPE = (24, 32, 32)
 SOURCES = [{"dataset": "905", "kind": "thick"}, {"dataset": SECOND, "kind": "thin", "weight": 2, "batch_size": 3}]
-TRAINING = {"epochs": 2, "iterations_per_epoch": 4, "validation_iterations": 1, "warmup_epochs": 0, "batch_size": 2}
+TRAINING = ("epochs=2", "iterations_per_epoch=4", "validation_iterations=1", "warmup_epochs=0", "batch_size=2")
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +32,9 @@ def folder(tmp_path_factory):
         for name, spacing in SPACING_MM.items():
             write_labelled_phantoms(root / "nnUNet_raw" / name, shape=SHAPE, spacing_mm=spacing, licence=name)
         command(root, "nnUNetv2_plan_and_preprocess", "-d", "905", "906", "-c", "3d_fullres", "-npfp", "2", "-np", "2")
-        arguments = "configurations.3d_fullres.architecture.arch_kwargs"
-        planned = read_json(root / "nnUNet_preprocessed" / FIRST / "nnUNetPlans.json")["configurations"]["3d_fullres"]
-        stages = len(planned["architecture"]["arch_kwargs"]["features_per_stage"])
-        changes = TRAINING | {
-            "sources": json.dumps(SOURCES),
-            f"{arguments}.features_per_stage": [4 * 2**stage for stage in range(stages)],
-        }
-        words = ["plan", "-d", "905", "-n", "both", "--preset", "mae", "--set"]
-        assert main([*words, *(f"{name}={value}" for name, value in changes.items())]) == 0
+        small = narrow(root / "nnUNet_preprocessed" / FIRST / "nnUNetPlans.json")
+        words = ["plan", "-d", "905", "-n", "both", "--preset", "mae", "--set", small, *TRAINING]
+        assert main([*words, f"sources={json.dumps(SOURCES)}"]) == 0
         yield root
 
 
