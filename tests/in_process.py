@@ -30,8 +30,8 @@ class WorkerThreads:
 
 @contextmanager
 def nnunet_folders(root: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Make nnU-Net's folders below ``root`` and name them to this process, until the end; further variables may be
-    set in what it yields."""
+    """Make nnU-Net's folders below ``root`` and set their variables until the block ends; others can be set in what
+    it yields."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             (root / name).mkdir()
