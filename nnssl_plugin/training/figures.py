@@ -23,7 +23,7 @@ class Panel(NamedTuple):
 
 
 TERMS = "Terms of the loss (solid: training, dashed: validation)"
-FEW = "needs 4 validation samples or more"
+FEW = "needs a method that compares features, and 4 validation samples or more"
 SEPARATION = ("diagnostics/silhouette", "diagnostics/cosine_gap")
 RETRIEVAL = "diagnostics/retrieval_"
 ELSEWHERE = (*SEPARATION, RETRIEVAL, "diagnostics/token_std")
