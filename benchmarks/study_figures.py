@@ -9,9 +9,9 @@ from study_results import ALL_LABELS, LOOKS, Run, labelled_cases
 
 from nnssl_plugin.io.files import atomic_path
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, which colour-blind readers tell apart."""
-MARKERS = "os^Dv*P"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255")
+"""Okabe and Ito's palette, which colour-blind readers tell apart, with a grey and a dark red."""
+MARKERS = "os^Dv*PXd"
 
 
 def draw_label_efficiency(study: Study, runs: list[Run], rows: list[dict[str, Any]], path: Path) -> None:

@@ -92,8 +92,8 @@ class StudyTrainer(PretrainedSegmentationTrainer):
         """Note norms of the encoder's weights and gradients (clipped, as they are applied) in the first steps."""
         if self.step >= FIRST_STEPS or self.step % LOOK_EVERY:
             return
-        own = [p for p in getattr(self.network, "encoder", self.network).parameters() if p.grad is not None]
-        norms = {"weights": own, "gradients": [p.grad for p in own]}
+        own = list(getattr(self.network, "encoder", self.network).parameters())
+        norms = {"weights": own, "gradients": [p.grad for p in own if p.grad is not None]}  # none while it is frozen
         found = {key: float(torch.nn.utils.get_total_norm(of)) for key, of in norms.items()}
         self.first_steps.append({"step": self.step} | found)
 

@@ -41,7 +41,7 @@ FAMILIES = {
 }
 """Class of a network → how tables call it."""
 BASELINE = "MAE"
-"""The arm of the beds that the README shows."""
+"""The arm of the beds that the README shows, with its lengths (``MAE-4000``)."""
 API_HEAD = """# Python API
 
 <!-- Written by docs/generate.py from the docstrings; edit those. -->
@@ -165,7 +165,7 @@ def results_table(folder: Path, link: str, *, arms: Sequence[str] | None = None)
     Args:
         folder: with the summary ``NAME.json`` of each bed.
         link: from the page to the folder of the beds' pages: ``NAME.md``, or what a summary names as its ``page``.
-        arms: those to show; None: all.
+        arms: those to show, with what they are called behind a hyphen; None: all.
     """
     heads = ("bed", "labels", "images", "arm", "pretrained", "scratch", "difference (95 % interval)", "n", "seeds")
     rows = [(*heads, "scratch converged")]
@@ -186,7 +186,7 @@ def results_table(folder: Path, link: str, *, arms: Sequence[str] | None = None)
                 {True: "yes", False: "no"}.get(converged.get(row["labelled_cases"]), "–"),
             )
             for row in shown
-            if arms is None or row["arm"] in arms
+            if arms is None or row["arm"].partition("-")[0] in arms
         ]
     return _table(rows)
 

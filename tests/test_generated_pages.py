@@ -82,10 +82,14 @@ def test_the_table_of_beds_links_to_the_page_that_a_summary_names(generate, tmp_
     bed["calibration"] = [{"labelled_cases": 5, "converged": True}]
     write_json(tmp_path / "plain.json", bed)
     write_json(tmp_path / "sections.json", bed | {"page": "several.md#the-bed"})
-    *_, plain, section = generate.results_table(tmp_path, "results/", arms=["MAE"]).splitlines()
+    longer = bed | {"name": "lengths", "rows": [row | {"arm": "MAE-4000"}, row | {"arm": "S2DC-MAE"}]}
+    write_json(tmp_path / "a-lengths.json", longer)
+    *_, length, plain, section = generate.results_table(tmp_path, "results/", arms=["MAE"]).splitlines()
+    assert length.startswith("| [lengths](results/a-lengths.md), AUROC | 5 | as trained | MAE-4000 |")
     assert plain.startswith("| [bed](results/plain.md), AUROC | 5 |") and "**+0.100 (+0.050 to +0.150)**" in plain
     assert section.startswith("| [bed](results/several.md#the-bed), AUROC |") and section.endswith("| 3 | yes |")
-    assert len(generate.results_table(tmp_path, "results/").splitlines()) == 2 + 4
+    assert len(generate.results_table(tmp_path, "results/", arms=["MAE"]).splitlines()) == 2 + 3
+    assert len(generate.results_table(tmp_path, "results/").splitlines()) == 2 + 6
 
 
 SOURCE = '''
