@@ -29,11 +29,12 @@ def lines_of(folder: Path) -> list[tuple[str, str, dict]]:
 def draw(lines: list[tuple[str, str, dict]], path: Path) -> None:
     """Right of 0 the pretrained network is better."""
     titles, arms = list(dict.fromkeys(line[0] for line in lines)), list(dict.fromkeys(line[1] for line in lines))
-    step = min(0.25, 0.8 / len(arms))
+    of_title = {title: [line[1] for line in lines if line[0] == title] for title in titles}
+    step = min(0.25, 0.8 / max(map(len, of_title.values())))
     figure, axis = pyplot().subplots(figsize=(9, 1.2 + 0.55 * len(titles)), layout="constrained")
     for title, arm, found in lines:
-        number = arms.index(arm)
-        height = titles.index(title) + step * (number - (len(arms) - 1) / 2)
+        number, own = arms.index(arm), of_title[title]
+        height = titles.index(title) + step * (own.index(arm) - (len(own) - 1) / 2)
         axis.plot([found["low"], found["high"]], [height] * 2, color=COLOURS[number], linewidth=2)
         axis.plot(found["mean"], height, color=COLOURS[number], marker=MARKERS[number], markersize=6)
     for number, arm in enumerate(arms):
