@@ -73,10 +73,8 @@ def carry_out(study_file: Path, folder: Path, *, data: Path, jobs: int, device: 
     _claim(folder, study_file)
     lay_out(study, selection, data=data, folder=folder)
     one_thread = on_one_thread(jobs, device)
-    planning, pretraining = (
-        planning_steps(study, folder, device=device),
-        pretraining_steps(study, folder, device=device),
-    )
+    planning = planning_steps(study, folder, device=device)
+    pretraining = pretraining_steps(study, folder, device=device)
     adaptation = adaptation_steps(study, folder)
     features = [*separation_steps(study, folder, device=device), *probe_steps(study, folder, device=device)]
     trials = tuning_runs(study, selection)
