@@ -355,6 +355,16 @@ def test_cpu_time_of_a_command_and_its_children_is_counted(tmp_path):
     assert cost["cpu_minutes"] == pytest.approx(sum(step["cpu_seconds"] for step in state.values()) / 60)
 
 
+def test_the_most_labels_come_first_and_the_short_schedules_last(tmp_path):
+    study = read(tmp_path, schedules=[3, 1])
+    runs = study_steps.finetuning_runs(study, selection(), {arm.name: None for arm in study.arms})
+    for seed, of_seed in runs.items():
+        told = [(run["seed"], run["fraction"], run["schedule"], run["fold"]) for run in of_seed]
+        folds = {fraction: study.folds.index((seed, fraction)) for fraction in study.fractions}
+        order = [(1.0, None), (0.5, None), (1.0, 1), (1.0, 3)]
+        assert told == [(seed, fraction, epochs, folds[fraction]) for fraction, epochs in order for _ in study.arms]
+
+
 def test_a_failing_step_is_named_with_its_log_and_runs_again(tmp_path):
     step = python_step("broken", "raise SystemExit('it is broken')")
     with pytest.raises(UserError, match="it is broken") as error:

@@ -56,6 +56,11 @@ def test_norms_of_the_encoder_are_noted_every_few_of_the_first_steps():
     for key, of in (("weights", weights), ("gradients", gradients)):
         expected = float(torch.cat([each.flatten() for each in of]).norm())
         assert trainer.first_steps[3][key] == pytest.approx(expected)
+    network.encoder.zero_grad(set_to_none=True)  # a frozen encoder keeps its weights and has no gradient
+    trainer.step, trainer.first_steps = 0, []
+    study_training.StudyTrainer._look_at_encoder(trainer)
+    norm = float(torch.cat([each.flatten() for each in weights]).norm())
+    assert trainer.first_steps == [{"step": 0, "weights": pytest.approx(norm), "gradients": 0.0}]
 
 
 def test_generated_anatomy_holds_every_named_structure():
