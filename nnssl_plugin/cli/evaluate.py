@@ -9,6 +9,8 @@
 `nnssl_plugin evaluate KIND --help` says what is read and written.
 """
 
+from argparse import RawDescriptionHelpFormatter
+
 from nnssl_plugin.cli.evaluate_index import INDEX_KINDS, add_index_kinds
 
 SEGMENTATION = """Score segmentations, and compare runs case by case.
@@ -42,14 +44,17 @@ over subjects, and figures. With several plans, trainers or configurations every
 
 
 def add_arguments(parser):
-    import argparse
-
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for add in (_add_segmentation, _add_tokens, _add_classification, add_index_kinds):
+        add(kinds)
+
+
+def _add_segmentation(kinds):
     kind = kinds.add_parser(
         "segmentation",
         help="Dice, HD95 and normalised surface distance per case and label",
         description=SEGMENTATION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     kind.add_argument("-i", required=True, nargs="+", metavar="NAME=DIR", help="runs; the first is compared to")
     kind.add_argument("-o", required=True, metavar="DIR", help="folder of the results")
@@ -67,11 +72,14 @@ def add_arguments(parser):
         "--subjects", metavar="FILE", help="table case,subject (default: the dataset's classification.csv, if any)"
     )
     kind.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
+
+
+def _add_tokens(kinds):
     kind = kinds.add_parser(
         "tokens",
         help="do pretrained features tell the labels of a dataset apart?",
         description=TOKENS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     kind.add_argument("-d", required=True, metavar="ID", help="labelled, preprocessed dataset")
     kind.add_argument("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
@@ -88,11 +96,14 @@ def add_arguments(parser):
     kind.add_argument("--cases", type=int, metavar="N", help="how many cases (default: all)")
     kind.add_argument("-o", metavar="FILE", help="JSON file for the numbers")
     kind.add_argument("-device", default="cpu", choices=("cpu", "cuda", "mps"), help="default: cpu")
+
+
+def _add_classification(kinds):
     kind = kinds.add_parser(
         "classification",
         help="AUROC, accuracy and calibration of the folds together",
         description=CLASSIFICATION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     runs = kind.add_mutually_exclusive_group(required=True)
     runs.add_argument("-d", metavar="ID", help="dataset ID or full name of the trainings")
@@ -116,7 +127,6 @@ def add_arguments(parser):
     )
     kind.add_argument("-ref", metavar="FILE", help="table of true labels: case,subject,TARGET… (default: theirs)")
     kind.add_argument("-djfile", metavar="FILE", help="dataset.json with the targets (default: beside the runs)")
-    add_index_kinds(kinds)
 
 
 def run(args):

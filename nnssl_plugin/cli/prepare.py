@@ -44,22 +44,39 @@ def add_arguments(parser):
         "2D images: grey or RGB (default: grey); noNorm: values as stored, for binary shapes; rescale_to_0_1: "
         "each image stretched to [0, 1]",
     )
-    parser.add_argument(
+    for add in (_add_choice, _add_modalities, _add_dicom, _add_classes, _add_parts):
+        add(parser)
+
+
+def _add_choice(parser):
+    group = parser.add_argument_group("which scans")
+    group.add_argument(
         "--include",
         nargs="+",
         default=[],
         metavar="PATTERN",
         help="take only scans whose path below -i, or file name, matches, for example '*_T1*' (* matches / too)",
     )
-    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="leave out scans that match")
-    parser.add_argument(
+    group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="leave out scans that match")
+    group.add_argument(
         "--keep",
         nargs="*",
         metavar="PATTERN",
         help="take scans that match (without a pattern: all) even where they look like a segmentation or like another "
         "modality",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--video",
+        type=int,
+        metavar="N",
+        help="take videos (mp4, avi, gif and others; folders of images) as volumes of N evenly spaced frames in three "
+        "colours",
+    )
+
+
+def _add_modalities(parser):
+    group = parser.add_argument_group("cases with several modalities")
+    group.add_argument(
         "--modalities",
         nargs="+",
         default=[],
@@ -68,44 +85,29 @@ def add_arguments(parser):
         "names the case. Or a csv: case, one column of files per modality, perhaps label. DICOM: a study is a "
         "case, and a rule as of --series stands for the pattern",
     )
-    parser.add_argument(
+    group.add_argument(
         "--cases-by",
         choices=("name", "folder"),
         default="name",
         help="with --modalities: files with the same name but for the modality are one case, or those in one folder",
     )
-    parser.add_argument(
+    group.add_argument(
         "--labels",
         nargs="*",
         metavar="PATTERN",
         help="with --modalities: files with the segmentations, which become the labels (otherwise body masks do); "
         "without a pattern: labelsTr, where the folder has imagesTr and dataset.json",
     )
-    parser.add_argument(
+    group.add_argument(
         "--resample",
         action="store_true",
         help="put images on another grid onto that of the first image of the case",
     )
-    parser.add_argument("-num_parts", type=int, metavar="N", help="share the cases among N runs, or machines")
-    parser.add_argument("-part_id", type=int, metavar="K", help="which of them this is, from 0")
-    parser.add_argument("--merge", action="store_true", help="with -num_parts: put together what all parts did")
-    parser.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
-    parser.add_argument(
-        "--video",
-        type=int,
-        metavar="N",
-        help="take videos (mp4, avi, gif and others; folders of images) as volumes of N evenly spaced frames in three "
-        "colours",
-    )
-    parser.add_argument(
-        "--suffix",
-        nargs="+",
-        default=[],
-        metavar="SUFFIX",
-        help="BIDS: take scans whose names end so, such as T1w FLAIR (default: all in anat, pet, ct and micr); "
-        "derivatives are left out, and --class-labels takes participants.tsv",
-    )
-    parser.add_argument(
+
+
+def _add_dicom(parser):
+    group = parser.add_argument_group("DICOM and BIDS")
+    group.add_argument(
         "--series",
         nargs="+",
         default=[],
@@ -113,7 +115,7 @@ def add_arguments(parser):
         help="DICOM: take series that fulfil one of the rules, conditions with commas between, such as "
         "'Modality=MR,SeriesDescription~T1' (operators: = != ~ !~ < >; attributes: see series.csv)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--structures",
         nargs="+",
         default=[],
@@ -121,17 +123,29 @@ def add_arguments(parser):
         help="DICOM: the labels of the dataset, from RTSTRUCT and SEG; NAME is that of a structure, * stands for any "
         "characters, or its kind (GTV, ORGAN)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--key-file", metavar="FILE", help="DICOM: key of the hashes that name cases, made if new (default: in --local)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--local",
         metavar="DIR",
         help="DICOM: folder for what is not for others: the table of series with its paths, the key, the converted "
         "scans (default: nnUNet_raw/.nnssl_plugin)",
     )
-    parser.add_argument("--class-labels", metavar="CSV", help="take the scans that this table names, with classes")
-    parser.add_argument(
+    group.add_argument(
+        "--suffix",
+        nargs="+",
+        default=[],
+        metavar="SUFFIX",
+        help="BIDS: take scans whose names end so, such as T1w FLAIR (default: all in anat, pet, ct and micr); "
+        "derivatives are left out, and --class-labels takes participants.tsv",
+    )
+
+
+def _add_classes(parser):
+    group = parser.add_argument_group("classes")
+    group.add_argument("--class-labels", metavar="CSV", help="take the scans that this table names, with classes")
+    group.add_argument(
         "--target",
         nargs="+",
         default=[],
@@ -139,6 +153,14 @@ def add_arguments(parser):
         help="columns to predict: NAME, NAME:KIND or NAME:KIND:CLASS,CLASS, where KIND is binary "
         "(second class: positive), multiclass, multilabel or ordinal (lowest first)",
     )
+
+
+def _add_parts(parser):
+    group = parser.add_argument_group("many scans")
+    group.add_argument("-np", type=int, default=2, metavar="N", help="worker processes (default: 2)")
+    group.add_argument("-num_parts", type=int, metavar="N", help="share the cases among N runs, or machines")
+    group.add_argument("-part_id", type=int, metavar="K", help="which of them this is, from 0")
+    group.add_argument("--merge", action="store_true", help="with -num_parts: put together what all parts did")
 
 
 def run(args):
