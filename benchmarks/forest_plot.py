@@ -42,7 +42,7 @@ def draw(lines: list[tuple[str, str, dict]], path: Path) -> None:
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(titles)), titles)
     axis.set_ylim(len(titles) - 0.5, -0.5)
-    axis.set_xlabel("difference to training from scratch, 95 % interval over seeds and cases")
+    axis.set_xlabel("difference to training from scratch,\n95 % interval over seeds and cases")
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="best")
     save(figure, path)
