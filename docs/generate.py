@@ -79,9 +79,12 @@ def generated(
     blocks = {
         "README.md": {
             "methods": methods_table(methods),
-            "results": results_table(root / "docs/results/beds", "docs/results/", arms=[BASELINE]),
+            "results": results_table(root / "docs/results/beds", "docs/results/", converged=True, arms=[BASELINE]),
         },
-        "docs/results.md": {"results": results_table(root / "docs/results/beds", "results/")},
+        "docs/results.md": {
+            "results": results_table(root / "docs/results/beds", "results/", converged=True),
+            "head starts": results_table(root / "docs/results/beds", "results/", converged=False),
+        },
         "docs/README.md": {"methods": methods_index(methods)},
         "docs/reference/commands.md": {"trainers": trainers_table(methods, tasks)},
         "plans/README.md": {"presets": presets_table(methods, root / "plans")},
@@ -159,19 +162,19 @@ def presets_table(methods: Mapping[str, Method], folder: Path) -> str:
     return _table(rows)
 
 
-def results_table(folder: Path, link: str, *, arms: Sequence[str] | None = None) -> str:
-    """Every comparison of the beds: each arm beside its twin from scratch, from the summaries kept in ``folder``.
+def results_table(folder: Path, link: str, *, converged: bool, arms: Sequence[str] | None = None) -> str:
+    """Comparisons of the beds: each arm beside its twin from scratch, from the summaries kept in ``folder``.
 
     Args:
         folder: with the summary ``NAME.json`` of each bed.
         link: from the page to the folder of the beds' pages: ``NAME.md``, or what a summary names as its ``page``.
+        converged: numbers of labels with which training from scratch has converged, or those with which it has not.
         arms: those to show, with what they are called behind a hyphen; None: all.
     """
-    heads = ("bed", "labels", "images", "arm", "pretrained", "scratch", "difference (95 % interval)", "n", "seeds")
-    rows = [(*heads, "scratch converged")]
+    rows = [("bed", "labels", "images", "arm", "pretrained", "scratch", "difference (95 % interval)", "n", "seeds")]
     for path in sorted(folder.glob("*.json")):
         bed = read_json(path)
-        converged = {row["labelled_cases"]: row["converged"] for row in bed["calibration"]}
+        calibrated = {row["labelled_cases"] for row in bed["calibration"] if row["converged"]}
         shown = [row for row in bed["rows"] if row["difference_to_scratch"] is not None]
         rows += [
             (
@@ -183,10 +186,10 @@ def results_table(folder: Path, link: str, *, arms: Sequence[str] | None = None)
                 _with_interval(row["difference_to_scratch"]),
                 str(bed["evaluation_cases"]),
                 str(row["seeds"]),
-                {True: "yes", False: "no"}.get(converged.get(row["labelled_cases"]), "–"),
             )
             for row in shown
-            if arms is None or row["arm"].partition("-")[0] in arms
+            if (row["labelled_cases"] in calibrated) is converged
+            and (arms is None or row["arm"].partition("-")[0] in arms)
         ]
     return _table(rows)
 

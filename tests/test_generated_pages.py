@@ -2,6 +2,7 @@
 
 import ast
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from registry_checks import generator
@@ -84,12 +85,30 @@ def test_the_table_of_beds_links_to_the_page_that_a_summary_names(generate, tmp_
     write_json(tmp_path / "sections.json", bed | {"page": "several.md#the-bed"})
     longer = bed | {"name": "lengths", "rows": [row | {"arm": "MAE-4000"}, row | {"arm": "S2DC-MAE"}]}
     write_json(tmp_path / "a-lengths.json", longer)
-    *_, length, plain, section = generate.results_table(tmp_path, "results/", arms=["MAE"]).splitlines()
+    table = partial(generate.results_table, tmp_path, "results/", converged=True)
+    *_, length, plain, section = table(arms=["MAE"]).splitlines()
     assert length.startswith("| [lengths](results/a-lengths.md), AUROC | 5 | as trained | MAE-4000 |")
     assert plain.startswith("| [bed](results/plain.md), AUROC | 5 |") and "**+0.100 (+0.050 to +0.150)**" in plain
-    assert section.startswith("| [bed](results/several.md#the-bed), AUROC |") and section.endswith("| 3 | yes |")
-    assert len(generate.results_table(tmp_path, "results/", arms=["MAE"]).splitlines()) == 2 + 3
-    assert len(generate.results_table(tmp_path, "results/").splitlines()) == 2 + 6
+    assert section.startswith("| [bed](results/several.md#the-bed), AUROC |") and section.endswith("| 9 | 3 |")
+    assert len(table(arms=["MAE"]).splitlines()) == 2 + 3 and len(table().splitlines()) == 2 + 6
+
+
+def test_beds_that_have_not_converged_stand_in_a_table_of_their_own(generate, tmp_path):
+    row = {"look": "as trained", "arm": "MAE", "paired": [0.6, 0.5], "seeds": 3}
+    row["difference_to_scratch"] = {"mean": 0.1, "low": None, "high": None}
+    bed = {"name": "bed", "metric": "Dice", "evaluation_cases": 9}
+    bed["rows"] = [row | {"labelled_cases": count} for count in (2, 5, 20, 50)]
+    bed["calibration"] = [
+        {"labelled_cases": count, "converged": told} for count, told in ((2, True), (5, False), (20, None))
+    ]
+    write_json(tmp_path / "bed.json", bed)
+    labels = {
+        converged: [
+            line.split(" | ")[1] for line in generate.results_table(tmp_path, "", converged=converged).splitlines()[2:]
+        ]
+        for converged in (True, False)
+    }
+    assert labels == {True: ["2"], False: ["5", "20", "50"]}
 
 
 SOURCE = '''

@@ -222,8 +222,14 @@ def test_one_seed_has_no_interval():
 
 def test_the_picture_of_all_beds_has_a_line_for_each_difference(busi, tmp_path):
     made_runs(tmp_path, busi, cases_of=lambda seed: [str(number) for number in range(30)])
-    write_json(tmp_path / "beds" / "busi.json", results.summarise(busi, tmp_path))
-    ((title, arm, difference),) = forest_plot.lines_of(tmp_path / "beds")
-    assert "10 labels" in title and "AUROC" in title and arm == "MAE" and difference["low"] is not None
-    forest_plot.draw([(title, arm, difference)] * 3, tmp_path / "forest.png")
+    bed = results.summarise(busi, tmp_path)
+    for name, converged in (("a", False), ("b", True)):
+        calibration = [row | {"converged": converged} for row in bed["calibration"]]
+        write_json(tmp_path / "beds" / f"{name}.json", bed | {"name": name, "calibration": calibration})
+    lines = forest_plot.lines_of(tmp_path / "beds")
+    assert [(line.title[0], line.converged) for line in lines] == [("b", True), ("a", False)]
+    for line in lines:
+        assert "10 labels" in line.title and "AUROC" in line.title
+        assert line.arm == "MAE" and line.difference["low"] is not None
+    forest_plot.draw(lines, tmp_path / "forest.png")
     assert (tmp_path / "forest.png").stat().st_size > 10_000
