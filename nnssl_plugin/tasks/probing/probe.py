@@ -73,7 +73,7 @@ def evaluate_voxels(
         fold: of ``splits_final.json``.
         configuration: one of the plan's configurations.
         labelled: draw so many of the training cases; None: all of them.
-        seeds: one draw for each, nested in those of larger ``labelled``; without ``labelled`` there is one draw.
+        seeds: one draw for each, nested in those of larger ``labelled``; where all cases are drawn there is one.
         device: where encoders run.
         tell: takes a line for each encoder that is done.
 
@@ -188,7 +188,7 @@ def _cases(folder: Path, planned: Mapping[str, Any], fold: int) -> tuple[list[st
 def _draws(
     training: Sequence[str], labelled: int | None, seeds: Sequence[int], subjects: Mapping[str, str]
 ) -> list[Draw]:
-    if labelled is None:
+    if labelled is None or labelled == len(training):
         return [Draw(tuple(training))]
     if not 0 < labelled <= len(training):
         raise UserError(

@@ -67,6 +67,13 @@ def test_a_checkpoint_is_compared_with_a_random_encoder(nnunet_environment, tmp_
     assert voxel_table(result) in printed and f"{RANDOM}: " in printed
 
 
+def test_all_training_cases_are_drawn_once(nnunet_environment):
+    write_labelled()
+    result = evaluate_voxels("901", "nnUNetPlans", {}, fold=0, labelled=len(FOLD["train"]), seeds=(0, 1, 2))
+    assert [sorted(draw) for draw in result["draws"]] == [sorted(FOLD["train"])]
+    assert "draws" not in voxel_table(result) and np.array(result["arms"][RANDOM]["scores"]).shape[0] == 1
+
+
 def test_the_same_weights_as_the_random_encoder_differ_by_nothing(nnunet_environment, tmp_path):
     folder, plan, configuration = write_labelled()
     torch.manual_seed(voxels.SEED)
