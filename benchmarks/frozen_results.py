@@ -4,6 +4,7 @@ import math
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def write_results(study: Study, runs: Runs, folder: Path, *, study_file: Path, d
             "hours_probing": sum(run["seconds_probing"] for run in runs) / 3600,
         },
         "statistics": statistics,
+        "comparisons": comparisons(study, runs),
         "prediction": predictions(study, runs),
     }
     write_json(folder / "result.json", result)
@@ -98,6 +100,21 @@ def difference(own: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> dict
         "seeds": len(shared),
         "per_seed": np.nanmean(differences, axis=(1, 2)).tolist(),
     }
+
+
+def comparisons(study: Study, runs: Runs) -> list[dict[str, Any]]:
+    """Each arm beside each one before it that is no baseline, at each number of labelled cases: on the evaluation
+    cases and on the tuning cases, over the seeds that both have."""
+    rows = []
+    others = [arm.name for arm in study.arms if arm.name not in BASELINES]
+    for (beside, arm), number in product(combinations(others, 2), study.labelled):
+        found = {
+            split: difference(scores_of(runs, arm, number, split), scores_of(runs, beside, number, split))
+            for split in ("dice", "tuning")
+        }
+        if found["dice"] is not None:
+            rows.append({"arm": arm, "beside": beside, "labelled": number, **found})
+    return rows
 
 
 def predictions(study: Study, runs: Runs) -> list[dict[str, Any]]:

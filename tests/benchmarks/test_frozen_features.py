@@ -109,6 +109,19 @@ def test_differences_are_paired_by_seed_draw_and_case():
     assert len(row["per_seed"]) == 4 and frozen_results.summarise(runs, "S2DC", 5) is None
 
 
+def test_arms_are_compared_with_each_other_on_both_kinds_of_cases(data):
+    rng = np.random.default_rng(2)
+    names = ("random", "MAE", "full", "part")
+    study = study_of(data, arms=[{"name": name, "trainer": "MAEPretrainer", "seeds": 3} for name in names])
+    runs = [run(arm, seed, rng) for arm in names for seed in range(3)]
+    rows = frozen_results.comparisons(study, runs)
+    assert [(row["arm"], row["beside"], row["labelled"]) for row in rows] == [("part", "full", 2), ("part", "full", 5)]
+    for split in ("dice", "tuning"):
+        part, full = (np.mean([r[split]["5"] for r in runs if r["arm"] == arm]) for arm in ("part", "full"))
+        assert rows[1][split]["mean"] == pytest.approx(part - full) and rows[1][split]["seeds"] == 3
+    assert frozen_results.comparisons(study, [r for r in runs if r["arm"] != "part"]) == []
+
+
 def test_a_seed_counts_once_all_parts_of_a_cross_validation_are_there():
     rng = np.random.default_rng(0)
     runs = [run("MAE", 0, rng, part=0), run("MAE", 0, rng, part=1), run("MAE", 1, rng, part=0)]
